@@ -1,0 +1,111 @@
+"""Turn other forms of the Hoda set into a file that dataset=persian reads.
+
+SOURCE is a `.mat` file with a cell array `Data` of crops and their `labels`, or a folder of PNG files whose
+names start with the label (7.123.png). The order is kept (PNG files: sorted by name).
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.datasets.cache import cache_folder
+from ddpm.datasets.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, pack, save_crops
+from ddpm.datasets.persian import PARTS, converted_name
+from ddpm.errors import DataError
+
+Image = NDArray[np.uint8]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="the .mat file or the folder of PNG files"
+    )
+    parser.add_argument("--split", choices=PARTS, required=True, help="which part of the set it holds")
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: in the cache folder, found by itself)"
+    )
+    args = parser.parse_args()
+    out = args.out or cache_folder() / converted_name(args.split)
+    try:
+        images, labels = read_folder(args.source) if args.source.is_dir() else read_mat(args.source)
+        crops = to_crops(images, labels, args.source)
+        save_crops(out, crops)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    counts = ", ".join(
+        f"{label}: {count}" for label, count in enumerate(np.bincount(crops.labels, minlength=10))
+    )
+    print(f"{out}: {len(crops)} images of {args.split} ({counts})")
+    if len(crops) != PARTS[args.split].count:
+        print(
+            f"warning: dataset=persian expects {PARTS[args.split].count} images in {args.split}",
+            file=sys.stderr,
+        )
+
+
+def read_mat(path: Path) -> tuple[list[Image], list[int]]:
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path, variable_names=["Data", "labels"])
+    except Exception as error:  # a malformed file makes it raise almost anything
+        raise DataError(f"{path}: cannot be read as a .mat file ({error})") from error
+    if not {"Data", "labels"} <= content.keys() or content["Data"].dtype != object:
+        raise DataError(f"{path}: holds no cell array 'Data' beside 'labels'")
+    return list(content["Data"].ravel()), content["labels"].ravel().tolist()
+
+
+def read_folder(folder: Path) -> tuple[list[Image], list[int]]:
+    from PIL import Image as PillowImage
+
+    images, labels = [], []
+    for path in sorted(folder.glob("*.png")):
+        label = re.match(r"(\d)(?!\d)", path.name, re.ASCII)
+        if label is None:
+            raise DataError(f"{path}: the name does not start with a label of one digit, like 7.123.png")
+        try:
+            with PillowImage.open(path) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise DataError(
+                        f"{path}: {image.width}×{image.height} pixels; a side has at most {MAX_SIDE}"
+                    )
+                images.append(np.asarray(image.convert("L")))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as an image ({error})") from error
+        labels.append(int(label[1]))
+    return images, labels
+
+
+def to_crops(images: list[Image], labels: list[int], source: Path) -> Crops:
+    """Checked, and with light ink on dark. Raises DataError that names the first image that does not fit."""
+    if not 0 < len(images) <= MAX_RECORDS or len(images) != len(labels):
+        raise DataError(
+            f"{source}: {len(images)} images and {len(labels)} labels; allowed: 1 to {MAX_RECORDS}, as many"
+        )
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        if (
+            image.dtype != np.uint8
+            or image.ndim != 2
+            or not 1 <= min(image.shape) <= max(image.shape) <= MAX_SIDE
+        ):
+            raise DataError(
+                f"{source}: image {number} is {image.dtype} of shape {image.shape}; it must be uint8, "
+                f"(height, width), with sides of 1 to {MAX_SIDE}"
+            )
+        if label not in range(10):
+            raise DataError(f"{source}: image {number} has the label {label}; allowed: 0 to 9")
+    if sum(image.size for image in images) > MAX_PIXELS:
+        raise DataError(f"{source}: the images together have more than {MAX_PIXELS} pixels")
+    crops = pack(images, labels)
+    if crops.pixels.mean() > INK / 2:  # ink covers a third of the set's crops, so this is dark ink on light
+        return Crops(INK - crops.pixels, crops.sizes, crops.labels)
+    return crops
+
+
+if __name__ == "__main__":
+    main()

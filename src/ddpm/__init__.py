@@ -1,0 +1,3 @@
+"""Train, sample and judge denoising diffusion models on small images."""
+
+__version__ = "0.1.0"

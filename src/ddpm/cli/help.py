@@ -1,0 +1,67 @@
+"""`--help`, printed without importing Hydra or torch."""
+
+from ddpm.config import CONFIG_DIR
+
+_HEAD = {
+    "train": """ddpm-train: train a diffusion model on small images
+
+  ddpm-train                                             scikit-learn's digits on a CPU, about two minutes
+  ddpm-train dataset=mnist schedule=cosine
+  ddpm-train -m schedule=linear,cosine optimizer.lr=1e-4,3e-4      a sweep
+""",
+    "sample": """ddpm-sample: draw images from a checkpoint, which holds all that is needed
+
+  ddpm-sample ckpt=latest n=64
+  ddpm-sample ckpt=outputs/train/2026-01-31/12-00-00 sampler=ddpm save=[grid,npz]
+  ddpm-sample ckpt=latest n=16 sampler.num_steps=20 save=[grid,trajectory] out=pictures
+""",
+    "info": """ddpm-info: what a checkpoint is, read from its header alone
+
+  ddpm-info ckpt=latest
+  ddpm-info ckpt=outputs/train/2026-01-31/12-00-00
+  ddpm-info ckpt=outputs/train/2026-01-31/12-00-00/checkpoints/best.safetensors
+""",
+}
+_GROUPS = {
+    "train": ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"),
+    "sample": ("sampler",),
+    "info": (),
+}
+_NOTES = {
+    "seed": "every random number follows from it",
+    "device": "auto, cpu, cuda, cuda:1",
+    "data_root": "folder of the datasets (default: $DDPM_DATA, else data)",
+    "run_dir": "the run's folder (default: a new outputs/train/<date>/<time>)",
+    "overwrite": "replace a run that is there already",
+    "ckpt": "a checkpoint file, a run folder, or latest",
+    "n": "how many images",
+    "batch_size": "how many at once",
+    "ema": "averaged weights; false: the last ones",
+    "save": "any of grid, images, npz, trajectory",
+    "out": "folder for the results (default: a new one under the run's)",
+    "nrow": "images in a row of the grid",
+}
+
+
+def show_help(program: str) -> None:
+    print(_HEAD[program])
+    for group in _GROUPS[program]:
+        files = sorted((CONFIG_DIR / group).glob("*.yaml"))
+        print(f"{group}=")
+        for file in files:
+            print(f"  {file.stem:<15} {_first_comment(file.read_text(encoding='utf-8'))}")
+    print("keys" + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else ""))
+    for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
+        print(f"  {key + '=' + value:<26} {_NOTES.get(key, '')}")
+    print("\nflags\n  -m  multirun: a,b makes a job each      --cfg job  print the composed config and stop")
+
+
+def _first_comment(text: str) -> str:
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    return lines[0] if lines else ""
+
+
+def _top_keys(text: str) -> list[tuple[str, str]]:
+    """The plain `key: value` lines of a command's YAML; read by eye, since --help should not wait for a parser."""
+    pairs = [line.split(": ", 1) for line in text.splitlines() if line[:1].isalpha() and ": " in line]
+    return [(key, "…" if value == "???" or "$" in value else value) for key, value in pairs]

@@ -1,0 +1,249 @@
+"""Hydra's side of every command: compose, check, and only then run. A mistake is one line and exit status 2.
+
+Hydra makes folders before a task starts and answers a mistake with several lines or a traceback, so every job,
+of a sweep too, is composed and checked here first. A single run then never enters Hydra's launcher at all.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ddpm.cli.help import show_help
+from ddpm.config import CONFIG_DIR, check, choices, nearest
+from ddpm.errors import UserError
+
+# Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
+PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume")
+HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
+
+
+def run(program: str, schema: type, task: Callable[[Any], None], sweep_task: Callable[[Any], Any] | None = None,
+        defaults: Callable[[list[str]], list[str]] = lambda overrides: []) -> None:
+    """The whole of a command: read sys.argv, compose configs/<program>.yaml, check it against `schema`, run `task`.
+
+    `defaults` gives overrides that come before the user's own; `sweep_task` runs the jobs of a multirun.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if any(argument in ("-h", "--help") for argument in arguments):
+            show_help(program)
+        elif any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
+            _enter_hydra(program, arguments, lambda config: None)
+        elif "-m" in arguments or "--multirun" in arguments:
+            if sweep_task is None:
+                raise UserError(f"ddpm-{program} has no multirun")
+            _sweep(program, schema, sweep_task, [a for a in arguments if a not in ("-m", "--multirun")])
+        else:
+            overrides = read_overrides(arguments)
+            task(check(schema, compose(program, defaults(overrides) + overrides)))
+    except UserError as error:
+        sys.exit(_failure(program, str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `ddpm-train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def read_overrides(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra overrides, paths quoted. Raises UserError for flags that are not ours."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UserError(f"unknown flag '{argument}'; see ddpm-… --help (settings are written key=value)")
+        if "=" not in argument and not argument.startswith("~"):
+            raise UserError(f"'{argument}': settings are written key=value")
+    return [_quote_path(argument) for argument in arguments]
+
+
+def compose(program: str, overrides: list[str]) -> dict[str, Any]:
+    """configs/<program>.yaml with the overrides as plain data, interpolations resolved. Raises UserError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+            config = hydra_compose(program, overrides)
+        plain = OmegaConf.to_container(config, resolve=True)
+    except MissingConfigException as error:
+        raise UserError(_missing_choice(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, program)) from None
+    assert isinstance(plain, dict)
+    missing = [key for key, value in _flat(plain) if value == "???"]
+    if missing:
+        raise UserError(f"{missing[0]} is needed: {missing[0]}=…")
+    return {str(key): value for key, value in plain.items()}
+
+
+def typed_value(overrides: list[str], key: str) -> str | None:
+    """The last value typed for a key, without the quotes that `read_overrides` added."""
+    values = [value for name, _, value in (override.partition("=") for override in overrides) if name.lstrip("+") == key]
+    if not values:
+        return None
+    value = values[-1]
+    return re.sub(r"\\(['\\])", r"\1", value[1:-1]) if value[:1] in ("'", '"') and len(value) > 1 else value
+
+
+def as_overrides(config: dict[str, Any]) -> list[str]:
+    """A checked config as overrides, so that what is typed after them wins."""
+    chosen, values = [], []
+    for key, value in config.items():
+        if not isinstance(value, dict):
+            values.append(f"{key}={_literal(value)}")
+            continue
+        if "name" in value:
+            file = next(file for file, content in choices(key).items() if content["name"] == value["name"])
+            chosen.append(f"{key}={file}")
+        values += [f"{key}.{name}={_literal(item)}" for name, item in value.items() if name != "name"]
+    return chosen + values
+
+
+def _literal(value: Any) -> str:
+    """In Hydra's grammar. Raises UserError for a text that Hydra would take for an interpolation."""
+    if isinstance(value, str):
+        if "${" in value:
+            raise UserError(f"'{value}': a stored config holds plain values only")
+        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+    if isinstance(value, list):
+        return "[" + ",".join(_literal(item) for item in value) + "]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def run_folder(base: str) -> Path:
+    """A new folder base/<date>/<time>."""
+    now = datetime.now()
+    return new_folder(Path(base) / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}", first="")
+
+
+def numbered_folder(stem: Path) -> Path:
+    """A new folder stem-1, stem-2, …"""
+    return new_folder(stem, first="-1")
+
+
+def new_folder(stem: Path, first: str) -> Path:
+    """Made here, atomically, so that two starts in one second do not share one. Raises UserError."""
+    for suffix in (first, *(f"-{i}" for i in range(2, 100_000))):
+        folder = stem.with_name(stem.name + suffix)
+        try:
+            folder.mkdir(parents=True, exist_ok=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+        return folder
+    raise UserError(f"no free folder name beside {stem}")
+
+
+def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: list[str]) -> None:
+    """Every job composed and checked, then Hydra's launcher, then a table of what came out."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from ddpm.cli.sweep_table import sweep_table
+
+    overrides = read_overrides(arguments)
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise UserError(_one_line(error, program)) from None
+    checked = [check(schema, compose(program, [o for o in job if not o.startswith("hydra")])) for job in jobs]
+    run_dirs = {config.run_dir for config in checked}
+    if len(run_dirs) > 1:
+        raise UserError("run_dir names the folder of the whole sweep: give one value")
+    run_dir = run_dirs.pop()
+    folder = Path(run_dir) if run_dir else run_folder("outputs/multirun")
+    print(f"{len(jobs)} jobs in {folder}", flush=True)
+    failed = None
+    try:
+        _enter_hydra(program, ["-m", *overrides, _quote_path(f"hydra.sweep.dir={folder}", always=True)], task)
+    except UserError as error:
+        failed = error
+    print(sweep_table(folder, len(jobs)))
+    if failed:
+        raise failed
+
+
+def _enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
+    """Hydra's own main, told to raise what it would print."""
+    import hydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=program)(task)()
+    except MissingConfigException as error:
+        raise UserError(_missing_choice(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, program)) from None
+
+
+def _quote_path(override: str, always: bool = False) -> str:
+    key, equals, value = override.partition("=")
+    bare = key.lstrip("+")
+    if not (always or bare in PATH_KEYS) or not equals or value in ("null", "") or value[0] in "'\"":
+        return override
+    return f"{key}='" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+
+
+def _missing_choice(error: Any) -> str:
+    """Hydra's "could not find" with the nearest choice."""
+    path = str(error.missing_cfg_file or "")
+    group, _, name = path.rpartition("/")
+    options = [str(option) for option in error.options or []]
+    if not group or not options:
+        return str(error).splitlines()[0]
+    if group == "recipe":
+        return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"
+    return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options)}"
+
+
+def _one_line(error: Exception, program: str) -> str:
+    """What Hydra or OmegaConf said, in one line, with the nearest key where a key is unknown."""
+    text = str(error)
+    if match := re.search(r"(?:Could not override|not at|Could not delete from config\.) '([^']+)'", text):
+        key = match[1]
+        if key not in (known := known_keys(program)):
+            return f"unknown key '{key}'{nearest(key, known) or '; --help lists them'}"
+    if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"'+{match[1]}=': this key is there already, write {match[1]}=…"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def known_keys(program: str) -> list[str]:
+    """Every key that can be typed: those of configs/<program>.yaml, the groups, and the keys of all their files."""
+    from omegaconf import OmegaConf
+
+    top = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{program}.yaml"))
+    assert isinstance(top, dict)
+    groups = [next(iter(entry)) for entry in top["defaults"] if isinstance(entry, dict)]
+    groups = [group for group in groups if not group.startswith("override")] + ["model"] * (program == "train")
+    keys = [key for key in map(str, top) if key not in ("defaults", "hydra")] + groups
+    for group in groups:
+        keys += {f"{group}.{key}" for file in choices(group).values() for key in file if key != "name"}
+    return keys
+
+
+def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def _failure(program: str, message: str) -> int:
+    print(f"ddpm-{program}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

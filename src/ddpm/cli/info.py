@@ -1,0 +1,38 @@
+"""ddpm-info: what a checkpoint is, read from its header alone."""
+
+import math
+
+from ddpm.cli import hydra_app
+from ddpm.config import InfoConfig, TrainConfig, check
+
+
+def main() -> None:
+    hydra_app.run("info", InfoConfig, info)
+
+
+def info(config: InfoConfig) -> None:
+    from ddpm import checkpoint
+
+    path = checkpoint.find(config.ckpt)
+    meta, tensors = checkpoint.read_meta(path)
+    trained = check(TrainConfig, meta.config)
+    parameters = sum(math.prod(t["shape"]) for name, t in tensors.items() if name.startswith("model."))
+    facts = meta.facts
+    rows = {
+        "checkpoint": f"{path} ({path.stat().st_size / 2**20:.1f} MiB)",
+        "data": f"{facts['name']}, {facts['image_size']}×{facts['image_size']}×{facts['channels']}, {facts['num_classes']} classes",
+        "network": f"{trained.model.name}, {parameters:,} parameters ({_flat(trained.model.params)})",
+        "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
+        "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",
+        "sampler": f"{trained.sampler.name} ({_flat(trained.sampler.params)})",
+        "trained": f"{meta.step:,} of {trained.trainer.max_steps:,} steps, batch {trained.trainer.batch_size}, seed {trained.seed}",
+        "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
+        "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
+    }
+    for key, value in rows.items():
+        print(f"{key:<11} {value}")
+
+
+def _flat(params: object) -> str:
+    assert hasattr(params, "items")
+    return ", ".join(f"{key}={value}" for key, value in params.items())

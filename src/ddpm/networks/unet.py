@@ -1,0 +1,177 @@
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), of the same topology as diffusers' `UNet2DModel`.
+
+Levels go from full resolution (0) downwards, each half the size of the one before. A level has residual blocks with
+time embedding, and self-attention where asked for; skip connections join the two sides.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
+
+    Times are indices 0 … T-1 and may be fractional. `num_classes` = 0 makes it unconditional; else labels run from 0 to
+    num_classes, the last one (and None) meaning "no label" (Ho & Salimans 2022).
+
+    channels: width of each level; num_blocks: residual blocks a level; attention: levels with self-attention;
+    head_dim: channels of an attention head; norm_groups: groups of each GroupNorm; dropout: in the residual blocks.
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        *,
+        channels: Sequence[int],
+        num_blocks: int,
+        attention: Sequence[int],
+        head_dim: int = 8,
+        norm_groups: int = 8,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(image_size, channels, num_blocks, attention, head_dim, norm_groups)
+        time_dim, last = 4 * channels[0], len(channels) - 1
+        self.num_classes = num_classes
+        self.frequencies = channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
+
+        def block(width_in: int, width_out: int) -> ResBlock:
+            return ResBlock(width_in, width_out, time_dim, norm_groups, dropout)
+
+        def maybe_attention(level: int) -> nn.Module:
+            return Attention(channels[level], head_dim, norm_groups) if level in attention else nn.Identity()
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        skips = [width := channels[0]]
+        self.down = nn.ModuleList()
+        for level, out in enumerate(channels):
+            blocks = nn.ModuleList()
+            for _ in range(num_blocks):
+                blocks.append(nn.ModuleList([block(width, out), maybe_attention(level)]))
+                skips.append(width := out)
+            downsample = nn.Conv2d(out, out, 3, stride=2, padding=1) if level < last else None
+            if downsample:
+                skips.append(out)
+            self.down.append(nn.ModuleDict({"blocks": blocks} | ({"resize": downsample} if downsample else {})))
+
+        self.middle = nn.ModuleList([block(width, width), Attention(width, head_dim, norm_groups), block(width, width)])
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            out, blocks = channels[level], nn.ModuleList()
+            for _ in range(num_blocks + 1):
+                blocks.append(nn.ModuleList([block(width + skips.pop(), out), maybe_attention(level)]))
+                width = out
+            upsample = nn.Conv2d(out, out, 3, padding=1) if level else None
+            self.up.append(nn.ModuleDict({"blocks": blocks} | ({"resize": upsample} if upsample else {})))
+
+        self.norm_out = nn.GroupNorm(norm_groups, width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # starts by predicting 0, as in Ho et al.'s code
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = F.silu(self._embed(t, y))
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            for block, attention in level["blocks"]:
+                skips.append(x := attention(block(x, emb)))
+            if "resize" in level:
+                skips.append(x := level["resize"](x))
+        first, attention, second = self.middle
+        x = second(attention(first(x, emb)), emb)
+        for level in self.up:
+            for block, attention in level["blocks"]:
+                x = attention(block(torch.cat([x, skips.pop()], dim=1), emb))
+            if "resize" in level:
+                x = level["resize"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+        emb = self.time(sinusoids(t, self.frequencies))
+        if self.label is None:
+            if y is not None:
+                raise ValueError("labels given to an unconditional network")
+            return emb
+        if y is None:
+            y = torch.full((len(t),), self.num_classes, device=t.device)
+        return emb + self.label(y)
+
+
+class ResBlock(nn.Module):
+    """(N, in, H, W), embedding (N, E) → (N, out, H, W)."""
+
+    def __init__(self, width_in: int, width_out: int, time_dim: int, norm_groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(norm_groups, width_in)
+        self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, width_out)
+        self.norm_2 = nn.GroupNorm(norm_groups, width_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.time(emb)[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of (N, C, H, W), with residual (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(self, width: int, head_dim: int, norm_groups: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.GroupNorm(norm_groups, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view where x is channels_last
+        q, k, v = self.qkv(tokens).view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return x + self.out(mixed).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def sinusoids(t: Tensor, dim: int) -> Tensor:
+    """(N,) → (N, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to 1/10000 (Vaswani et al. 2017,
+    section 3.5). Float32 whatever autocast says: bf16 holds only about half of 1,000 different times.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _check(image_size: int, channels: Sequence[int], num_blocks: int, attention: Sequence[int], head_dim: int, norm_groups: int) -> None:
+    if not channels or num_blocks < 1:
+        raise ValueError(f"channels={list(channels)}, num_blocks={num_blocks}: needs at least one level and one block")
+    factor = 2 ** (len(channels) - 1)
+    if image_size % factor:
+        low = image_size // factor * factor
+        fit = (image_size & -image_size).bit_length()
+        sizes = " and ".join(str(size) for size in (low, low + factor) if size)
+        raise ValueError(
+            f"channels={list(channels)}: {len(channels)} levels need an image_size that {factor} divides, and {image_size} "
+            f"is not; nearest sizes are {sizes}, and {image_size} fits at most {fit} levels"
+        )
+    for width in channels:
+        if width % norm_groups or width % head_dim or width % 2:
+            raise ValueError(f"channels={list(channels)}: {width} must be even and divisible by norm_groups={norm_groups} and head_dim={head_dim}")
+    for level in attention:
+        if not 0 <= level < len(channels):
+            raise ValueError(f"attention={list(attention)}: levels run from 0 to {len(channels) - 1}")

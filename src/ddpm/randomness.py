@@ -1,0 +1,64 @@
+"""Random numbers without state: every draw is a function of (seed, stream, step, index).
+
+Nothing has to be remembered to repeat or resume a run, switching one consumer off changes no other, and image
+i gets the same numbers whatever batch or process it is in. The generator is SplitMix64 (Steele, Lea & Flood
+2014, *Fast Splittable Pseudorandom Number Generators*): its output function applied twice, once to split off a
+key per image and once to count through that image's numbers. It is 64-bit integer arithmetic on the tensor's own
+device, so a CPU and a GPU draw the same bits.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit; sums and products wrap around, as intended
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def key(seed: int, stream: str, step: int = 0) -> int:
+    """A signed 64-bit number that depends on all three; hashed, so that neighbouring seeds share nothing."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def normal(seed: int, stream: str, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
+
+    Box & Muller 1958: one 64-bit word makes two numbers. 32 bits of radius reach 6.66 standard deviations.
+    """
+    count = math.prod(shape)
+    words = _words(key(seed, stream, step), index, (count + 1) // 2)
+    radius = ((_shift(words, 32) + 1).float() * 2**-32).log_().mul_(-2).sqrt_()
+    angle = (words & 0xFFFFFFFF).float() * (2 * math.pi * 2**-32)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs[:, :count].reshape(len(index), *shape)
+
+
+def uniform(seed: int, stream: str, step: int, index: Tensor) -> Tensor:
+    """One number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
+    return _shift(_words(key(seed, stream, step), index, 1)[:, 0], 40).float() * 2**-24
+
+
+def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
+    """A permutation of 0 … n-1 (int64). Drawn on the CPU, so that it is the same for every device."""
+    generator = torch.Generator().manual_seed(key(seed, stream, step))
+    return torch.randperm(n, generator=generator)
+
+
+def _words(key: int, index: Tensor, count: int) -> Tensor:
+    image_key = _mix((index + 1) * _GOLDEN + key)
+    return _mix(image_key[:, None] + torch.arange(1, count + 1, device=index.device) * _GOLDEN)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,286 @@
+"""Training: one loop, visible from top to bottom.
+
+Every random draw is a function of (seed, stream, step), so a run has no hidden state: what a checkpoint holds is
+weights, their average, the optimizer's moments and a step number.
+"""
+
+import copy
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddpm import build, checkpoint, images
+from ddpm.config import Choice, TrainConfig, to_dict
+from ddpm.config import Optimizer as OptimizerConfig
+from ddpm.datasets.batches import Batches
+from ddpm.datasets.types import Dataset, Facts
+from ddpm.diffusion import Objective, losses
+from ddpm.errors import UserError
+from ddpm.randomness import normal, uniform
+from ddpm.sampling import last, sample
+from ddpm.schedules import NoiseSchedule
+from ddpm.validation import Figures, Validation
+
+PREVIEWS = 36
+PREVIEW_SAMPLER = {"num_steps": 20, "spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 0.0}
+MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
+
+
+class Progress(NamedTuple):
+    """After each step: its number, and every so often the line that went to metrics.jsonl."""
+
+    step: int
+    record: dict[str, float] | None
+
+
+@dataclass(eq=False)
+class Run:
+    """All that changes while training, and what it is made of."""
+
+    config: TrainConfig
+    facts: Facts
+    schedule: NoiseSchedule
+    objective: Objective
+    network: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    max_steps: int
+    step: int = 0
+
+
+def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
+    """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
+    torch.manual_seed(config.seed)
+    schedule = build.schedule(config.schedule)
+    objective = build.objective(config.objective, schedule, device)
+    network = build.network(config.model, config.objective, data.facts).to(device)
+    if config.trainer.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    if config.trainer.compile:
+        network.compile()  # in place: names of parameters stay as they are
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=o.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(config.trainer.precision, device) == torch.float16)
+    max_steps = config.trainer.max_steps
+    if config.trainer.max_epochs is not None:
+        max_steps = math.ceil(config.trainer.max_epochs * len(data.train.images) / config.trainer.batch_size)
+    return Run(config, data.facts, schedule, objective, network, ema, optimizer, scaler, device, max_steps)
+
+
+def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
+    """Train from run.step to run.max_steps; write metrics.jsonl, samples/ and checkpoints/ under `run_dir`.
+
+    Raises UserError when loss or gradients stop being finite; no such number ever reaches the weights.
+    """
+    config, trainer = run.config, run.config.trainer
+    batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
+    validation = Validation(data.val, run.schedule, run.objective, run.device)
+    metrics = _open_metrics(run_dir / "metrics.jsonl", run.step)
+    best = _best_figure(run_dir)
+    loss_sum = torch.zeros((), device=run.device)
+    bad_step = torch.full((), -1, device=run.device)  # the first step that was not finite, kept on the device
+    clock, logged = time.perf_counter(), run.step
+
+    while run.step < run.max_steps:
+        x_0, y = batches.batch(run.step)
+        loss, grad_norm = train_step(run, x_0, y, bad_step)
+        loss_sum += loss
+        run.step += 1
+        step, done = run.step, run.step == run.max_steps
+
+        def due(every: int, step: int = step, done: bool = done) -> bool:
+            return done or (every > 0 and step % every == 0)
+
+        record: dict[str, float] | None = None
+        if any(map(due, (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every))):
+            _stop_if_not_finite(run, bad_step, loss)
+            mean_loss = loss_sum.item() / (step - logged)
+            seconds = time.perf_counter() - clock
+            record = {
+                "step": step,
+                "loss": mean_loss,
+                "lr": learning_rate(config.optimizer, step - 1, run.max_steps),
+                "grad_norm": grad_norm.item(),
+                "images_per_second": (step - logged) * trainer.batch_size / seconds,
+            }
+            if due(trainer.validate_every):
+                figures = validation.measure(run.ema, bool(config.model.params["conditional"]))
+                record |= vars(figures)
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            if due(trainer.sample_every):
+                _preview(run, run_dir / "samples")
+            if due(trainer.checkpoint_every):
+                save(run, run_dir / "checkpoints" / f"step_{step:07d}.safetensors", record)
+                for old in checkpoint.saved_steps(run_dir)[: -trainer.keep]:
+                    old.unlink()
+            if record.get("val_eps_mse", math.inf) < best:
+                best = record["val_eps_mse"]
+                save(run, run_dir / "checkpoints" / "best.safetensors", record)
+            loss_sum.zero_()
+            clock, logged = time.perf_counter(), step
+        yield Progress(step, record)
+    metrics.close()
+
+
+def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tuple[Tensor, Tensor]:
+    """One update on a batch: noise → loss → backward → unscale → clip → step → EMA. Returns loss and gradient norm.
+
+    Nothing here waits for the GPU. A non-finite update is skipped on the device and its step kept in `bad_step`.
+    """
+    config, trainer, parameters = run.config, run.config.trainer, list(run.network.parameters())
+    run.network.train()
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
+    run.optimizer.zero_grad(set_to_none=True)
+
+    total = torch.zeros((), device=run.device)
+    index = torch.arange(len(x_0), device=run.device)
+    for part in index.chunk(trainer.accumulate):
+        t, eps, labels = _draw(run, x_0, y, part)
+        with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
+            loss = losses(run.network, run.objective, _layout(x_0[part], trainer.channels_last), t, eps, labels)
+        loss = loss.sum() / len(x_0)
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, trainer.grad_clip, foreach=True)
+    if run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:  # the fused optimizer leaves the weights alone where found_inf is 1, without asking the host
+        found_inf = (~torch.isfinite(total + grad_norm)).float()
+        bad_step.copy_(torch.where((bad_step < 0) & (found_inf > 0), run.step + 1, bad_step))
+        run.optimizer.found_inf = found_inf
+        run.optimizer.step()
+    update_ema(run.ema, run.network, trainer.ema_decay, run.step)
+    return total, grad_norm
+
+
+def _draw(run: Run, x_0: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Times, noise and labels of the images `index` of this step's batch."""
+    seed, o = run.config.seed, run.config.objective
+    t = (uniform(seed, "t", run.step, index) * run.schedule.num_timesteps).long()
+    eps = normal(seed, "eps", run.step, index, tuple(x_0.shape[1:]))
+    if y is None or not run.config.model.params["conditional"]:
+        return t, eps, None
+    dropped = uniform(seed, "label_dropout", run.step, index) < o.label_dropout
+    return t, eps, torch.where(dropped, run.facts.num_classes, y[index])
+
+
+def _layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """ema ← decay · ema + (1 - decay) · network, with a smaller decay in the beginning: (1 + step) / (10 + step)."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """Linear warm-up, then constant, or half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5)."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if config.decay == "constant":
+        return config.lr * warm
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / max_steps))
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _autocast(name: str, device: torch.device) -> tuple[torch.dtype | None, bool]:
+    dtype = precision(name, device)
+    return (None, False) if dtype == torch.float32 else (dtype, True)
+
+
+def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
+    """The run as one checkpoint file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": tensor for name, tensor in run.network.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.state_dict().items()}
+    names = {parameter: name for name, parameter in run.network.named_parameters()}
+    for parameter, state in run.optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+    tensors |= {f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in run.scaler.state_dict().items()}
+    figures = {key: float(value) for key, value in record.items() if key != "step"}
+    config = to_dict(run.config)
+    facts = {**vars(run.facts), "class_names": list(run.facts.class_names)}
+    checkpoint.save(path, tensors, checkpoint.Meta(config, facts, run.step, figures, versions(run.device), ""))
+
+
+def restore(run: Run, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Go on from a checkpoint's tensors. Raises CheckpointError where they do not fit the network."""
+    build.load_weights(run.network, checkpoint.part(tensors, "model"))
+    build.load_weights(run.ema, checkpoint.part(tensors, "ema"))
+    optimizer = checkpoint.part(tensors, "optimizer")
+    for name, parameter in run.network.named_parameters():
+        state = checkpoint.part(optimizer, name)
+        run.optimizer.state[parameter] = {
+            key: value.to(parameter.device if parameter.dim() == value.dim() or key == "step" else "cpu") for key, value in state.items()
+        }
+    if scaler := checkpoint.part(tensors, "scaler"):
+        run.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
+    run.step = step
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run was made with."""
+    from ddpm import __version__
+
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"ddpm": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": hardware}
+
+
+def _preview(run: Run, folder: Path) -> None:
+    """A grid from the averaged weights and noise that is the same each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = torch.arange(PREVIEWS, device=run.device)
+    x = last(sample(run.ema, run.schedule, run.objective.prediction, Choice("ddim", PREVIEW_SAMPLER), run.facts, index, run.config.seed))
+    images.save_png(folder / f"step_{run.step:07d}.png", images.grid(images.to_uint8(x)))
+
+
+def _stop_if_not_finite(run: Run, bad_step: Tensor, loss: Tensor) -> None:
+    step, lr = int(bad_step), run.config.optimizer.lr
+    if step >= 0:
+        raise UserError(
+            f"loss or gradient is not finite at step {step} (optimizer.lr={lr:g}); the weights were left as they were. "
+            "Try a smaller optimizer.lr or trainer.grad_clip, or trainer.precision=fp32"
+        )
+    if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_LOSS_SCALE:
+        raise UserError(f"fp16 loss scale fell below {MIN_LOSS_SCALE:g} at step {run.step}: use trainer.precision=bf16 or fp32")
+
+
+def _open_metrics(path: Path, step: int) -> Any:
+    """metrics.jsonl, open at its end, without the lines past `step` that a resumed run writes again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        checkpoint.write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    return open(path, "a", encoding="utf-8")
+
+
+def _best_figure(run_dir: Path) -> float:
+    best = run_dir / "checkpoints" / "best.safetensors"
+    return checkpoint.read_meta(best)[0].figures["val_eps_mse"] if best.exists() else math.inf
+
+
+__all__ = ["Figures", "Progress", "Run", "fit", "learning_rate", "precision", "prepare", "restore", "save", "train_step", "update_ema"]

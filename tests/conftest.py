@@ -1,0 +1,25 @@
+"""Helpers for tests that drive the real console scripts."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_script(program: str, *arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """`ddpm-<program> arguments…` as the installed console script runs it."""
+    script = Path(sys.executable).with_name(f"ddpm-{program}")
+    return subprocess.run(
+        [str(script), *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Console scripts that run in an empty folder."""
+    return lambda program, *arguments, **environment: run_script(program, *arguments, cwd=tmp_path, **environment)
