@@ -10,7 +10,7 @@ PACKAGE = Path(ddpm.__file__).parent
 LAYERS = [
     {"errors", "checks"},
     {"config", "randomness", "schedules"},
-    {"diffusion", "timesteps"},
+    {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
     {"plots", "validation", "build", "sampling"},
     {"training"},

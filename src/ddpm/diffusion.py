@@ -1,22 +1,24 @@
 """The algebra of diffusion: noising, posterior, what a network predicts, the training loss and the denoiser.
 
-Everything holds for any pair (alpha, sigma), variance-preserving or not. Tensors alpha and sigma broadcast against
-images: floats, or (N, 1, 1, 1).
+Everything holds for any pair (alpha, sigma), variance-preserving or not.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.checks import one_of, positive, within
+from ddpm.guidance import guide, threshold
 from ddpm.schedules import Level, NoiseSchedule
 
+Scale = float | Tensor  # alpha or sigma: a number, or one for each image (N, 1, 1, 1)
 
-def add_noise(x_0: Tensor, eps: Tensor, alpha: Any, sigma: Any) -> Tensor:
+
+def add_noise(x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     """A sample of q(x_t | x_0) (Ho et al. 2020, eq. 4): x_t = alpha x_0 + sigma eps."""
     return alpha * x_0 + sigma * eps
 
@@ -28,11 +30,11 @@ class Posterior:
     x_t_factor: float
     x_0_factor: float
     variance: float
-    transition_variance: float  # sigma^2_{t|s}, of q(x_t | x_s): the "large" choice of Ho et al. 2020, section 3.2
+    transition_variance: float  # sigma^2_{t|s}, that of q(x_t | x_s)
 
 
 def posterior(t: Level, s: Level) -> Posterior:
-    """Kingma et al. 2021 (*Variational Diffusion Models*), appendix A; Ho et al. 2020, eq. 7 where s = t - 1."""
+    """Kingma et al. 2021 (*Variational Diffusion Models*), appendix A.2; Ho et al. 2020, eq. 7."""
     alpha_ts = t.alpha / s.alpha
     variance_ts = -math.expm1(2 * (t.lambda_ - s.lambda_)) * t.sigma**2  # no digits lost between close levels
     return Posterior(
@@ -44,29 +46,31 @@ def posterior(t: Level, s: Level) -> Posterior:
 
 
 # What a network may predict: (a, b) of the target a x_0 + b eps, from alpha and sigma.
-PREDICTIONS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
+PREDICTIONS: dict[str, Callable[[Any, Any], tuple[Scale, Scale]]] = {
     "eps": lambda alpha, sigma: (0.0, 1.0),  # Ho et al. 2020, eq. 14
     "x_0": lambda alpha, sigma: (1.0, 0.0),
     "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans & Ho 2022, section 4
-    "flow": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al. 2023; Liu et al. 2023: the straight path's velocity
+    "flow": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al. 2023, section 4.1: the straight path's velocity
 }
 
 
-def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Any, sigma: Any) -> Tensor:
+def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     """What the network should have said."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     return a * x_0 + b * eps
 
 
-def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) by Cramer's rule from the two equations x_t = alpha x_0 + sigma eps, output = a x_0 + b eps."""
+def invert(
+    prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale
+) -> tuple[Tensor, Tensor]:
+    """(x_0, eps) by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     determinant = alpha * b - sigma * a
     return (b * x_t - sigma * output) / determinant, (alpha * output - a * x_t) / determinant
 
 
-# Loss weights w on the squared error of x_0, as tables over t, from snr = alpha^2 / sigma^2. Each takes its own
-# parameter and lets the others pass, so that an objective can hand all it has to any of them.
+# Loss weights w on the squared error of x_0: tables over t, from that of snr = alpha^2 / sigma^2. Each takes
+# its own parameter and lets the others pass, so that an objective can hand all it has to any of them.
 
 
 def uniform(snr: Tensor, **_: float) -> Tensor:
@@ -87,8 +91,8 @@ def p2(snr: Tensor, *, p2_gamma: float = 1.0, **_: float) -> Tensor:
 
 
 def sigmoid(snr: Tensor, *, sigmoid_bias: float = 2.0, **_: float) -> Tensor:
-    """L_w = 1/2 E[w(log snr) (-d log snr / dt) |error of eps|^2], t in [0, 1], with w = sigmoid(bias - log snr)
-    (Kingma & Gao 2023, section 2). The slope makes it the same weighting of noise levels under any schedule.
+    """L_w = 1/2 E[w (-d log snr / dt) |error of eps|^2], w = sigmoid(bias - log snr), t in [0, 1] (Kingma &
+    Gao 2023). The slope makes it the same weighting of noise levels whatever the schedule.
     """
     if len(snr) < 2:
         raise ValueError("weight = sigmoid: takes the slope of log snr, so num_timesteps must be at least 2")
@@ -113,9 +117,9 @@ class Objective:
     alpha: Tensor
     sigma: Tensor
     weight: Tensor  # on the squared error of the prediction
-    vlb_scale: float = 0.0  # of the bound that teaches the variance; 0: the variance is not learned
-    vlb_gap: Tensor | None = None  # (snr_{t-1} - snr_t) on the error of x_0, carried over to the prediction's
-    vlb_range: Tensor | None = None  # log of the largest over the smallest variance of p(x_{t-1} | x_t)
+    vlb_scale: float  # of the bound that teaches the variance; 0: the variance is not learned
+    vlb_gap: Tensor  # snr_{t-1} - snr_t on the squared error of x_0, as a factor of the prediction's
+    vlb_log_range: Tensor  # log of the largest over the smallest variance of p(x_{t-1} | x_t)
 
 
 def make_objective(
@@ -137,19 +141,24 @@ def make_objective(
     one_of("weight", weight, WEIGHTS)
     alpha, sigma = schedule.alpha, schedule.sigma
     if prediction == "eps" and alpha[-1] == 0:
-        raise ValueError("prediction = eps: says nothing of x_0 where alpha = 0 (zero terminal SNR); take v or x_0")
+        raise ValueError("prediction = eps: says nothing of x_0 at the last t, where alpha = 0; take v")
     a, b = PREDICTIONS[prediction](alpha, sigma)
-    x_0_per_output = (sigma / (alpha * b - sigma * a)) ** 2
+    x_0_per_output = sigma / (alpha * b - sigma * a)
     snr = (alpha / sigma) ** 2
     of_x_0 = WEIGHTS[weight]
-    w = torch.ones_like(snr) if of_x_0 is None else of_x_0(snr, **weight_parameters) * x_0_per_output
+    w = torch.ones_like(snr) if of_x_0 is None else of_x_0(snr, **weight_parameters) * x_0_per_output**2
     _refuse_untrained(w.float(), weight, prediction)
-    objective = Objective(prediction, *(table.to(device, torch.float32) for table in (alpha, sigma, w)))
-    if not learned_variance:
-        return objective
     positive("vlb_weight", vlb_weight)
-    gap, log_range = (table.to(device, torch.float32) for table in _vlb_tables(schedule, x_0_per_output))
-    return replace(objective, vlb_scale=vlb_weight * len(snr), vlb_gap=gap, vlb_range=log_range)
+    gap, log_range = _vlb_tables(schedule)
+    return Objective(
+        prediction,
+        alpha=alpha.to(device, torch.float32),
+        sigma=sigma.to(device, torch.float32),
+        weight=w.to(device, torch.float32),
+        vlb_scale=vlb_weight * len(snr) if learned_variance else 0.0,
+        vlb_gap=(gap * x_0_per_output**2).to(device, torch.float32),
+        vlb_log_range=log_range.to(device, torch.float32),
+    )
 
 
 def _refuse_untrained(w: Tensor, weight: str, prediction: str) -> None:
@@ -157,18 +166,20 @@ def _refuse_untrained(w: Tensor, weight: str, prediction: str) -> None:
     if bad.any():
         t = int(bad.int().argmax())
         raise ValueError(
-            f"weight = {weight}: is {w[t]:g} on prediction = {prediction} at t = {t}, which would stay untrained; "
-            "take weight = plain"
+            f"weight = {weight}: is {w[t]:g} for prediction = {prediction} at t = {t}, which "
+            "stays untrained unless it is above 0 and finite; take plain"
         )
 
 
-def _vlb_tables(schedule: NoiseSchedule, x_0_per_output: Tensor) -> tuple[Tensor, Tensor]:
-    """0 at t = 0: there the variance is fixed, and with the mean's gradient stopped nothing is left to learn."""
+def _vlb_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """(gap, log_range) of `vlb_terms`. Both are 0 at t = 0: there the variance is fixed, and with the mean's
+    gradient stopped nothing is left to learn.
+    """
     snr = (schedule.alpha / schedule.sigma) ** 2
     gap, log_range = torch.zeros_like(snr), torch.zeros_like(snr)
     gap[1:] = snr[:-1] - snr[1:]
     log_range[1:] = 2 * (schedule.sigma[1:] / schedule.sigma[:-1]).log()
-    return gap * x_0_per_output, log_range
+    return gap, log_range
 
 
 def losses(
@@ -190,15 +201,14 @@ def losses(
 
 
 def vlb_terms(objective: Objective, error: Tensor, fraction: Tensor, t: Tensor) -> Tensor:
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel, in nats, from the prediction's squared error.
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel, in nats, from the squared `error`.
 
-    Both are normal (Ho et al. 2020, eq. 5). The log variance of p stands at `fraction` between the posterior's
-    and the transition's (Nichol & Dhariwal 2021, eq. 15), whose ratio is sigma_t^2 / sigma_{t-1}^2; the square of
-    the means' distance over the posterior's variance is (snr_{t-1} - snr_t) |error of x_0|^2 (Kingma et al.
-    2021, eq. 13).
+    Both are normal (Ho et al. 2020, eq. 5). The log variance of p stands at `fraction` between those of the
+    posterior and the transition (Nichol & Dhariwal 2021, eq. 15), whose ratio is sigma_t^2 / sigma_{t-1}^2.
+    The squared distance of the means over the posterior's variance is (snr_{t-1} - snr_t) |error of x_0|^2
+    (Kingma et al. 2021, eq. 13).
     """
-    assert objective.vlb_gap is not None and objective.vlb_range is not None
-    gap, log_range = (table[t].view(-1, 1, 1, 1) for table in (objective.vlb_gap, objective.vlb_range))
+    gap, log_range = (table[t].view(-1, 1, 1, 1) for table in (objective.vlb_gap, objective.vlb_log_range))
     log_ratio = fraction * log_range  # log of p's variance over the posterior's
     return 0.5 * (log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * gap * error)
 
@@ -258,45 +268,28 @@ class Denoiser:
         output, fraction = split(self._output(x_t, level), x_t.shape[1])
         x_0, eps = invert(self.prediction, output, x_t, level.alpha, level.sigma)
         if self.clip != "none":
-            x_0 = threshold(x_0, self.dynamic_percentile if self.clip == "dynamic" and not last else 0.0)
+            dynamic = self.clip == "dynamic" and not last  # whose division would grey the image itself
+            x_0 = threshold(x_0, self.dynamic_percentile if dynamic else None)
             eps = (x_t - level.alpha * x_0) / level.sigma
         return Estimate(x_0, eps, fraction)
 
     def _output(self, x_t: Tensor, level: Level) -> Tensor:
-        """Guided inside the interval of noise levels (Kynkäänniemi et al. 2024, eq. 5), conditional outside."""
-        low, high = self.guidance_interval
+        """Guided inside the interval of noise levels (Kynkäänniemi et al. 2024), conditional outside."""
         t = torch.full((len(x_t),), level.t, device=x_t.device)
-        if self.guidance_scale == 1 or not low <= math.exp(-level.lambda_) <= high:
-            self.evaluations += 1
-            return self.network(x_t, t, self.y).float()
+        low, high = self.guidance_interval
+        scale = self.guidance_scale if low <= math.exp(-level.lambda_) <= high else 1.0
+        if scale == 1:
+            return self._evaluate(x_t, t, self.y)
         assert self.y is not None and self.null_label is not None
         null = torch.full_like(self.y, self.null_label)
-        if self.guidance_scale == 0:
-            self.evaluations += 1
-            return self.network(x_t, t, null).float()
-        self.evaluations += 2
-        both = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.y, null]))
-        cond, uncond = both.float().chunk(2)
-        return guide(cond, uncond, x_t.shape[1], self.guidance_scale, self.guidance_rescale)
+        if scale == 0:
+            return self._evaluate(x_t, t, null)
+        both = self._evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.y, null]))
+        self.evaluations += 1  # one call, but two passes of each image
+        cond, uncond = both.chunk(2)
+        return guide(cond, uncond, x_t.shape[1], scale, self.guidance_rescale)
 
-
-def threshold(x_0: Tensor, percentile: float) -> Tensor:
-    """x_0 clipped to [-1, 1]; where that percentile of an image's |x_0| is above 1, clipped there and scaled back
-    (Saharia et al. 2022, section 2.3, "dynamic thresholding"). The scaling would grey a final image.
-    """
-    if percentile == 0:
-        return x_0.clamp(-1, 1)
-    largest = torch.quantile(x_0.abs().flatten(1), percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
-    return x_0.clamp(-largest, largest) / largest
-
-
-def guide(cond: Tensor, uncond: Tensor, channels: int, scale: float, rescale: float) -> Tensor:
-    """uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6), then part of the way back to the standard
-    deviation of cond (Lin et al. 2024, eq. 15-16). The channels of a learned variance stay those of cond.
-    """
-    mean, other = cond[:, :channels], uncond[:, :channels]
-    guided = other + scale * (mean - other)
-    if rescale > 0:
-        std, guided_std = (x.std(dim=(1, 2, 3), correction=0, keepdim=True) for x in (mean, guided))
-        guided = guided * (rescale * std / guided_std.clamp(min=1e-12) + (1 - rescale))
-    return torch.cat([guided, cond[:, channels:]], dim=1)
+    def _evaluate(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        self.evaluations += 1
+        output: Tensor = self.network(x_t, t, y)
+        return output.float()

@@ -24,9 +24,7 @@ def sample(
     shape = (facts.channels, facts.image_size, facts.image_size)
     options: dict[str, Any] = {**sampler.params}
     num_steps = options.pop("num_steps") or schedule.num_timesteps
-    spacing = options.pop("spacing")
-    options.pop("rho")
-    levels = sample_levels(schedule, num_steps, spacing)
+    levels = sample_levels(schedule, num_steps, options.pop("spacing"), options.pop("rho"))
     denoiser = Denoiser(
         network, schedule, prediction, clip=options.pop("clip"), dynamic_percentile=options.pop("dynamic_percentile")
     )

@@ -35,7 +35,8 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The table of a schedule: alpha and sigma, both (T,) float64 on the CPU, from almost clean to pure noise.
+    """The table of a schedule: alpha and sigma, both (T,) float64 on the CPU, from almost clean to pure
+    noise.
 
     Between the integers, times are interpolated in the angle phi = atan2(sigma, alpha) and the length
     hypot(alpha, sigma) (which is 1 for variance-preserving schedules). Unlike lambda the angle is finite at
@@ -103,8 +104,8 @@ def is_noise(level: Level) -> bool:
 def from_betas(beta: Tensor, zero_terminal_snr: bool = False) -> NoiseSchedule:
     """Variance-preserving: alpha_bar_t = prod (1 - beta_s), alpha = sqrt(alpha_bar) (Ho et al. 2020, eq. 4).
 
-    `zero_terminal_snr` shifts and scales alpha so that the last is 0 and the first stays (Lin et al. 2024,
-    algorithm 1). With logarithms and 1 - alpha, so that sigma^2 = 1 - alpha^2 keeps all its digits near t = 0.
+    `zero_terminal_snr` shifts and scales alpha so that the last is 0 and the first stays (Lin et al. 2023,
+    algorithm 1). By way of log alpha and 1 - alpha, so that sigma keeps all its digits near t = 0.
     """
     log_alpha = 0.5 * torch.log1p(-beta.double()).cumsum(0)
     alpha, lost = log_alpha.exp(), -torch.expm1(log_alpha)
@@ -126,7 +127,7 @@ def from_alpha_bar(alpha_bar: Tensor, zero_terminal_snr: bool) -> NoiseSchedule:
 def linear(
     num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
 ) -> NoiseSchedule:
-    """Betas rise linearly (Ho et al. 2020, section 4). Defined for T = 1000; for any other scaled by 1000 / T."""
+    """Betas rise linearly (Ho et al. 2020, section 4). Defined for T = 1000, else scaled by 1000 / T."""
     within("num_timesteps", num_timesteps, 1, math.inf)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"beta_start = {beta_start}, beta_end = {beta_end}: need 0 < start <= end < 1")
@@ -149,7 +150,7 @@ def sigmoid(
     tau: float = 1.0,
     zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """alpha_bar(t) = (S(end) - S(x)) / (S(end) - S(start)), x = start + t (end - start), S = sigmoid(x / tau).
+    """alpha_bar(t) = (S(end) - S(x)) / (S(end) - S(start)), S = sigmoid(. / tau), x from start to end.
 
     Jabri et al. 2022 (*Scalable Adaptive Computation for Iterative Generation*); written out in Chen 2023
     (*On the Importance of Noise Scheduling*), algorithm 1. Betas are clipped as for the cosine.
@@ -163,7 +164,7 @@ def sigmoid(
 
 def straight(num_timesteps: int) -> NoiseSchedule:
     """alpha = 1 - t, sigma = t at the middles of T equal slices of [0, 1]: the straight line from image to
-    noise of flow matching (Lipman et al. 2023, section 4.1) and rectified flow (Liu et al. 2023, section 2.1).
+    noise of flow matching (Lipman et al. 2023, section 4.1) and rectified flow (Liu et al. 2023).
     """
     within("num_timesteps", num_timesteps, 1, math.inf)
     t = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps

@@ -27,6 +27,7 @@ from ddpm.errors import UserError
 from ddpm.randomness import normal, uniform
 from ddpm.sampling import last, sample
 from ddpm.schedules import NoiseSchedule
+from ddpm.timesteps import TIMESTEPS, empty_history, updated_history
 from ddpm.validation import Figures, Validation
 
 PREVIEWS = 36
@@ -55,6 +56,7 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     max_steps: int
+    history: Tensor  # of losses by t, for loss-aware timesteps
     step: int = 0
 
 
@@ -77,7 +79,7 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     max_steps = config.trainer.max_steps
     if config.trainer.max_epochs is not None:
         max_steps = math.ceil(config.trainer.max_epochs * len(data.train.images) / config.trainer.batch_size)
-    return Run(config, data.facts, schedule, objective, network, ema, optimizer, scaler, device, max_steps)
+    return Run(config, data.facts, schedule, objective, network, ema, optimizer, scaler, device, max_steps, empty_history(schedule.num_timesteps, device))
 
 
 def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
@@ -86,6 +88,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     Raises UserError when loss or gradients stop being finite; no such number ever reaches the weights.
     """
     config, trainer = run.config, run.config.trainer
+    run_dir.mkdir(parents=True, exist_ok=True)
     batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
     validation = Validation(data.val, run.schedule, run.objective, run.device)
     metrics = _open_metrics(run_dir / "metrics.jsonl", run.step)
@@ -147,15 +150,17 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
         group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
     run.optimizer.zero_grad(set_to_none=True)
 
-    total = torch.zeros((), device=run.device)
-    index = torch.arange(len(x_0), device=run.device)
-    for part in index.chunk(trainer.accumulate):
-        t, eps, labels = _draw(run, x_0, y, part)
+    parts = []
+    for index in torch.arange(len(x_0), device=run.device).chunk(trainer.accumulate):
+        t, weight, eps, labels = _draw(run, x_0, y, index)
         with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
-            loss = losses(run.network, run.objective, _layout(x_0[part], trainer.channels_last), t, eps, labels)
-        loss = loss.sum() / len(x_0)
-        run.scaler.scale(loss).backward()
-        total += loss.detach()
+            loss = losses(run.network, run.objective, _layout(x_0[index], trainer.channels_last), t, eps, labels)
+        run.scaler.scale((weight * loss).sum() / len(x_0)).backward()
+        parts.append((t, loss.detach(), weight))
+    t, loss, weight = (torch.cat(values) for values in zip(*parts, strict=True))
+    total = (weight * loss).mean()
+    if config.objective.timesteps == "loss_aware":
+        run.history = updated_history(run.history, t, loss)
 
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(parameters, trainer.grad_clip, foreach=True)
@@ -171,15 +176,24 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
     return total, grad_norm
 
 
-def _draw(run: Run, x_0: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Times, noise and labels of the images `index` of this step's batch."""
+def _draw(run: Run, x_0: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Times and their weights, noise and labels of the images `index` of this step's batch."""
     seed, o = run.config.seed, run.config.objective
-    t = (uniform(seed, "t", run.step, index) * run.schedule.num_timesteps).long()
+    t, weight = TIMESTEPS[o.timesteps](
+        seed,
+        run.step,
+        index,
+        len(x_0),
+        run.schedule.num_timesteps,
+        logit_normal_mean=o.logit_normal_mean,
+        logit_normal_std=o.logit_normal_std,
+        history=run.history,
+    )
     eps = normal(seed, "eps", run.step, index, tuple(x_0.shape[1:]))
     if y is None or not run.config.model.params["conditional"]:
-        return t, eps, None
+        return t, weight, eps, None
     dropped = uniform(seed, "label_dropout", run.step, index) < o.label_dropout
-    return t, eps, torch.where(dropped, run.facts.num_classes, y[index])
+    return t, weight, eps, torch.where(dropped, run.facts.num_classes, y[index])
 
 
 def _layout(x: Tensor, channels_last: bool) -> Tensor:
@@ -222,6 +236,8 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     for parameter, state in run.optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
     tensors |= {f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in run.scaler.state_dict().items()}
+    if run.config.objective.timesteps == "loss_aware":
+        tensors["timesteps.history"] = run.history
     figures = {key: float(value) for key, value in record.items() if key != "step"}
     config = to_dict(run.config)
     facts = {**vars(run.facts), "class_names": list(run.facts.class_names)}
@@ -235,11 +251,14 @@ def restore(run: Run, tensors: Mapping[str, Tensor], step: int) -> None:
     optimizer = checkpoint.part(tensors, "optimizer")
     for name, parameter in run.network.named_parameters():
         state = checkpoint.part(optimizer, name)
-        run.optimizer.state[parameter] = {
-            key: value.to(parameter.device if parameter.dim() == value.dim() or key == "step" else "cpu") for key, value in state.items()
+        run.optimizer.state[parameter] = {  # in the parameter's own memory layout, which the fused kernel takes for granted
+            key: torch.empty_like(parameter).copy_(value) if key != "step" else value.to(parameter.device)
+            for key, value in state.items()
         }
     if scaler := checkpoint.part(tensors, "scaler"):
         run.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
+    if history := checkpoint.part(tensors, "timesteps"):
+        run.history = history["history"].to(run.device)
     run.step = step
 
 

@@ -90,7 +90,9 @@ def typed_value(overrides: list[str], key: str) -> str | None:
     if not values:
         return None
     value = values[-1]
-    return re.sub(r"\\(['\\])", r"\1", value[1:-1]) if value[:1] in ("'", '"') and len(value) > 1 else value
+    if len(value) < 2 or value[0] not in "'\"":
+        return value
+    return re.sub(r"(\\+)('|$)", lambda match: match[1][: len(match[1]) // 2] + match[2], value[1:-1])
 
 
 def as_overrides(config: dict[str, Any]) -> list[str]:
@@ -112,7 +114,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         if "${" in value:
             raise UserError(f"'{value}': a stored config holds plain values only")
-        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+        return _quoted(value)
     if isinstance(value, list):
         return "[" + ",".join(_literal(item) for item in value) + "]"
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
@@ -195,7 +197,12 @@ def _quote_path(override: str, always: bool = False) -> str:
     bare = key.lstrip("+")
     if not (always or bare in PATH_KEYS) or not equals or value in ("null", "") or value[0] in "'\"":
         return override
-    return f"{key}='" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    """In quotes; only backslashes in front of a quote mean anything to Hydra."""
+    return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'") + "'"
 
 
 def _missing_choice(error: Any) -> str:
@@ -219,6 +226,8 @@ def _one_line(error: Exception, program: str) -> str:
             return f"unknown key '{key}'{nearest(key, known) or '; --help lists them'}"
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"'+{match[1]}=': this key is there already, write {match[1]}=…"
+    if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
+        return f"several values for {match[1]}: add -m to run a job for each, or write [a,b] for a list"
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -26,6 +26,8 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
     ckpt = hydra_app.typed_value(overrides, "ckpt")
     if ckpt is None or hydra_app.typed_value(overrides, "sampler") is not None:
         return []
+    others = [override for override in overrides if not override.lstrip("+~").startswith("sampler")]
+    check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
     meta, _ = checkpoint.read_meta(checkpoint.find(ckpt))
     return hydra_app.as_overrides({"sampler": check(TrainConfig, meta.config).sampler.to_dict()})
 

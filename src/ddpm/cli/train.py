@@ -22,7 +22,7 @@ MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a 
 
 
 def main() -> None:
-    hydra_app.run("train", TrainConfig, train, sweep_task=_sweep_job, defaults=_resumed_settings)
+    hydra_app.run("train", TrainConfig, train, sweep_task=_sweep_job, defaults=_before_typed)
 
 
 def train(config: TrainConfig) -> float:
@@ -60,10 +60,13 @@ def _sweep_job(raw: Any) -> float:
         raise RuntimeError(str(error)) from None  # SystemExit would end the other jobs, too
 
 
-def _resumed_settings(overrides: list[str]) -> list[str]:
+def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
     from ddpm import checkpoint
 
+    typed_lengths = [hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
+    if None not in typed_lengths and "null" not in typed_lengths:
+        raise UserError("trainer.max_epochs and trainer.max_steps both say how long to train: give one of them")
     typed = hydra_app.typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []

@@ -1,11 +1,12 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), of the same topology as diffusers' `UNet2DModel`.
 
-Levels go from full resolution (0) downwards, each half the size of the one before. A level has residual blocks with
-time embedding, and self-attention where asked for; skip connections join the two sides.
+Levels go from full resolution (0) downwards, each half the size of the one before. A level has residual
+blocks with time embedding, and self-attention where asked for; skip connections join the two sides.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 class UNet(nn.Module):
     """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
 
-    Times are indices 0 … T-1 and may be fractional. `num_classes` = 0 makes it unconditional; else labels run from 0 to
-    num_classes, the last one (and None) meaning "no label" (Ho & Salimans 2022).
+    Times are indices 0 … T-1 and may be fractional. `num_classes` = 0 makes it unconditional; else labels
+    run from 0 to num_classes, the last one (and None) meaning "no label" (Ho & Salimans 2022).
 
-    channels: width of each level; num_blocks: residual blocks a level; attention: levels with self-attention;
-    head_dim: channels of an attention head; norm_groups: groups of each GroupNorm; dropout: in the residual blocks.
-    Raises ValueError for sizes that do not fit together.
+    channels: width of each level; num_blocks: residual blocks a level; attention: levels with self-attention
+    (the middle always has it); head_dim: channels of an attention head; norm_groups: groups of each
+    GroupNorm; dropout: in the residual blocks. Fastest in channels_last, where attention copies nothing.
+    Raises ValueError for sizes that do not fit together, and for labels given to an unconditional network.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class UNet(nn.Module):
             downsample = nn.Conv2d(out, out, 3, stride=2, padding=1) if level < last else None
             if downsample:
                 skips.append(out)
-            self.down.append(nn.ModuleDict({"blocks": blocks} | ({"resize": downsample} if downsample else {})))
+            self.down.append(_level(blocks, downsample))
 
-        self.middle = nn.ModuleList([block(width, width), Attention(width, head_dim, norm_groups), block(width, width)])
+        self.middle = nn.ModuleList(
+            [block(width, width), Attention(width, head_dim, norm_groups), block(width, width)]
+        )
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(channels))):
@@ -73,17 +77,17 @@ class UNet(nn.Module):
                 blocks.append(nn.ModuleList([block(width + skips.pop(), out), maybe_attention(level)]))
                 width = out
             upsample = nn.Conv2d(out, out, 3, padding=1) if level else None
-            self.up.append(nn.ModuleDict({"blocks": blocks} | ({"resize": upsample} if upsample else {})))
+            self.up.append(_level(blocks, upsample))
 
         self.norm_out = nn.GroupNorm(norm_groups, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # starts by predicting 0, as in Ho et al.'s code
-        nn.init.zeros_(self.conv_out.bias)
+        _zero(self.conv_out)  # the network starts by predicting 0
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = F.silu(self._embed(t, y))
         x = self.conv_in(x)
         skips = [x]
+        level: Any  # a ModuleDict, which a ModuleList does not say
         for level in self.down:
             for block, attention in level["blocks"]:
                 skips.append(x := attention(block(x, emb)))
@@ -96,23 +100,27 @@ class UNet(nn.Module):
                 x = attention(block(torch.cat([x, skips.pop()], dim=1), emb))
             if "resize" in level:
                 x = level["resize"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(_normed(self.norm_out, x)))
+        return x
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
-        emb = self.time(sinusoids(t, self.frequencies))
+        emb: Tensor = self.time(sinusoids(t, self.frequencies).to(self.conv_in.weight.dtype))
         if self.label is None:
             if y is not None:
                 raise ValueError("labels given to an unconditional network")
             return emb
         if y is None:
             y = torch.full((len(t),), self.num_classes, device=t.device)
-        return emb + self.label(y)
+        emb = emb + self.label(y)
+        return emb
 
 
 class ResBlock(nn.Module):
     """(N, in, H, W), embedding (N, E) → (N, out, H, W)."""
 
-    def __init__(self, width_in: int, width_out: int, time_dim: int, norm_groups: int, dropout: float) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, time_dim: int, norm_groups: int, dropout: float
+    ) -> None:
         super().__init__()
         self.norm_1 = nn.GroupNorm(norm_groups, width_in)
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
@@ -120,13 +128,15 @@ class ResBlock(nn.Module):
         self.norm_2 = nn.GroupNorm(norm_groups, width_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        _zero(self.conv_2)
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h: Tensor = self.conv_1(F.silu(_normed(self.norm_1, x)))
         h = h + self.time(emb)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        return self.shortcut(x) + h
+        h = self.conv_2(self.dropout(F.silu(_normed(self.norm_2, h))))
+        x = self.shortcut(x)
+        return x + h
 
 
 class Attention(nn.Module):
@@ -138,18 +148,45 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(norm_groups, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        _zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view where x is channels_last
-        q, k, v = self.qkv(tokens).view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
-        return x + self.out(mixed).view(n, h, w, c).permute(0, 3, 1, 2)
+        tokens = _normed(self.norm, x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view in channels_last
+        qkv = self.qkv(tokens)
+        if x.device.type == "cpu":  # bf16 attention's backward takes up to 12 times as long there
+            qkv = qkv.to(self.qkv.weight.dtype)
+        q, k, v = qkv.view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        with torch.autocast("cpu", enabled=False):  # else it casts back; touches no other device's autocast
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        mixed = self.out(mixed)
+        return x + mixed.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _zero(layer: nn.Conv2d | nn.Linear) -> None:
+    """The last layer of a residual branch starts at zero, so that the block starts as its shortcut: as in the
+    code of Ho et al. (2020) and of Dhariwal & Nichol (2021).
+    """
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _level(blocks: nn.ModuleList, resize: nn.Module | None) -> nn.ModuleDict:
+    return nn.ModuleDict({"blocks": blocks} if resize is None else {"blocks": blocks, "resize": resize})
+
+
+def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """GroupNorm in the precision of its weights: float32 under autocast, as CUDA's autocast has it by itself.
+    On a CPU this is faster too: its bf16 kernel for channels_last takes about twice as long.
+    """
+    normed: Tensor = norm(x.to(norm.weight.dtype))
+    return normed.to(x.dtype)
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """(N,) → (N, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to 1/10000 (Vaswani et al. 2017,
-    section 3.5). Float32 whatever autocast says: bf16 holds only about half of 1,000 different times.
+    """(N,) → (N, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to almost 1/10000
+    (Vaswani et al. 2017, section 3.5). Float32 whatever autocast says: bf16 holds only about half of 1,000
+    different times.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
@@ -157,21 +194,34 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def _check(image_size: int, channels: Sequence[int], num_blocks: int, attention: Sequence[int], head_dim: int, norm_groups: int) -> None:
+def _check(
+    image_size: int,
+    channels: Sequence[int],
+    num_blocks: int,
+    attention: Sequence[int],
+    head_dim: int,
+    norm_groups: int,
+) -> None:
     if not channels or num_blocks < 1:
-        raise ValueError(f"channels={list(channels)}, num_blocks={num_blocks}: needs at least one level and one block")
+        raise ValueError(
+            f"channels={list(channels)}, num_blocks={num_blocks}: needs at least one level and one block"
+        )
     factor = 2 ** (len(channels) - 1)
     if image_size % factor:
         low = image_size // factor * factor
         fit = (image_size & -image_size).bit_length()
         sizes = " and ".join(str(size) for size in (low, low + factor) if size)
         raise ValueError(
-            f"channels={list(channels)}: {len(channels)} levels need an image_size that {factor} divides, and {image_size} "
-            f"is not; nearest sizes are {sizes}, and {image_size} fits at most {fit} levels"
+            f"channels={list(channels)}: {len(channels)} levels need an image_size that {factor} divides, "
+            f"{image_size} is not one; the nearest are {sizes}, and {image_size} fits at most {fit} "
+            f"level{'s' if fit > 1 else ''}"
         )
     for width in channels:
         if width % norm_groups or width % head_dim or width % 2:
-            raise ValueError(f"channels={list(channels)}: {width} must be even and divisible by norm_groups={norm_groups} and head_dim={head_dim}")
+            raise ValueError(
+                f"channels={list(channels)}: {width} must be even and divisible by "
+                f"norm_groups={norm_groups} and head_dim={head_dim}"
+            )
     for level in attention:
         if not 0 <= level < len(channels):
             raise ValueError(f"attention={list(attention)}: levels run from 0 to {len(channels) - 1}")

@@ -1,0 +1,30 @@
+"""What is installed: the wheel carries its configs and finds them from anywhere."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_wheel_carries_configs_and_finds_them(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name.removeprefix("ddpm/") for name in archive.namelist() if name.startswith("ddpm/configs/")}
+        archive.extractall(tmp_path / "site")
+    assert packed == {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
+    assert (tmp_path / "site" / "ddpm" / "py.typed").exists()
+    code = "import sys; sys.argv[1:] = ['--cfg', 'job', 'dataset=mnist']; from ddpm.cli.train import main; import ddpm; main(); print(ddpm.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "channels:" in result.stdout and str(tmp_path / "site") in result.stdout
+
+
+def test_readme_names_the_commands_ci_runs() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "\npip install -e . && ddpm-train && ddpm-sample ckpt=latest n=64\n" in readme
+    assert '\npip install -e ".[test]" && pytest\n' in readme
