@@ -13,15 +13,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def run_script(program: str, *arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_script(
+    program: str, *arguments: str, cwd: Path, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """`ddpm-<program> arguments…` as the installed console script runs it."""
     script = Path(sys.executable).with_name(f"ddpm-{program}")
     return subprocess.run(
-        [str(script), *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+        [str(script), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
     """Console scripts that run in an empty folder."""
-    return lambda program, *arguments, **environment: run_script(program, *arguments, cwd=tmp_path, **environment)
+    return lambda program, *arguments, **environment: run_script(
+        program, *arguments, cwd=tmp_path, **environment
+    )

@@ -8,11 +8,13 @@ import ddpm
 PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
-    {"errors", "checks"},
+    {"errors", "checks", "limits"},
     {"config", "randomness", "schedules"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
-    {"plots", "validation", "build", "sampling"},
+    {"plots", "validation", "build"},
+    {"sampling", "tasks"},
+    {"runs"},
     {"training"},
     {"cli"},
 ]
@@ -57,11 +59,15 @@ def test_only_config_and_cli_know_hydra_and_only_cli_prints_or_exits() -> None:
         tops = {name.split(".")[0] for name in imports(file)}
         assert "hydra" not in tops, file
         assert "omegaconf" not in tops or file.name == "config.py", file
-        calls = {n.func.id for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        calls = {
+            n.func.id
+            for n in ast.walk(ast.parse(file.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not calls & {"print", "exit", "exec", "eval"}, file
         assert not tops & {"pickle", "importlib", "subprocess"}, file
 
 
 def test_files_stay_readable() -> None:
     for file in modules():
-        assert len(file.read_text().splitlines()) <= 350, file
+        assert len(file.read_text().splitlines()) <= 300, file

@@ -13,8 +13,11 @@ from ddpm.errors import CheckpointError
 
 META = Meta({"a": 1}, {"name": "digits"}, 7, {"val_loss": 0.5}, {"ddpm": "0"}, "")
 TENSORS = {
-    "model.w": torch.randn(3, 4), "model.scalar": torch.tensor(2.0), "ema.b": torch.arange(5, dtype=torch.int64),
-    "model.half": torch.randn(2).bfloat16(), "model.cl": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "model.w": torch.randn(3, 4),
+    "model.scalar": torch.tensor(2.0),
+    "ema.b": torch.arange(5, dtype=torch.int64),
+    "model.half": torch.randn(2).bfloat16(),
+    "model.cl": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
 }
 
 
@@ -52,7 +55,17 @@ def test_truncated_files_are_found(file: Path) -> None:
             checkpoint.load(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}", (2**40).to_bytes(8, "little") + b"{}", b"PK\x03\x04" * 20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"\xff" * 100,
+        b"\x02\0\0\0\0\0\0\0{}",
+        (2**40).to_bytes(8, "little") + b"{}",
+        b"PK\x03\x04" * 20,
+    ],
+)
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="no checkpoint"):
@@ -69,7 +82,9 @@ def test_another_format_version_is_refused_by_name(file: Path) -> None:
 
 def test_nan_is_not_written_as_a_figure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        checkpoint.save(tmp_path / "x", TENSORS, dataclasses.replace(META, figures={"val_loss": float("nan")}))
+        checkpoint.save(
+            tmp_path / "x", TENSORS, dataclasses.replace(META, figures={"val_loss": float("nan")})
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,6 +103,10 @@ def test_find(file: Path, tmp_path: Path) -> None:
     assert checkpoint.find(str(run)) == checkpoint.find("latest", tmp_path / "outputs") == newest
     assert checkpoint.find(str(file)) == file
     (tmp_path / "old.pt").write_bytes(b"")
-    for spec, message in (("nowhere", "does not exist"), (str(tmp_path), "holds no checkpoint"), (str(tmp_path / "old.pt"), "can run code")):
+    for spec, message in (
+        ("nowhere", "does not exist"),
+        (str(tmp_path), "holds no checkpoint"),
+        (str(tmp_path / "old.pt"), "can run code"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.find(spec)

@@ -49,8 +49,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("program", "arguments", "expected"), WRONG, ids=[" ".join([p, *a]) for p, a, _ in WRONG])
-def test_mistake_is_one_line(command: Command, tmp_path: Path, program: str, arguments: list[str], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "arguments", "expected"), WRONG, ids=[" ".join([p, *a]) for p, a, _ in WRONG]
+)
+def test_mistake_is_one_line(
+    command: Command, tmp_path: Path, program: str, arguments: list[str], expected: str
+) -> None:
     result = command(program, *arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stdout == ""
@@ -62,7 +66,9 @@ def test_mistake_is_one_line(command: Command, tmp_path: Path, program: str, arg
 def test_absent_dataset_without_network(command: Command, tmp_path: Path) -> None:
     """A proxy that refuses connections stands for a machine without network."""
     dead = "http://127.0.0.1:9"
-    result = command("train", "dataset=mnist", "data_root=nowhere", https_proxy=dead, http_proxy=dead, no_proxy="")
+    result = command(
+        "train", "dataset=mnist", "data_root=nowhere", https_proxy=dead, http_proxy=dead, no_proxy=""
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     for words in ("nowhere/MNIST/raw", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "dataset=digits"):
         assert words in result.stderr
@@ -82,7 +88,16 @@ def test_help_names_every_choice(command: Command) -> None:
     from ddpm.config import CONFIG_DIR
 
     text = command("train", "--help").stdout
-    for group in ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"):
+    for group in (
+        "dataset",
+        "model",
+        "schedule",
+        "objective",
+        "optimizer",
+        "sampler",
+        "trainer",
+        "experiment",
+    ):
         for file in (CONFIG_DIR / group).glob("*.yaml"):
             lines = [line for line in text.splitlines() if line.strip().startswith(file.stem + " ")]
             assert lines and all(len(line.split(maxsplit=1)) == 2 for line in lines), file

@@ -9,7 +9,13 @@ from PIL import Image
 
 from tests.conftest import run_script
 
-QUICK = ["model.channels=[16,32]", "trainer.batch_size=32", "trainer.log_every=4", "trainer.validate_every=8", "trainer.checkpoint_every=8"]
+QUICK = [
+    "model.channels=[16,32]",
+    "trainer.batch_size=32",
+    "trainer.log_every=4",
+    "trainer.validate_every=8",
+    "trainer.checkpoint_every=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +37,17 @@ def home(run: Path) -> Path:
 def test_run_folder_holds_what_is_promised(run: Path) -> None:
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "train.log", "result.json", "loss.png", "forward.png", "schedule.png",
-        "samples/step_0000016.png", "checkpoints/best.safetensors",
-        "checkpoints/step_0000008.safetensors", "checkpoints/step_0000016.safetensors",
+        "config.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "result.json",
+        "loss.png",
+        "forward.png",
+        "schedule.png",
+        "samples/step_0000016.png",
+        "checkpoints/best.safetensors",
+        "checkpoints/step_0000008.safetensors",
+        "checkpoints/step_0000016.safetensors",
     }
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [4, 8, 12, 16]
@@ -42,10 +56,26 @@ def test_run_folder_holds_what_is_promised(run: Path) -> None:
 
 
 def test_sample_writes_what_is_asked(run: Path) -> None:
-    result = run_script("sample", "ckpt=latest", "n=5", "batch_size=2", "sampler.num_steps=4", "save=[grid,images,npz,trajectory]", "out=drawn", cwd=home(run))
+    result = run_script(
+        "sample",
+        "ckpt=latest",
+        "n=5",
+        "batch_size=2",
+        "sampler.num_steps=4",
+        "save=[grid,images,npz,trajectory]",
+        "out=drawn",
+        cwd=home(run),
+    )
     assert result.returncode == 0, result.stderr
     drawn = home(run) / "drawn"
-    assert [Path(line).name for line in result.stdout.split()] == ["grid.png", "images", "samples.npz", "trajectory.gif", "trajectory.png", "sample.json"]
+    assert [Path(line).name for line in result.stdout.split()] == [
+        "grid.png",
+        "images",
+        "samples.npz",
+        "trajectory.gif",
+        "trajectory.png",
+        "sample.json",
+    ]
     images = np.load(drawn / "samples.npz", allow_pickle=False)["images"]
     assert images.shape == (5, 8, 8) and images.dtype == np.uint8 and images.std() > 0
     for i in range(5):
@@ -55,7 +85,10 @@ def test_sample_writes_what_is_asked(run: Path) -> None:
 
 
 def test_sample_takes_files_folders_and_other_samplers(run: Path) -> None:
-    for arguments in (["ckpt=" + str(run)], ["ckpt=" + str(run / "checkpoints" / "best.safetensors"), "sampler=ddpm", "ema=false"]):
+    for arguments in (
+        ["ckpt=" + str(run)],
+        ["ckpt=" + str(run / "checkpoints" / "best.safetensors"), "sampler=ddpm", "ema=false"],
+    ):
         result = run_script("sample", *arguments, "n=2", "sampler.num_steps=3", cwd=home(run))
         assert result.returncode == 0, result.stderr
         assert (home(run) / result.stdout.splitlines()[0]).name == "grid.png"
@@ -64,19 +97,33 @@ def test_sample_takes_files_folders_and_other_samplers(run: Path) -> None:
 
 def test_sample_refuses_more_steps_than_there_are(run: Path) -> None:
     result = run_script("sample", "ckpt=latest", "sampler.num_steps=1001", cwd=home(run))
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "num_steps" in result.stderr and "1000" in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "num_steps" in result.stderr
+        and "1000" in result.stderr
+    )
 
 
 def test_info_reads_the_header_alone(run: Path) -> None:
     result = run_script("info", f"ckpt={run}", cwd=home(run), PYTHONPROFILEIMPORTTIME="1")
     assert "| torch\n" not in result.stderr
-    for words in ("digits, 8×8×1, 10 classes", "linear", "predicts eps", "16 of 16 steps", "val_eps_mse", "torch 2."):
+    for words in (
+        "digits, 8×8×1, 10 classes",
+        "linear",
+        "predicts eps",
+        "16 of 16 steps",
+        "val_eps_mse",
+        "torch 2.",
+    ):
         assert words in result.stdout
 
 
 def test_resume_goes_on_and_refuses_another_network(run: Path) -> None:
     here = home(run)
-    other = run_script("train", f"trainer.resume={run}", "model.channels=[16,64]", "trainer.max_steps=20", cwd=here)
+    other = run_script(
+        "train", f"trainer.resume={run}", "model.channels=[16,64]", "trainer.max_steps=20", cwd=here
+    )
     assert other.returncode == 2 and "model.channels was [16, 32], is [16, 64]" in other.stderr
     done = run_script("train", f"trainer.resume={run}", cwd=here)
     assert done.returncode == 2 and "give trainer.max_steps a larger number" in done.stderr
@@ -95,7 +142,14 @@ def test_a_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
 
 
 def test_multirun_makes_a_folder_a_job_and_a_table(tmp_path: Path) -> None:
-    result = run_script("train", "-m", "schedule=linear,cosine", *[o.replace(",", r"\,") if "channels" not in o else o for o in QUICK], "trainer.max_steps=4", cwd=tmp_path)
+    result = run_script(
+        "train",
+        "-m",
+        "schedule=linear,cosine",
+        *[o.replace(",", r"\,") if "channels" not in o else o for o in QUICK],
+        "trainer.max_steps=4",
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     (sweep,) = (tmp_path / "outputs" / "multirun").glob("*/*")
     assert len(list(sweep.glob("*/checkpoints/step_0000004.safetensors"))) == 2
@@ -104,6 +158,13 @@ def test_multirun_makes_a_folder_a_job_and_a_table(tmp_path: Path) -> None:
 
 
 def test_multirun_with_a_failing_job_runs_the_others_and_fails(tmp_path: Path) -> None:
-    result = run_script("train", "-m", "model.channels=[16\\,32],[12\\,32]", "trainer.max_steps=4", "trainer.batch_size=8", cwd=tmp_path)
+    result = run_script(
+        "train",
+        "-m",
+        "model.channels=[16\\,32],[12\\,32]",
+        "trainer.max_steps=4",
+        "trainer.batch_size=8",
+        cwd=tmp_path,
+    )
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert "failed" in result.stdout and len(list(tmp_path.glob("outputs/multirun/*/*/*/result.json"))) == 1

@@ -9,16 +9,30 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_wheel_carries_configs_and_finds_them(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name.removeprefix("ddpm/") for name in archive.namelist() if name.startswith("ddpm/configs/")}
+        packed = {
+            name.removeprefix("ddpm/") for name in archive.namelist() if name.startswith("ddpm/configs/")
+        }
         archive.extractall(tmp_path / "site")
     assert packed == {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     assert (tmp_path / "site" / "ddpm" / "py.typed").exists()
-    code = "import sys; sys.argv[1:] = ['--cfg', 'job', 'dataset=mnist']; from ddpm.cli.train import main; import ddpm; main(); print(ddpm.__file__)"
+    code = (
+        "import sys; sys.argv[1:] = ['--cfg', 'job', 'dataset=mnist']\n"
+        "import ddpm; from ddpm.cli.train import main; main(); print(ddpm.__file__)"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert "channels:" in result.stdout and str(tmp_path / "site") in result.stdout

@@ -23,7 +23,12 @@ def test_normal_is_uncorrelated_across_pixels_images_steps_and_seeds() -> None:
     covariance = a.T @ a / len(a)
     assert (covariance - torch.eye(64)).abs().max() < 6 / math.sqrt(len(a))
     n = a.numel()
-    for other in (a.roll(1, 0), normal(0, "a", 1, index, (64,)), normal(1, "a", 0, index, (64,)), normal(0, "b", 0, index, (64,))):
+    for other in (
+        a.roll(1, 0),
+        normal(0, "a", 1, index, (64,)),
+        normal(1, "a", 0, index, (64,)),
+        normal(0, "b", 0, index, (64,)),
+    ):
         assert abs((a * other.double()).mean()) < 5 / math.sqrt(n)
 
 
@@ -35,7 +40,7 @@ def test_image_depends_on_its_index_alone() -> None:
 
 def test_uniform_is_flat_and_half_open() -> None:
     u = uniform(0, "u", 0, torch.arange(100_000))
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u, 50, 0, 1)
     assert ((counts - 2000) ** 2 / 2000).sum() < 95  # chi-square, 49 degrees of freedom: p < 1e-4
 
@@ -51,6 +56,8 @@ def test_splitmix_reference() -> None:
 def test_permutation_and_key() -> None:
     p = permutation(0, "order", 0, 1000)
     assert torch.equal(p.sort().values, torch.arange(1000))
-    assert torch.equal(p, permutation(0, "order", 0, 1000)) and not torch.equal(p, permutation(0, "order", 1, 1000))
+    assert torch.equal(p, permutation(0, "order", 0, 1000)) and not torch.equal(
+        p, permutation(0, "order", 1, 1000)
+    )
     keys = {key(seed, stream, step) for seed in range(20) for stream in "ab" for step in range(20)}
     assert len(keys) == 800

@@ -15,21 +15,35 @@ from ddpm.config import TrainConfig, check
 from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.errors import UserError
-from ddpm.training import Run, fit, learning_rate, prepare, restore, train_step
+from ddpm.runs import Run, prepare, restore
+from ddpm.training import fit, learning_rate, train_step
 
 CPU = torch.device("cpu")
 FACTS = Facts("tiny", 1, 8, 3, ("a", "b", "c"), 256)
 
 
 def tiny_data(n: int = 50) -> Dataset:
-    images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     split = Split(images, torch.arange(n) % 3)
-    return Dataset(FACTS, split, Split(images[:10], split.labels[:10] if split.labels is not None else None), split)
+    return Dataset(
+        FACTS, split, Split(images[:10], split.labels[:10] if split.labels is not None else None), split
+    )
 
 
 def config(*overrides: str) -> TrainConfig:
-    small = ["model.channels=[8,16]", "model.head_dim=8", "trainer.batch_size=12", "trainer.max_steps=6", "trainer.log_every=1",
-             "trainer.validate_every=3", "trainer.sample_every=0", "trainer.checkpoint_every=3", "optimizer.warmup_steps=2"]
+    small = [
+        "model.channels=[8,16]",
+        "model.head_dim=8",
+        "trainer.batch_size=12",
+        "trainer.max_steps=6",
+        "trainer.log_every=1",
+        "trainer.validate_every=3",
+        "trainer.sample_every=0",
+        "trainer.checkpoint_every=3",
+        "optimizer.warmup_steps=2",
+    ]
     return check(TrainConfig, hydra_app.compose("train", [*small, *overrides]))  # type: ignore[no-any-return]
 
 
@@ -66,9 +80,13 @@ def test_one_step_equals_the_textbook(tmp_path: Path) -> None:
         x_0, y = batches.batch(step)
         t, weight, eps, labels = training._draw(run, x_0, y, torch.arange(12))
         assert labels is None and (weight == 1).all()
-        alpha, sigma = (table.float()[t].view(-1, 1, 1, 1) for table in (run.schedule.alpha, run.schedule.sigma))
+        alpha, sigma = (
+            table.float()[t].view(-1, 1, 1, 1) for table in (run.schedule.alpha, run.schedule.sigma)
+        )
         loss = (other(alpha * x_0 + sigma * eps, t) - eps).square().mean()
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 2) * 0.5 * (1 + math.cos(math.pi * step / 6))
+        optimizer.param_groups[0]["lr"] = (
+            1e-3 * min(1, (step + 1) / 2) * 0.5 * (1 + math.cos(math.pi * step / 6))
+        )
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
@@ -90,12 +108,25 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path) -> None:
 
 def test_previews_and_logging_change_nothing(tmp_path: Path) -> None:
     plain = train(tmp_path / "a")
-    busy = train(tmp_path / "b", "trainer.sample_every=1", "trainer.validate_every=1", "trainer.log_every=2", "trainer.checkpoint_every=1")
+    busy = train(
+        tmp_path / "b",
+        "trainer.sample_every=1",
+        "trainer.validate_every=1",
+        "trainer.log_every=2",
+        "trainer.checkpoint_every=1",
+    )
     assert torch.equal(weights(plain), weights(busy))
     assert len(list((tmp_path / "b" / "samples").glob("*.png"))) == 6
 
 
-@pytest.mark.parametrize("overrides", [[], ["objective.timesteps=loss_aware", "schedule.num_timesteps=20", "model.conditional=true"], ["trainer.accumulate=3"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["objective.timesteps=loss_aware", "schedule.num_timesteps=20", "model.conditional=true"],
+        ["trainer.accumulate=3"],
+    ],
+)
 def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str]) -> None:
     data = tiny_data()
     whole = train(tmp_path / "whole", *overrides)
@@ -109,9 +140,14 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str
     restore(resumed, tensors, meta.step)
     list(fit(resumed, data, tmp_path / "half"))
     assert torch.equal(weights(whole), weights(resumed))
-    a, b = (checkpoint.load(tmp_path / name / "checkpoints" / "step_0000006.safetensors") for name in ("whole", "half"))
+    a, b = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "step_0000006.safetensors")
+        for name in ("whole", "half")
+    )
     assert a[0].sha256 == b[0].sha256  # optimizer and loss history too
-    steps = [json.loads(line)["step"] for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -144,7 +180,9 @@ def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytes
         list(fit(run, data, tmp_path))
     network = sum(p.numel() for p in run.network.parameters())
     assert torch.equal(kept[2][:network], kept[3][:network])  # the bad update was skipped
-    assert weights(run).isfinite().all() and not (tmp_path / "checkpoints" / "step_0000004.safetensors").exists()
+    assert (
+        weights(run).isfinite().all() and not (tmp_path / "checkpoints" / "step_0000004.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -157,7 +195,10 @@ def test_low_precision_trains_close_to_float32(tmp_path: Path, precision: str) -
 def test_epochs_and_retention(tmp_path: Path) -> None:
     run = train(tmp_path, "trainer.max_epochs=2", "trainer.checkpoint_every=1", "trainer.keep=2")
     assert run.step == 9  # 2 x 50 images in batches of 12
-    assert [file.name for file in checkpoint.saved_steps(tmp_path)] == ["step_0000008.safetensors", "step_0000009.safetensors"]
+    assert [file.name for file in checkpoint.saved_steps(tmp_path)] == [
+        "step_0000008.safetensors",
+        "step_0000009.safetensors",
+    ]
     best, _ = checkpoint.read_meta(tmp_path / "checkpoints" / "best.safetensors")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert best.figures["val_eps_mse"] == min(r["val_eps_mse"] for r in records if "val_eps_mse" in r)
@@ -177,7 +218,9 @@ def test_batches_are_permutations_of_each_epoch() -> None:
 
 def test_learning_rate() -> None:
     cfg = config("optimizer.lr=1.0", "optimizer.warmup_steps=10").optimizer
-    assert learning_rate(cfg, 0, 1000) == pytest.approx(0.1, rel=1e-4) and learning_rate(cfg, 500, 1000) == pytest.approx(0.5)
+    assert learning_rate(cfg, 0, 1000) == pytest.approx(0.1, rel=1e-4) and learning_rate(
+        cfg, 500, 1000
+    ) == pytest.approx(0.5)
     assert learning_rate(cfg, 999, 1000) < 1e-5
     constant = config("optimizer.lr=1.0", "optimizer.decay=constant").optimizer
     assert learning_rate(constant, 999, 1000) == 1.0

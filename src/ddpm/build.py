@@ -75,11 +75,22 @@ def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.de
 
 
 def facts(stored: Mapping[str, Any]) -> Facts:
-    """The facts of the data a checkpoint was trained on. Raises CheckpointError where they are not what they should be."""
-    fields = {"name": str, "channels": int, "image_size": int, "num_classes": int, "class_names": list, "levels": int}
+    """The facts of the data a checkpoint was trained on. Raises CheckpointError where they cannot be."""
+    fields = {
+        "name": str,
+        "channels": int,
+        "image_size": int,
+        "num_classes": int,
+        "class_names": list,
+        "levels": int,
+    }
     if stored.keys() != fields.keys() or not all(type(stored[key]) is kind for key, kind in fields.items()):
         raise CheckpointError(f"the checkpoint's facts of its data are not complete: {dict(stored)}")
-    if not (1 <= stored["channels"] <= 16 and 1 <= stored["image_size"] <= 1024 and 0 <= stored["num_classes"] <= 10_000):
+    if not (
+        1 <= stored["channels"] <= 16
+        and 1 <= stored["image_size"] <= 1024
+        and 0 <= stored["num_classes"] <= 10_000
+    ):
         raise CheckpointError(f"the checkpoint's facts of its data are out of range: {dict(stored)}")
     return Facts(**{**stored, "class_names": tuple(map(str, stored["class_names"]))})
 
@@ -91,7 +102,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         has, needs = weights.get(name), wanted.get(name)
         if has is None or needs is None or has.shape != needs.shape:
             shapes = [tuple(tensor.shape) if tensor is not None else "nothing" for tensor in (has, needs)]
-            raise CheckpointError(f"the checkpoint does not fit its own config: '{name}' is {shapes[0]}, needs {shapes[1]}")
+            raise CheckpointError(
+                f"the checkpoint does not fit its own config: '{name}' is {shapes[0]}, needs {shapes[1]}"
+            )
     network.load_state_dict(weights)
 
 

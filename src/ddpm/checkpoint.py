@@ -74,7 +74,9 @@ def read_meta(path: Path) -> tuple[Meta, dict[str, dict[str, Any]]]:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= min(MAX_HEADER, max(path.stat().st_size - 8, 0)):
-                raise CheckpointError(f"{path} is no checkpoint: it is not a safetensors file, or it is cut off")
+                raise CheckpointError(
+                    f"{path} is no checkpoint: it is not a safetensors file, or it is cut off"
+                )
             header = json.loads(file.read(size))
             fields = json.loads(header.pop("__metadata__")["ddpm"])
     except OSError as error:
@@ -83,7 +85,9 @@ def read_meta(path: Path) -> tuple[Meta, dict[str, dict[str, Any]]]:
         raise CheckpointError(f"{path} is no checkpoint of ddpm: its header cannot be read") from None
     version = fields.pop("format_version", None) if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this ddpm reads version {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {version}; this ddpm reads version {FORMAT_VERSION}"
+        )
     kinds = {"config": dict, "facts": dict, "step": int, "figures": dict, "versions": dict, "sha256": str}
     if fields.keys() != kinds.keys() or not all(isinstance(fields[key], kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{path} is no checkpoint of ddpm: its metadata is not complete")
@@ -107,7 +111,11 @@ def load(path: Path) -> tuple[Meta, dict[str, "Tensor"]]:
 
 def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
     """The tensors called `prefix.…`, without the prefix."""
-    return {name.removeprefix(prefix + "."): tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+    return {
+        name.removeprefix(prefix + "."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + ".")
+    }
 
 
 def saved_steps(run: Path) -> list[Path]:
@@ -120,7 +128,9 @@ def find(spec: str, outputs: Path = Path("outputs")) -> Path:
     if spec == "latest":
         files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
         if not files:
-            raise CheckpointError(f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>")
+            raise CheckpointError(
+                f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
+            )
         return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
     path = Path(spec)
     if path.is_dir():
@@ -131,7 +141,9 @@ def find(spec: str, outputs: Path = Path("outputs")) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist (ckpt is a checkpoint file, a run folder, or latest)")
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise CheckpointError(f"{path}: pickled checkpoints can run code and are not read; ddpm writes .safetensors")
+        raise CheckpointError(
+            f"{path}: pickled checkpoints can run code and are not read; ddpm writes .safetensors"
+        )
     return path
 
 
@@ -142,5 +154,5 @@ def _digest(tensors: Mapping[str, "Tensor"]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

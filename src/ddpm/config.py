@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ddpm.errors import UserError
+from ddpm.limits import LIMITS, Between, describe
 
 _PACKAGED = Path(__file__).parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -96,14 +97,23 @@ class TrainConfig:
     trainer: Trainer
 
 
+class Several(list[int]):
+    """One whole number, or a list of them."""
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     ckpt: str
     n: int
     seed: int
+    index: Several | None
     batch_size: int
     device: str
     ema: bool
+    label: Several | str | None  # "all": every class
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: list[float]
     sampler: Choice
     save: list[str]
     out: str | None
@@ -115,92 +125,6 @@ class InfoConfig:
     ckpt: str
 
 
-class Between(typing.NamedTuple):
-    """Allowed numbers: low … high, without low itself where `above`."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        return (value > self.low if self.above else value >= self.low) and value <= self.high
-
-    def __str__(self) -> str:
-        if math.isinf(self.high):
-            return f"a finite number {'above' if self.above else 'of at least'} {self.low}"
-        return f"a number {'above' if self.above else 'from'} {self.low} {'up ' if self.above else ''}to {self.high}"
-
-
-Allowed = Between | tuple[str, ...]
-_ONE_TO_MANY = Between(1, 10**9)
-_OFTEN = Between(0, 10**9)
-_PART = Between(0, 1)
-
-# Every number and every word that is checked, by its full key. A list is checked item by item.
-LIMITS: dict[str, Allowed] = {
-    "seed": Between(0, 2**63 - 1),
-    "dataset.image_size": Between(4, 256),
-    "model.channels": Between(1, 2048),
-    "model.num_blocks": Between(1, 16),
-    "model.attention": Between(0, 15),
-    "model.head_dim": Between(1, 512),
-    "model.norm_groups": Between(1, 512),
-    "model.dropout": Between(0, 0.95),
-    "model.hidden": Between(1, 65536),
-    "model.num_layers": Between(1, 64),
-    "schedule.num_timesteps": Between(1, 100_000),
-    "schedule.beta_start": Between(0, 1, above=True),
-    "schedule.beta_end": Between(0, 1, above=True),
-    "schedule.s": Between(0, 1),
-    "schedule.start": Between(-100, 100),
-    "schedule.end": Between(-100, 100),
-    "schedule.tau": Between(0, 100, above=True),
-    "objective.prediction": ("eps", "x_0", "v", "flow"),
-    "objective.weight": ("uniform", "plain", "min_snr", "p2", "sigmoid"),
-    "objective.timesteps": ("uniform", "stratified", "logit_normal", "loss_aware"),
-    "objective.label_dropout": _PART,
-    "objective.min_snr_gamma": Between(0, above=True),
-    "objective.p2_gamma": Between(0),
-    "objective.sigmoid_bias": Between(-100, 100),
-    "objective.vlb_weight": Between(0),
-    "objective.logit_normal_mean": Between(-100, 100),
-    "objective.logit_normal_std": Between(0, 100, above=True),
-    "optimizer.lr": Between(0, above=True),
-    "optimizer.beta_1": Between(0, 0.99999),
-    "optimizer.beta_2": Between(0, 0.9999999),
-    "optimizer.weight_decay": Between(0),
-    "optimizer.warmup_steps": _OFTEN,
-    "optimizer.decay": ("constant", "cosine"),
-    "sampler.num_steps": Between(1, 100_000),
-    "sampler.eta": _PART,
-    "sampler.rho": Between(0, 100, above=True),
-    "sampler.dynamic_percentile": Between(0, 1, above=True),
-    "sampler.variance": ("small", "large", "learned"),
-    "sampler.order": Between(2, 3),
-    "sampler.churn": Between(0),
-    "sampler.churn_min": Between(0),
-    "sampler.churn_max": Between(0),
-    "sampler.churn_noise": Between(0, above=True),
-    "sampler.clip": ("none", "clip", "dynamic"),
-    "trainer.max_steps": _ONE_TO_MANY,
-    "trainer.max_epochs": _ONE_TO_MANY,
-    "trainer.batch_size": Between(1, 2**20),
-    "trainer.accumulate": Between(1, 2**16),
-    "trainer.precision": ("auto", "fp32", "bf16", "fp16"),
-    "trainer.ema_decay": Between(0, 0.9999999),
-    "trainer.grad_clip": Between(0, above=True),
-    "trainer.log_every": _ONE_TO_MANY,
-    "trainer.validate_every": _OFTEN,
-    "trainer.sample_every": _OFTEN,
-    "trainer.checkpoint_every": _OFTEN,
-    "trainer.keep": Between(1, 10**6),
-    "n": Between(1, 10**8),
-    "batch_size": Between(1, 2**20),
-    "nrow": Between(1, 10**6),
-    "save": ("grid", "images", "npz", "trajectory"),
-}
 MAX_ITEMS = 4096  # in a list
 
 
@@ -209,18 +133,22 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
 
     Raises UserError with one line: the full key, the value, and what is allowed.
     """
-    fields = {field.name: hint for field, hint in zip(dataclasses.fields(schema), _hints(schema), strict=True)}
+    fields = {
+        field.name: hint for field, hint in zip(dataclasses.fields(schema), _hints(schema), strict=True)
+    }
     _check_keys(raw, fields, path)
     return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A checked config as plain data, the inverse of `check`."""
-    parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        key: part.to_dict() if isinstance(part, Choice) else dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part
-        for key, part in parts.items()
-    }
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Choice):
+            return part.to_dict()
+        return vars(part) if dataclasses.is_dataclass(part) else part
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -229,11 +157,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-@cache
+ADDED: dict[str, dict[str, dict[str, Any]]] = {}  # choices without a file, by group and name
+
+
+def add_choice(group: str, content: dict[str, Any]) -> None:
+    """What `ddpm.register` adds. Raises UserError where a key has another type or limits in its group."""
+    for key, value in content.items():
+        others = [c[key] for c in choices(group).values() if key in c and c["name"] != content["name"]]
+        _like_any([*others, value], value, f"{group}.{key}")
+    ADDED.setdefault(group, {})[content["name"]] = content
+
+
 def choices(group: str) -> dict[str, dict[str, Any]]:
-    """The files of a group, `{file name without .yaml: its content}`."""
+    """All choices of a group, `{file name without .yaml: its content}`."""
+    return _files(group) | ADDED.get(group, {})
+
+
+@cache
+def _files(group: str) -> dict[str, dict[str, Any]]:
     files = sorted((CONFIG_DIR / group).glob("*.yaml"))
-    return {file.stem: typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))) for file in files}
+    return {
+        file.stem: typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))) for file in files
+    }
+
+
+def plugin_hint(group: str) -> str:
+    """For an unknown name in a group that `ddpm.register` adds to."""
+    return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
 
 
 def _hints(schema: type) -> list[Any]:
@@ -245,7 +195,9 @@ def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None
     known = list(known)
     for key in raw:
         if key not in known:
-            raise UserError(f"unknown key '{path}{key}'{nearest(str(key), known)} (known: {', '.join(known)})")
+            raise UserError(
+                f"unknown key '{path}{key}'{nearest(str(key), known)} (known: {', '.join(known)})"
+            )
     for key in known:
         if key not in raw:
             raise UserError(f"'{path}{key}' is missing")
@@ -258,8 +210,13 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path}={value!r}: must be a set of keys")
         return check(typing.cast(type, hint), value, path + ".")
-    if isinstance(hint, types.UnionType):  # T | None
-        return None if value is None else _value(typing.get_args(hint)[0], value, path)
+    if isinstance(hint, types.UnionType):  # … | None, with a text for what numbers do not say
+        kinds = typing.get_args(hint)
+        if value is None:
+            return None
+        return str(value) if str in kinds[1:] and isinstance(value, str) else _value(kinds[0], value, path)
+    if hint is Several:
+        return Several(_like([0], value if isinstance(value, list) else [value], path))
     if typing.get_origin(hint) is list:
         return _like([typing.get_args(hint)[0]()], value, path)
     return _like(hint(), value, path)
@@ -268,9 +225,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 def _choice(raw: Any, path: str) -> Choice:
     names = {content["name"] for content in choices(path).values()}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
-        raise UserError(f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})")
+        raise UserError(
+            f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
+        )
     if raw["name"] not in names:
-        hint = nearest(raw["name"], names)
+        hint = nearest(raw["name"], names) + plugin_hint(path)
         raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")
     template: dict[str, list[Any]] = {}
     for content in choices(path).values():
@@ -302,12 +261,20 @@ def _like(example: Any, value: Any, path: str) -> Any:
         case bool():
             result, kind, fits = value, "true or false", isinstance(value, bool)
         case int():
-            result, kind, fits = value, "a whole number", isinstance(value, int) and not isinstance(value, bool)
+            result, kind, fits = (
+                value,
+                "a whole number",
+                isinstance(value, int) and not isinstance(value, bool),
+            )
         case float():
             fits, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
             result = float(value) if fits and abs(value) < 1e300 else value
         case str():
-            result, kind, fits = value, "a text", isinstance(value, str) and len(value) <= 4096 and "\0" not in value
+            result, kind, fits = (
+                value,
+                "a text",
+                isinstance(value, str) and len(value) <= 4096 and "\0" not in value,
+            )
         case list():
             if not isinstance(value, list | tuple) or len(value) > MAX_ITEMS:
                 raise UserError(f"{path}={value!r}: must be a list such as [1, 2]")
@@ -317,17 +284,14 @@ def _like(example: Any, value: Any, path: str) -> Any:
             raise AssertionError(f"{path}: a config holds plain values and lists of them")
     allowed = LIMITS.get(path)
     if not fits:
-        raise UserError(f"{path}={_show(value)}: must be {_describe(allowed) or kind}")
+        raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:
-        hint = nearest(value, allowed) if isinstance(value, str) and isinstance(allowed, tuple) else ""
-        raise UserError(f"{path}={_show(value)}: must be {_describe(allowed)}{hint}")
+        words = () if isinstance(allowed, Between) or not isinstance(value, str) else allowed
+        hint = nearest(value, words) if words else ""
+        raise UserError(f"{path}={_show(value)}: must be {describe(allowed)}{hint}")
     if isinstance(result, float) and not math.isfinite(result):
         raise UserError(f"{path}={_show(value)}: must be a finite number")
     return result
-
-
-def _describe(allowed: Allowed | None) -> str:
-    return f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) and not isinstance(allowed, Between) else str(allowed or "")
 
 
 def _show(value: Any) -> str:

@@ -60,9 +60,7 @@ def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale
     return a * x_0 + b * eps
 
 
-def invert(
-    prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale
-) -> tuple[Tensor, Tensor]:
+def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
     """(x_0, eps) by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     determinant = alpha * b - sigma * a

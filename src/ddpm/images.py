@@ -39,6 +39,15 @@ def grid(images: Pixels, nrow: int | None = None, gap: int = 2) -> Pixels:
     return canvas
 
 
+def rows(images: Pixels, classes: NDArray[np.int64]) -> tuple[Pixels, int]:
+    """Images and row length for a grid that shows one class in each row, short rows filled up in grey."""
+    kinds, counts = np.unique(classes, return_counts=True)
+    table = np.full((len(kinds), counts.max(), *images.shape[1:]), 96, dtype=np.uint8)
+    for row, kind, count in zip(table, kinds, counts, strict=True):
+        row[:count] = images[classes == kind]
+    return table.reshape(-1, *images.shape[1:]), int(counts.max())
+
+
 def save_png(path: Path, image: Pixels) -> None:
     """(H, W, 1 or 3) → PNG. Raises UserError if the file cannot be written."""
     try:

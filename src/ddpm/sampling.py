@@ -1,37 +1,140 @@
-"""From a network to images: the sampler a config names, run over images of given indices."""
+"""From a checkpoint to images: the model in it, rebuilt, and the sampler a config names, run on images by index."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import Choice
+from ddpm import build, checkpoint
+from ddpm.config import Choice, TrainConfig, check
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Denoiser
+from ddpm.errors import UserError
 from ddpm.randomness import normal
 from ddpm.samplers import SAMPLERS, Step, sample_levels
-from ddpm.schedules import NoiseSchedule
+from ddpm.schedules import Level, NoiseSchedule
 
 
-def sample(
-    network: nn.Module, schedule: NoiseSchedule, prediction: str, sampler: Choice, facts: Facts, index: Tensor, seed: int
-) -> Iterator[Step]:
-    """The steps that draw images `index` (N,) int64 of seed `seed`; each image depends on its own index alone.
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network and all that is needed to draw from it."""
 
-    Runs on the device of `index`, in float32. Raises UserError where the sampler does not fit the schedule.
+    network: nn.Module
+    schedule: NoiseSchedule
+    config: TrainConfig
+    facts: Facts
+    device: torch.device
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.config.model.params["conditional"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.facts.channels, self.facts.image_size, self.facts.image_size
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: scale 1 is off, 0 is unconditional; see `Denoiser`."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, float("inf"))
+
+
+def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, checkpoint.Meta]:
+    """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
+    meta, tensors = checkpoint.load(path)
+    config = check(TrainConfig, meta.config)
+    facts = build.facts(meta.facts)
+    network = build.network(config.model, config.objective, facts)
+    build.load_weights(network, checkpoint.part(tensors, "ema" if ema else "model"))
+    network.to(device).eval()
+    if config.trainer.channels_last:
+        network.to(memory_format=torch.channels_last)
+    return Model(network, build.schedule(config.schedule), config, facts, device), meta
+
+
+def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
+    """The class of each image: image i has wanted[i mod K], of all classes where none are wanted.
+
+    None for an unconditional model. Raises UserError for labels and scales that the model cannot serve.
     """
-    shape = (facts.channels, facts.image_size, facts.image_size)
-    options: dict[str, Any] = {**sampler.params}
-    num_steps = options.pop("num_steps") or schedule.num_timesteps
-    levels = sample_levels(schedule, num_steps, options.pop("spacing"), options.pop("rho"))
-    denoiser = Denoiser(
-        network, schedule, prediction, clip=options.pop("clip"), dynamic_percentile=options.pop("dynamic_percentile")
-    )
-    x_T = normal(seed, "x_T", 0, index, shape) * levels[0].sigma
-    return SAMPLERS[sampler.name](
-        denoiser, levels, x_T, lambda k: normal(seed, "sampler", k, index, shape), **options
-    )
+    if not model.conditional:
+        if wanted is not None or guidance.scale != 1:
+            raise UserError(
+                "label and guidance_scale need a model trained with model.conditional=true; this one was not"
+            )
+        return None
+    if guidance.scale != 1 and model.config.objective.label_dropout == 0:
+        raise UserError(
+            f"guidance_scale={guidance.scale:g}: this model was trained with objective.label_dropout=0 and knows no "
+            "images without label; only 1 works"
+        )
+    if wanted is None:
+        wanted = range(model.facts.num_classes)
+    for label in wanted:
+        if not 0 <= label < model.facts.num_classes:
+            raise UserError(
+                f"label={label}: {model.facts.name} has the labels 0 to {model.facts.num_classes - 1}"
+            )
+    return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
+
+
+def levels(model: Model, sampler: Choice) -> list[Level]:
+    """The noise levels a sampler config asks for. Raises UserError."""
+    num_steps = sampler.params["num_steps"] or model.schedule.num_timesteps
+    try:
+        return sample_levels(model.schedule, num_steps, sampler.params["spacing"], sampler.params["rho"])
+    except ValueError as error:
+        raise UserError(f"sampler.{error}") from None
+
+
+def denoiser(model: Model, sampler: Choice, y: Tensor | None, guidance: Guidance) -> Denoiser:
+    """The model as samplers see it, for images of the classes y (N,). Raises UserError."""
+    try:
+        return Denoiser(
+            model.network,
+            model.schedule,
+            model.config.objective.prediction,
+            y,
+            clip=sampler.params["clip"],
+            dynamic_percentile=sampler.params["dynamic_percentile"],
+            guidance_scale=guidance.scale,
+            guidance_rescale=guidance.rescale,
+            guidance_interval=guidance.interval,
+            null_label=model.facts.num_classes if model.conditional else None,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def draw(model: Model, sampler: Choice, denoise: Denoiser, index: Tensor, seed: int) -> Iterator[Step]:
+    """The steps that draw images `index` (N,) int64 of a seed. Image i depends on (seed, i) alone."""
+    path = levels(model, sampler)
+    x_T = normal(seed, "x_T", 0, index, model.shape) * path[0].sigma
+    return run(model, sampler, denoise, path, x_T, index, seed)
+
+
+def run(
+    model: Model, sampler: Choice, denoise: Denoiser, path: list[Level], x: Tensor, index: Tensor, seed: int
+) -> Iterator[Step]:
+    """The sampler along the levels `path`, from x at the first of them. Raises UserError."""
+    common = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")
+    own = {key: value for key, value in sampler.params.items() if key not in common}
+    if own.get("variance") == "learned" and not model.config.objective.learned_variance:
+        raise UserError(
+            "sampler.variance=learned: this model was trained with objective.learned_variance=false"
+        )
+    try:
+        yield from SAMPLERS[sampler.name](
+            denoise, path, x, lambda k: normal(seed, "sampler", k, index, model.shape), **own
+        )
+    except ValueError as error:
+        raise UserError(f"sampler.{error}") from None
 
 
 @torch.inference_mode()

@@ -4,34 +4,32 @@ Every random draw is a function of (seed, stream, step), so a run has no hidden 
 weights, their average, the optimizer's moments and a step number.
 """
 
-import copy
 import json
 import math
-import platform
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ddpm import build, checkpoint, images
-from ddpm.config import Choice, TrainConfig, to_dict
+from ddpm import checkpoint, images
+from ddpm.config import Choice
 from ddpm.config import Optimizer as OptimizerConfig
 from ddpm.datasets.batches import Batches
-from ddpm.datasets.types import Dataset, Facts
-from ddpm.diffusion import Objective, losses
+from ddpm.datasets.types import Dataset
+from ddpm.diffusion import losses
 from ddpm.errors import UserError
 from ddpm.randomness import normal, uniform
-from ddpm.sampling import last, sample
-from ddpm.schedules import NoiseSchedule
-from ddpm.timesteps import TIMESTEPS, empty_history, updated_history
-from ddpm.validation import Figures, Validation
+from ddpm.runs import Run, precision, save
+from ddpm.sampling import Guidance, Model, denoiser, draw, labels, last
+from ddpm.timesteps import TIMESTEPS, updated_history
+from ddpm.validation import Validation
 
 PREVIEWS = 36
-PREVIEW_SAMPLER = {"num_steps": 20, "spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 0.0}
+PREVIEW_STEPS = 20
+PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 0.0}
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 
 
@@ -40,46 +38,6 @@ class Progress(NamedTuple):
 
     step: int
     record: dict[str, float] | None
-
-
-@dataclass(eq=False)
-class Run:
-    """All that changes while training, and what it is made of."""
-
-    config: TrainConfig
-    facts: Facts
-    schedule: NoiseSchedule
-    objective: Objective
-    network: nn.Module
-    ema: nn.Module
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    max_steps: int
-    history: Tensor  # of losses by t, for loss-aware timesteps
-    step: int = 0
-
-
-def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
-    """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
-    torch.manual_seed(config.seed)
-    schedule = build.schedule(config.schedule)
-    objective = build.objective(config.objective, schedule, device)
-    network = build.network(config.model, config.objective, data.facts).to(device)
-    if config.trainer.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    if config.trainer.compile:
-        network.compile()  # in place: names of parameters stay as they are
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=o.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(config.trainer.precision, device) == torch.float16)
-    max_steps = config.trainer.max_steps
-    if config.trainer.max_epochs is not None:
-        max_steps = math.ceil(config.trainer.max_epochs * len(data.train.images) / config.trainer.batch_size)
-    return Run(config, data.facts, schedule, objective, network, ema, optimizer, scaler, device, max_steps, empty_history(schedule.num_timesteps, device))
 
 
 def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
@@ -108,7 +66,12 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             return done or (every > 0 and step % every == 0)
 
         record: dict[str, float] | None = None
-        if any(map(due, (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every))):
+        if any(
+            map(
+                due,
+                (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every),
+            )
+        ):
             _stop_if_not_finite(run, bad_step, loss)
             mean_loss = loss_sum.item() / (step - logged)
             seconds = time.perf_counter() - clock
@@ -154,8 +117,10 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
     for index in torch.arange(len(x_0), device=run.device).chunk(trainer.accumulate):
         t, weight, eps, labels = _draw(run, x_0, y, index)
         with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
-            loss = losses(run.network, run.objective, _layout(x_0[index], trainer.channels_last), t, eps, labels)
-        run.scaler.scale((weight * loss).sum() / len(x_0)).backward()
+            loss = losses(
+                run.network, run.objective, _layout(x_0[index], trainer.channels_last), t, eps, labels
+            )
+        run.scaler.scale((weight * loss).sum() / len(x_0)).backward()  # type: ignore[no-untyped-call]
         parts.append((t, loss.detach(), weight))
     t, loss, weight = (torch.cat(values) for values in zip(*parts, strict=True))
     total = (weight * loss).mean()
@@ -170,13 +135,15 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
     else:  # the fused optimizer leaves the weights alone where found_inf is 1, without asking the host
         found_inf = (~torch.isfinite(total + grad_norm)).float()
         bad_step.copy_(torch.where((bad_step < 0) & (found_inf > 0), run.step + 1, bad_step))
-        run.optimizer.found_inf = found_inf
+        run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         run.optimizer.step()
     update_ema(run.ema, run.network, trainer.ema_decay, run.step)
     return total, grad_norm
 
 
-def _draw(run: Run, x_0: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _draw(
+    run: Run, x_0: Tensor, y: Tensor | None, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Times and their weights, noise and labels of the images `index` of this step's batch."""
     seed, o = run.config.seed, run.config.objective
     t, weight = TIMESTEPS[o.timesteps](
@@ -215,66 +182,20 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / max_steps))
 
 
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on a GPU that has it, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
 def _autocast(name: str, device: torch.device) -> tuple[torch.dtype | None, bool]:
     dtype = precision(name, device)
     return (None, False) if dtype == torch.float32 else (dtype, True)
-
-
-def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
-    """The run as one checkpoint file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": tensor for name, tensor in run.network.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.state_dict().items()}
-    names = {parameter: name for name, parameter in run.network.named_parameters()}
-    for parameter, state in run.optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
-    tensors |= {f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in run.scaler.state_dict().items()}
-    if run.config.objective.timesteps == "loss_aware":
-        tensors["timesteps.history"] = run.history
-    figures = {key: float(value) for key, value in record.items() if key != "step"}
-    config = to_dict(run.config)
-    facts = {**vars(run.facts), "class_names": list(run.facts.class_names)}
-    checkpoint.save(path, tensors, checkpoint.Meta(config, facts, run.step, figures, versions(run.device), ""))
-
-
-def restore(run: Run, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Go on from a checkpoint's tensors. Raises CheckpointError where they do not fit the network."""
-    build.load_weights(run.network, checkpoint.part(tensors, "model"))
-    build.load_weights(run.ema, checkpoint.part(tensors, "ema"))
-    optimizer = checkpoint.part(tensors, "optimizer")
-    for name, parameter in run.network.named_parameters():
-        state = checkpoint.part(optimizer, name)
-        run.optimizer.state[parameter] = {  # in the parameter's own memory layout, which the fused kernel takes for granted
-            key: torch.empty_like(parameter).copy_(value) if key != "step" else value.to(parameter.device)
-            for key, value in state.items()
-        }
-    if scaler := checkpoint.part(tensors, "scaler"):
-        run.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
-    if history := checkpoint.part(tensors, "timesteps"):
-        run.history = history["history"].to(run.device)
-    run.step = step
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What a run was made with."""
-    from ddpm import __version__
-
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"ddpm": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": hardware}
 
 
 def _preview(run: Run, folder: Path) -> None:
     """A grid from the averaged weights and noise that is the same each time."""
     folder.mkdir(parents=True, exist_ok=True)
     index = torch.arange(PREVIEWS, device=run.device)
-    x = last(sample(run.ema, run.schedule, run.objective.prediction, Choice("ddim", PREVIEW_SAMPLER), run.facts, index, run.config.seed))
+    model = Model(run.ema, run.schedule, run.config, run.facts, run.device)
+    steps = min(PREVIEW_STEPS, run.schedule.num_timesteps)
+    sampler = Choice("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
+    y = labels(model, None, index, Guidance())
+    x = last(draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed))
     images.save_png(folder / f"step_{run.step:07d}.png", images.grid(images.to_uint8(x)))
 
 
@@ -286,7 +207,9 @@ def _stop_if_not_finite(run: Run, bad_step: Tensor, loss: Tensor) -> None:
             "Try a smaller optimizer.lr or trainer.grad_clip, or trainer.precision=fp32"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_LOSS_SCALE:
-        raise UserError(f"fp16 loss scale fell below {MIN_LOSS_SCALE:g} at step {run.step}: use trainer.precision=bf16 or fp32")
+        raise UserError(
+            f"fp16 loss scale fell below {MIN_LOSS_SCALE:g} at step {run.step}: use trainer.precision=bf16 or fp32"
+        )
 
 
 def _open_metrics(path: Path, step: int) -> Any:
@@ -300,6 +223,3 @@ def _open_metrics(path: Path, step: int) -> Any:
 def _best_figure(run_dir: Path) -> float:
     best = run_dir / "checkpoints" / "best.safetensors"
     return checkpoint.read_meta(best)[0].figures["val_eps_mse"] if best.exists() else math.inf
-
-
-__all__ = ["Figures", "Progress", "Run", "fit", "learning_rate", "precision", "prepare", "restore", "save", "train_step", "update_ema"]

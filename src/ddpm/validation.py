@@ -12,7 +12,9 @@ from ddpm.randomness import normal
 from ddpm.schedules import NoiseSchedule
 
 EVALUATIONS = 1024  # network evaluations for each figure
-LAMBDAS = tuple(-4 + 0.5 * i for i in range(17))  # the grid common to all runs, from nearly noise to nearly clean
+LAMBDAS = tuple(
+    -4 + 0.5 * i for i in range(17)
+)  # the grid common to all runs, from nearly noise to nearly clean
 _SEED = 20260101  # of the noise: the same for every run, whatever its own seed
 
 
@@ -33,14 +35,18 @@ class Validation:
     network predicts.
     """
 
-    def __init__(self, split: Split, schedule: NoiseSchedule, objective: Objective, device: torch.device) -> None:
+    def __init__(
+        self, split: Split, schedule: NoiseSchedule, objective: Objective, device: torch.device
+    ) -> None:
         index = torch.arange(EVALUATIONS, device=device)
         chosen = index % len(split.images)
         self.x_0 = normalise(split.images.to(device)[chosen])
         self.y = None if split.labels is None else split.labels.to(device)[chosen]
         self.eps = normal(_SEED, "validation", 0, index, tuple(self.x_0.shape[1:]))
         self.t = (index * schedule.num_timesteps) // EVALUATIONS  # the times of the loss: evenly spread
-        self.t = self.t[torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)]
+        self.t = self.t[
+            torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)
+        ]
         self.objective = objective
         levels = [schedule.at_lambda(lambda_) for lambda_ in LAMBDAS]
         self.level = index % len(levels)

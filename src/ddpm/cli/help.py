@@ -1,6 +1,6 @@
 """`--help`, printed without importing Hydra or torch."""
 
-from ddpm.config import CONFIG_DIR
+from ddpm.config import ADDED, CONFIG_DIR
 
 _HEAD = {
     "train": """ddpm-train: train a diffusion model on small images
@@ -13,6 +13,7 @@ _HEAD = {
 
   ddpm-sample ckpt=latest n=64
   ddpm-sample ckpt=outputs/train/2026-01-31/12-00-00 sampler=ddpm save=[grid,npz]
+  ddpm-sample ckpt=latest label=all guidance_scale=2 n=100
   ddpm-sample ckpt=latest n=16 sampler.num_steps=20 save=[grid,trajectory] out=pictures
 """,
     "info": """ddpm-info: what a checkpoint is, read from its header alone
@@ -35,7 +36,12 @@ _NOTES = {
     "overwrite": "replace a run that is there already",
     "ckpt": "a checkpoint file, a run folder, or latest",
     "n": "how many images",
+    "index": "only this image of the seed (or a list): image i is the same whatever n is",
     "batch_size": "how many at once",
+    "label": "a class, a list [0,1,2], or all: image i has class i mod K",
+    "guidance_scale": "1 is off; above 1 more typical of the class, 0 without class",
+    "guidance_rescale": "0 to 1: back towards the contrast without guidance",
+    "guidance_interval": "guide only where sigma/alpha is within [low, high]",
     "ema": "averaged weights; false: the last ones",
     "save": "any of grid, images, npz, trajectory",
     "out": "folder for the results (default: a new one under the run's)",
@@ -50,14 +56,22 @@ def show_help(program: str) -> None:
         print(f"{group}=")
         for file in files:
             print(f"  {file.stem:<15} {_first_comment(file.read_text(encoding='utf-8'))}")
-    print("keys" + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else ""))
+        for name in ADDED.get(group, {}):
+            print(f"  {name:<15} (plug-in)")
+    print(
+        "keys"
+        + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else "")
+    )
     for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
         print(f"  {key + '=' + value:<26} {_NOTES.get(key, '')}")
     print("\nflags\n  -m  multirun: a,b makes a job each      --cfg job  print the composed config and stop")
+    print("  plugins=my_module  imports schedules, samplers and datasets of your own first")
 
 
 def _first_comment(text: str) -> str:
-    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    lines = [
+        line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line
+    ]
     return lines[0] if lines else ""
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.cli.help import show_help
-from ddpm.config import CONFIG_DIR, check, choices, nearest
+from ddpm.cli.load_plugins import load_plugins
+from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
 from ddpm.errors import UserError
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
@@ -21,14 +22,19 @@ PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.pa
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 
-def run(program: str, schema: type, task: Callable[[Any], None], sweep_task: Callable[[Any], Any] | None = None,
-        defaults: Callable[[list[str]], list[str]] = lambda overrides: []) -> None:
+def run(
+    program: str,
+    schema: type,
+    task: Callable[[Any], object],
+    sweep_task: Callable[[Any], Any] | None = None,
+    defaults: Callable[[list[str]], list[str]] = lambda overrides: [],
+) -> None:
     """The whole of a command: read sys.argv, compose configs/<program>.yaml, check it against `schema`, run `task`.
 
     `defaults` gives overrides that come before the user's own; `sweep_task` runs the jobs of a multirun.
     """
-    arguments = sys.argv[1:]
     try:
+        arguments = load_plugins(sys.argv[1:])
         if any(argument in ("-h", "--help") for argument in arguments):
             show_help(program)
         elif any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
@@ -86,7 +92,11 @@ def compose(program: str, overrides: list[str]) -> dict[str, Any]:
 
 def typed_value(overrides: list[str], key: str) -> str | None:
     """The last value typed for a key, without the quotes that `read_overrides` added."""
-    values = [value for name, _, value in (override.partition("=") for override in overrides) if name.lstrip("+") == key]
+    values = [
+        value
+        for name, _, value in (override.partition("=") for override in overrides)
+        if name.lstrip("+") == key
+    ]
     if not values:
         return None
     value = values[-1]
@@ -117,7 +127,11 @@ def _literal(value: Any) -> str:
         return _quoted(value)
     if isinstance(value, list):
         return "[" + ",".join(_literal(item) for item in value) + "]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
 
 
 def run_folder(base: str) -> Path:
@@ -214,7 +228,7 @@ def _missing_choice(error: Any) -> str:
         return str(error).splitlines()[0]
     if group == "recipe":
         return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"
-    return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options)}"
+    return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options)}{plugin_hint(group)}"
 
 
 def _one_line(error: Exception, program: str) -> str:
@@ -224,6 +238,8 @@ def _one_line(error: Exception, program: str) -> str:
         key = match[1]
         if key not in (known := known_keys(program)):
             return f"unknown key '{key}'{nearest(key, known) or '; --help lists them'}"
+        group = key.rpartition(".")[0]
+        return f"'{key}': the chosen {group} has no such key; another {group} has"
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"'+{match[1]}=': this key is there already, write {match[1]}=…"
     if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
@@ -238,7 +254,9 @@ def known_keys(program: str) -> list[str]:
     top = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{program}.yaml"))
     assert isinstance(top, dict)
     groups = [next(iter(entry)) for entry in top["defaults"] if isinstance(entry, dict)]
-    groups = [group for group in groups if not group.startswith("override")] + ["model"] * (program == "train")
+    groups = [group for group in groups if not group.startswith("override")] + ["model"] * (
+        program == "train"
+    )
     keys = [key for key in map(str, top) if key not in ("defaults", "hydra")] + groups
     for group in groups:
         keys += {f"{group}.{key}" for file in choices(group).values() for key in file if key != "name"}

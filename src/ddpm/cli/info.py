@@ -17,15 +17,16 @@ def info(config: InfoConfig) -> None:
     meta, tensors = checkpoint.read_meta(path)
     trained = check(TrainConfig, meta.config)
     parameters = sum(math.prod(t["shape"]) for name, t in tensors.items() if name.startswith("model."))
-    facts = meta.facts
+    facts, length = meta.facts, trained.trainer
+    size = facts["image_size"]
     rows = {
         "checkpoint": f"{path} ({path.stat().st_size / 2**20:.1f} MiB)",
-        "data": f"{facts['name']}, {facts['image_size']}×{facts['image_size']}×{facts['channels']}, {facts['num_classes']} classes",
+        "data": f"{facts['name']}, {size}×{size}×{facts['channels']}, {facts['num_classes']} classes",
         "network": f"{trained.model.name}, {parameters:,} parameters ({_flat(trained.model.params)})",
         "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
         "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",
         "sampler": f"{trained.sampler.name} ({_flat(trained.sampler.params)})",
-        "trained": f"{meta.step:,} of {trained.trainer.max_steps:,} steps, batch {trained.trainer.batch_size}, seed {trained.seed}",
+        "trained": f"{meta.step:,} of {length.max_steps:,} steps, batch {length.batch_size}, seed {trained.seed}",
         "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
         "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
     }

@@ -14,9 +14,18 @@ from ddpm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from ddpm.datasets.types import Dataset
-    from ddpm.training import Progress, Run
+    from ddpm.runs import Run
+    from ddpm.training import Progress
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "train.log", "result.json", "loss.png", "forward.png", "schedule.png")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "train.log",
+    "result.json",
+    "loss.png",
+    "forward.png",
+    "schedule.png",
+)
 RUN_FOLDERS = ("checkpoints", "samples")
 MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
 
@@ -32,10 +41,10 @@ def train(config: TrainConfig) -> float:
     started = time.perf_counter()
     _set_up_torch(config.trainer.deterministic)
     device = build.device(config.device)
-    run_dir, source = _where(config)
+    wanted_dir, source = _where(config)
     data = build.dataset(config.dataset, config.data_root)
     run = _prepare(config, data, device, source)
-    run_dir = _make_folder(run_dir, config.overwrite, resumed=source is not None)
+    run_dir = _make_folder(wanted_dir, config.overwrite, resumed=source is not None)
     log = _Log(run_dir / "train.log")
     if data.notice:
         log.say(data.notice)
@@ -51,10 +60,11 @@ def _sweep_job(raw: Any) -> float:
 
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items()}
     hydra = HydraConfig.get()
     print(f"\njob {hydra.job.num}: {hydra.job.override_dirname or 'defaults'}", flush=True)
     try:
-        return train(check(TrainConfig, {**plain, "run_dir": hydra.runtime.output_dir}))  # type: ignore[arg-type]
+        return train(check(TrainConfig, {**settings, "run_dir": hydra.runtime.output_dir}))
     except UserError as error:
         print(f"ddpm-train: {error}", file=sys.stderr, flush=True)
         raise RuntimeError(str(error)) from None  # SystemExit would end the other jobs, too
@@ -64,15 +74,21 @@ def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
     from ddpm import checkpoint
 
-    typed_lengths = [hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
+    typed_lengths = [
+        hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")
+    ]
     if None not in typed_lengths and "null" not in typed_lengths:
-        raise UserError("trainer.max_epochs and trainer.max_steps both say how long to train: give one of them")
+        raise UserError(
+            "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
+        )
     typed = hydra_app.typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []
     meta, _ = checkpoint.read_meta(checkpoint.find(str(typed)))
     config = check(TrainConfig, meta.config)
-    return hydra_app.as_overrides({k: v for k, v in to_dict(config).items() if k not in ("run_dir", "overwrite")})
+    return hydra_app.as_overrides(
+        {k: v for k, v in to_dict(config).items() if k not in ("run_dir", "overwrite")}
+    )
 
 
 def _set_up_torch(deterministic: bool) -> None:
@@ -103,21 +119,25 @@ def _where(config: TrainConfig) -> tuple[str | None, Path | None]:
 
 
 def _prepare(config: TrainConfig, data: "Dataset", device: Any, source: Path | None) -> "Run":
-    from ddpm import checkpoint, training
+    from ddpm import checkpoint, runs
 
     if source is None:
-        return training.prepare(config, data, device)
+        return runs.prepare(config, data, device)
     meta, tensors = checkpoint.load(source)
     was, now = to_dict(check(TrainConfig, meta.config)), to_dict(config)
     changed = [
-        f"{key} was {_brief(a)}, is {_brief(b)}" for part in MUST_MATCH for key, a, b in _differences(part, was[part], now[part])
+        f"{key} was {_brief(a)}, is {_brief(b)}"
+        for part in MUST_MATCH
+        for key, a, b in _differences(part, was[part], now[part])
     ]
     if changed:
         raise CheckpointError(f"cannot resume {source}: " + "; ".join(changed))
-    run = training.prepare(config, data, device)
+    run = runs.prepare(config, data, device)
     if meta.step >= run.max_steps:
-        raise UserError(f"{source} has done its {meta.step} steps already: give trainer.max_steps a larger number")
-    training.restore(run, tensors, meta.step)
+        raise UserError(
+            f"{source} has done its {meta.step} steps already: give trainer.max_steps a larger number"
+        )
+    runs.restore(run, tensors, meta.step)
     return run
 
 
@@ -141,9 +161,14 @@ def _make_folder(name: str | None, overwrite: bool, resumed: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed and any(folder.iterdir()):
             if not overwrite:
-                raise UserError(f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it")
+                raise UserError(
+                    f"{folder} is not empty: overwrite=true replaces the run in it, "
+                    f"trainer.resume={folder} goes on with it"
+                )
             if not (folder / "config.yaml").exists():
-                raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
+                raise UserError(
+                    f"{folder} holds other things than a run: overwrite=true does not delete those"
+                )
             for file in RUN_FILES:
                 (folder / file).unlink(missing_ok=True)
             for part in RUN_FOLDERS:
@@ -172,19 +197,22 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path, log: _Log) -> None:
     from omegaconf import OmegaConf
 
     from ddpm import plots
+    from ddpm.schedules import is_noise
 
     OmegaConf.save(OmegaConf.create(to_dict(run.config)), run_dir / "config.yaml")
     plots.draw_forward(data.train.images[:8], run.schedule, run_dir / "forward.png")
     facts, parameters = run.facts, sum(p.numel() for p in run.network.parameters())
     log.say(
         f"{facts.name}: {len(data.train.images):,} training and {len(data.val.images):,} validation images, "
-        f"{facts.image_size}×{facts.image_size}×{facts.channels}; {run.config.model.name} with {parameters:,} parameters; "
+        f"{facts.image_size}×{facts.image_size}×{facts.channels}; "
+        f"{run.config.model.name} with {parameters:,} parameters; "
         f"{run.config.schedule.name} schedule; {run.device}"
     )
-    if run.schedule.alpha[-1] > 0.1:
+    noisiest = run.schedule.at(run.schedule.num_timesteps - 1)
+    if not is_noise(noisiest):
         log.say(
-            f"warning: alpha_T is {run.schedule.alpha[-1]:.2f}: the noisiest images still show the data, so sampling from "
-            "pure noise will be off; raise schedule.num_timesteps or take another schedule"
+            f"warning: alpha_T is {noisiest.alpha:.2f}: the noisiest images still show the data, so sampling "
+            "from pure noise will be off; raise schedule.num_timesteps or take another schedule"
         )
     if run.step:
         log.say(f"going on from step {run.step:,}")
@@ -197,7 +225,9 @@ def _follow(run: "Run", data: "Dataset", run_dir: Path, log: _Log) -> None:
     from ddpm.training import fit
 
     first = run.step
-    bar = tqdm(total=run.max_steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    bar = tqdm(
+        total=run.max_steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
     clock = time.perf_counter()
     with bar:
         for progress in fit(run, data, run_dir):
@@ -226,8 +256,12 @@ def _line(progress: "Progress", max_steps: int) -> str:
     r = progress.record or {}
     line = f"step {progress.step:>6}/{max_steps}  loss {r['loss']:.4f}  {r['images_per_second']:.0f} images/s"
     if "val_loss" in r:
-        line += f"  val_loss {r['val_loss']:.4f} ± {r['val_loss_error']:.4f}  val_eps_mse {r['val_eps_mse']:.4f} ± {r['val_eps_mse_error']:.4f}"
+        line += "  " + _figures(r)
     return line
+
+
+def _figures(r: dict[str, float]) -> str:
+    return ", ".join(f"{key} {r[key]:.4f} ± {r[key + '_error']:.4f}" for key in ("val_loss", "val_eps_mse"))
 
 
 def _write_end(run: "Run", run_dir: Path, log: _Log, seconds: float) -> float:
@@ -237,10 +271,14 @@ def _write_end(run: "Run", run_dir: Path, log: _Log, seconds: float) -> float:
     plots.plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     plots.plot_schedule(run.schedule, run_dir / "schedule.png")
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    result = {key: last[key] for key in ("step", "val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")}
+    result = {
+        key: last[key] for key in ("step", "val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")
+    }
     write_atomically(run_dir / "result.json", json.dumps({**result, "seconds": seconds}).encode())
-    log.say(f"done in {_duration(seconds)}: val_loss {last['val_loss']:.4f}, val_eps_mse {last['val_eps_mse']:.4f} ± {last['val_eps_mse_error']:.4f}")
-    log.say(f"{run_dir}: config.yaml metrics.jsonl train.log loss.png forward.png schedule.png samples/ checkpoints/")
+    log.say(f"done in {_duration(seconds)}: {_figures(last)}")
+    log.say(
+        f"{run_dir}: config.yaml metrics.jsonl train.log loss.png forward.png schedule.png samples/ checkpoints/"
+    )
     log.say(f"next: ddpm-sample ckpt={run_dir}")
     return float(last["val_eps_mse"])
 

@@ -158,7 +158,7 @@ class Attention(nn.Module):
             qkv = qkv.to(self.qkv.weight.dtype)
         q, k, v = qkv.view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         with torch.autocast("cpu", enabled=False):  # else it casts back; touches no other device's autocast
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+            mixed: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         mixed = self.out(mixed)
         return x + mixed.view(n, h, w, c).permute(0, 3, 1, 2)
 
