@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "randomness", "schedules"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
-    {"plots", "validation", "build"},
+    {"plots", "validation", "build", "plugins"},
     {"sampling", "tasks"},
     {"runs"},
     {"training"},

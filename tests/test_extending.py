@@ -1,0 +1,143 @@
+"""docs/extending.md, run as it stands; and plug-ins that are missing, broken, or not the user's own wish."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ddpm import config, plugins
+from ddpm.config import CONFIG_DIR
+from tests.conftest import Command, run_script
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+(PLUGIN,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+TRAIN, SAMPLE, SWEEP = re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].splitlines()  # type: ignore[index]
+TINY = [
+    "model.channels=[8,16]", "model.num_blocks=1", "model.attention=[]", "model.head_dim=8", "trainer.max_steps=4",
+    "trainer.batch_size=8", "schedule.num_timesteps=200", "dataset.count=100",
+]  # fmt: skip
+
+
+def run_line(line: str, *more: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    program, *arguments = shlex.split(line)
+    return run_script(program.removeprefix("ddpm-"), *arguments, *more, cwd=cwd)
+
+
+def one_line(result: "subprocess.CompletedProcess[str]") -> str:
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stdout + result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with my_plugin.py, in which the page's first command ran."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "my_plugin.py").write_text(PLUGIN)
+    result = run_line(TRAIN, *TINY, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "discs: 80 training and 10 validation images, 16×16×1" in result.stdout
+    return folder
+
+
+def test_plugin_keys_are_stored_but_no_module(trained: Path) -> None:
+    stored = (trained / "runs" / "discs" / "config.yaml").read_text()
+    assert "name: arc" in stored and "power: 1.5" in stored and "count: 100" in stored and "fresh: 1.0" in stored
+    files = [trained / "runs" / "discs" / "config.yaml", *trained.glob("runs/discs/checkpoints/*")]
+    assert len(files) > 1 and not any(b"my_plugin" in file.read_bytes() for file in files)
+
+
+def test_sampling_takes_the_sampler_of_the_checkpoint(trained: Path) -> None:
+    result = run_line(SAMPLE, "sampler.num_steps=3", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    assert '"name": "renoise"' in (trained / "runs/discs/samples/drawn-1/sample.json").read_text()
+
+
+def test_sweep(trained: Path) -> None:
+    result = run_line(SWEEP, *TINY, cwd=trained)
+    assert result.returncode == 0, result.stderr
+    assert len(list(trained.glob("runs/schedules/*/result.json"))) == 2
+
+
+@pytest.mark.parametrize("program", ["sample", "info"])
+def test_checkpoint_without_its_plugin(trained: Path, program: str) -> None:
+    text = one_line(run_script(program, "ckpt=runs/discs", cwd=trained))
+    assert "'discs'" in text and "if it comes from a plug-in, add plugins=[…]" in text
+
+
+def test_resume_wants_the_plugin_and_takes_it(trained: Path) -> None:
+    again = ["trainer.resume=runs/discs", "trainer.max_steps=5"]
+    assert "add plugins=[…]" in one_line(run_script("train", *again, cwd=trained))
+    result = run_script("train", *again, "plugins=[my_plugin]", cwd=trained)
+    assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stderr
+
+
+def test_help_and_cfg_know_plugins(trained: Path) -> None:
+    assert "renoise         (plug-in)" in run_script("train", "--help", "plugins=my_plugin", cwd=trained).stdout
+    shown = run_script("train", "--cfg", "job", "plugins=my_plugin", "dataset=discs", cwd=trained)
+    assert "count: 2000" in shown.stdout and "plugins" not in shown.stdout
+
+
+BASE = "import ddpm\n\n@ddpm.register('schedule')\n"
+BROKEN = {
+    "clash": (BASE + "def linear(num_timesteps): ...", "schedule 'linear' exists already, in ddpm.schedules.linear"),
+    "wrong": (BASE + "def mine(T): ...", "schedule 'mine': its parameters must begin with num_timesteps"),
+    "bare": (BASE + "def mine(num_timesteps, a): ...", "schedule 'mine': its parameter 'a' needs a default"),
+    "types": (BASE + "def mine(num_timesteps, tau='x'): ...", "schedule.tau=x: must be a number"),
+    "raises": ("x = 1\nx / 0", "ZeroDivisionError: division by zero ("),
+    "inner": ("import no_such_thing", "ModuleNotFoundError: No module named 'no_such_thing'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_plugin_is_one_line(command: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}_plugin.py").write_text(BROKEN[name][0])
+    text = one_line(command("train", f"plugins={name}_plugin", PYTHONDONTWRITEBYTECODE="1"))
+    assert text.startswith(f"ddpm-train: plugins={name}_plugin: ") and BROKEN[name][1] in text
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}_plugin.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plugins=[no_such]"], "plugins=no_such: not found, neither installed nor in "),
+        (["plugins=no_such.part"], "plugins=no_such.part: not found"),
+        (["plugins=../evil"], "plugins=../evil: must be the name of a module"),
+        (["schedule=arc"], "schedule=arc: must be one of cosine, linear"),
+        (["schedule=arc"], "if it comes from a plug-in, add plugins=[…]"),
+        (["+plugins=[os]"], "unknown key 'plugins'"),
+    ],
+)
+def test_mistake_is_one_line(command: Command, arguments: list[str], expected: str) -> None:
+    assert expected in one_line(command("train", *arguments))
+
+
+def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither an experiment file nor a stored config: nothing is imported, the key is refused."""
+    import shutil
+
+    from ddpm.cli import hydra_app
+
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "configs/experiment/evil.yaml").write_text("# @package _global_\nplugins: [evil]\n")
+    monkeypatch.setattr(hydra_app, "CONFIG_DIR", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    raw = hydra_app.compose("train", ["experiment=evil"])
+    assert raw["plugins"] == ["evil"]
+    with pytest.raises(config.UserError, match="unknown key 'plugins'"):
+        config.check(config.TrainConfig, raw)
+
+
+def test_common_keys_are_those_of_every_file() -> None:
+    for group, common in plugins.COMMON.items():
+        keys = [content.keys() - {"name"} for content in config.choices(group).values()]
+        assert set.intersection(*map(set, keys)) == set(common)
+
+
+def test_importing_ddpm_is_cheap() -> None:
+    import sys
+
+    code = "import ddpm, sys; assert not {'torch', 'hydra', 'omegaconf'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
