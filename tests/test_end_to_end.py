@@ -161,7 +161,7 @@ def test_multirun_with_a_failing_job_runs_the_others_and_fails(tmp_path: Path) -
     result = run_script(
         "train",
         "-m",
-        "model.channels=[16\\,32],[12\\,32]",
+        "model.channels=[16,32],[12,32]",
         "trainer.max_steps=4",
         "trainer.batch_size=8",
         cwd=tmp_path,

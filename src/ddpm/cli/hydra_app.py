@@ -22,6 +22,10 @@ PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.pa
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 
+class JobFailed(Exception):
+    """A user's error in one job of a sweep, which leaves the others running; SystemExit would end them, too."""
+
+
 def run(
     program: str,
     schema: type,
@@ -180,14 +184,14 @@ def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: li
     run_dir = run_dirs.pop()
     folder = Path(run_dir) if run_dir else run_folder("outputs/multirun")
     print(f"{len(jobs)} jobs in {folder}", flush=True)
-    failed = None
+    failed = False
     try:
         _enter_hydra(program, ["-m", *overrides, _quote_path(f"hydra.sweep.dir={folder}", always=True)], task)
-    except UserError as error:
-        failed = error
+    except JobFailed:  # its own line is printed already; Hydra passes on the first of them after all jobs
+        failed = True
     print(sweep_table(folder, len(jobs)))
     if failed:
-        raise failed
+        raise UserError("not all jobs finished")
 
 
 def _enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
@@ -228,7 +232,7 @@ def _missing_choice(error: Any) -> str:
         return str(error).splitlines()[0]
     if group == "recipe":
         return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"
-    return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options)}{plugin_hint(group)}"
+    return f"{group}={name}: must be one of {', '.join(options)}{plugin_hint(group)}{nearest(name, options)}"
 
 
 def _one_line(error: Exception, program: str) -> str:

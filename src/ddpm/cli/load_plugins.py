@@ -1,4 +1,4 @@
-"""`plugins=[my_package]`: modules of the user's own, imported because the user typed them and for no other reason."""
+"""`plugins=[my_package]`: a user's own modules, imported because the user typed them, for no other reason."""
 
 import importlib
 import os

@@ -67,7 +67,7 @@ def _sweep_job(raw: Any) -> float:
         return train(check(TrainConfig, {**settings, "run_dir": hydra.runtime.output_dir}))
     except UserError as error:
         print(f"ddpm-train: {error}", file=sys.stderr, flush=True)
-        raise RuntimeError(str(error)) from None  # SystemExit would end the other jobs, too
+        raise hydra_app.JobFailed(str(error)) from None
 
 
 def _before_typed(overrides: list[str]) -> list[str]:

@@ -1,0 +1,330 @@
+"""What ddpm-sample is to draw for a task: from what, in which steps, and what its grid shows beside the results."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm import inputs, tasks
+from ddpm.config import Choice, SampleConfig
+from ddpm.diffusion import Denoiser
+from ddpm.errors import UserError
+from ddpm.images import Pixels, normalise, to_uint8
+from ddpm.randomness import normal
+from ddpm.samplers import Step
+from ddpm.sampling import Guidance, Model, denoiser, draw, labels, levels, run
+
+GENERATED = 64  # images, where n is not typed
+BETWEEN = 8  # images from end to end of an interpolation, likewise
+RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many there are of either
+COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # to every sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """`steps` draws the results at some places (k,) of 0 … n-1; `num_steps` come out for each such call."""
+
+    n: int
+    y: Tensor | None  # (n,)
+    sampler: Choice  # as it is run
+    num_steps: int
+    steps: Callable[[Denoiser, Tensor], Iterator[Step]]
+    rows: int | None = None  # of the grid; None: as in any grid
+    left: list[Pixels] = field(default_factory=list)  # columns beside the results, an image for each row
+    right: list[Pixels] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # for the user, beforehand
+    about: dict[str, Any] = field(default_factory=dict)  # for sample.json
+    measure: Callable[[Tensor], tuple[str, dict[str, Any]]] | None = None  # of all results, for both
+
+    def table(self, pixels: Pixels) -> tuple[Pixels, int]:
+        """Images and row length of a grid with one input in each row."""
+        results = pixels.reshape(self.rows or 1, -1, *pixels.shape[1:])
+        columns = [[column[:, None] for column in side] for side in (self.left, self.right)]
+        table = np.concatenate([*columns[0], results, *columns[1]], axis=1)
+        return table.reshape(-1, *pixels.shape[1:]), table.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Brought:
+    """What the user brought, and which of it the results start from."""
+
+    inputs: inputs.Inputs
+    numbers: Tensor  # (rows,) of the inputs in use
+    pixels: Tensor  # uint8 (rows, C, H, W)
+    y: Tensor | None  # (rows,)
+    row: Tensor  # (n,) of each result
+    index: Tensor  # (n,) of each result, for its randomness
+
+    @property
+    def x_0(self) -> Tensor:
+        return normalise(self.pixels)
+
+    @property
+    def column(self) -> Pixels:
+        return self.pixels.permute(0, 2, 3, 1).numpy()
+
+    @property
+    def notes(self) -> list[str]:
+        return [self.inputs.notice] if self.inputs.notice else []
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"inputs": [self.inputs.names[number] for number in self.numbers]}
+
+
+def make(config: SampleConfig, model: Model) -> Plan:
+    """Raises UserError for keys that the task needs or has no use for."""
+    needs = {"inpaint": ("input", "mask"), "variation": ("input",), "reconstruct": ("input",)}
+    uses = {**needs, "interpolate": ("input", "seeds")}
+    for key in ("input", "mask", "seeds"):
+        value = getattr(config, key)
+        if value is None and key in needs.get(config.task, ()):
+            raise UserError(f"task={config.task}: needs {key}=…; {_HOW[key]}")
+        if value is not None and key not in uses.get(config.task, ()):
+            users = ", ".join(task for task, keys in uses.items() if key in keys)
+            raise UserError(f"{key}={value}: task={config.task} has no use for it; task must be one of {users}")
+    if config.nrow is not None and (config.input is not None or config.task == "interpolate"):
+        raise UserError(f"nrow={config.nrow}: task={config.task} shows one input in each row; must be null")
+    return _TASKS[config.task](config, model)
+
+
+_HOW = {
+    "input": "a picture, a folder of them, or dataset images such as mnist:test:0-15",
+    "mask": "left, top, centre, random, or a picture that is white where something is to be drawn",
+}
+
+
+def _generate(config: SampleConfig, model: Model) -> Plan:
+    index = torch.tensor(config.index) if config.index else torch.arange(config.n or GENERATED)
+    y = labels(model, wanted(config), index, guidance(config))
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        return draw(model, config.sampler, denoise, index[places].to(model.device), config.seed)
+
+    return Plan(len(index), y, config.sampler, len(levels(model, config.sampler)) - 1, steps)
+
+
+def _inpaint(config: SampleConfig, model: Model) -> Plan:
+    brought = _bring(config, model, config.n or 1)
+    # RePaint's own steps are ancestral, whichever sampler the levels were meant for
+    sampler = Choice("ddpm", {key: config.sampler.params[key] for key in COMMON} | {"variance": "small"})
+    path = levels(model, sampler)
+    assert config.mask is not None
+    mask = inputs.mask(config.mask, model.facts.image_size, config.seed, brought.numbers)
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        index, row = brought.index[places].to(model.device), brought.row[places]
+        return tasks.repaint(
+            denoise,
+            path,
+            normal(config.seed, "x_T", 0, index, model.shape) * path[0].sigma,
+            brought.x_0[row].to(model.device),
+            mask[row].to(model.device),
+            lambda k: normal(config.seed, "repaint", k, index, model.shape),
+            jump_length=config.jump_length,
+            jump_n_sample=config.jump_n_sample,
+        )
+
+    num_steps = (len(path) - 1) * config.jump_n_sample
+    cost = f"inpaint: {len(path) - 1} ancestral steps × jump_n_sample={config.jump_n_sample}: {num_steps} evaluations"
+    white = mask.expand(-1, model.facts.channels, -1, -1).to(torch.uint8) * 255
+    return Plan(
+        len(brought.index),
+        _each(brought.y, brought.row),
+        sampler,
+        num_steps,
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column, white.permute(0, 2, 3, 1).numpy()],
+        notes=[*brought.notes, f"{cost} for each image"],
+        about=brought.about,
+    )
+
+
+def _variation(config: SampleConfig, model: Model) -> Plan:
+    brought = _bring(config, model, config.n or 1)
+    path = levels(model, config.sampler)
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        index, x_0 = brought.index[places].to(model.device), brought.x_0[brought.row[places]].to(model.device)
+        eps = normal(config.seed, "x_T", 0, index, model.shape)
+        x, rest = tasks.sdedit(path, x_0, eps, config.strength)
+        yield Step(x, x_0, rest[0])
+        if len(rest) > 1:
+            yield from run(model, config.sampler, denoise, list(rest), x, index, config.seed)
+
+    one = brought.x_0[:1]
+    return Plan(
+        len(brought.index),
+        _each(brought.y, brought.row),
+        config.sampler,
+        len(tasks.sdedit(path, one, one, config.strength)[1]),
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column],
+        notes=brought.notes,
+        about=brought.about,
+    )
+
+
+def _interpolate(config: SampleConfig, model: Model) -> Plan:
+    """Row by row from one end to the other; the sampler's own noise, if it has any, is the same along a row."""
+    each = config.n or BETWEEN
+    if each < 2:
+        raise UserError(f"n={each}: task=interpolate needs at least 2 images, its ends")
+    if config.input is not None:
+        return _between_inputs(config, model, each)
+    seeds = config.seeds or [config.seed, config.seed + 1]
+    if len(seeds) != 2:
+        raise UserError(f"seeds={seeds}: must be the two ends, such as [0,1]")
+    index = torch.tensor(config.index or [0])
+    row, part = _stretch(len(index), each)
+    y = labels(model, wanted(config), index, guidance(config))
+    path = levels(model, config.sampler)
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        own = index[row[places]].to(model.device)
+        a, b = (normal(seed, "x_T", 0, own, model.shape) * path[0].sigma for seed in seeds)
+        x_T = tasks.slerp(a, b, part[places].to(model.device))
+        return run(model, config.sampler, denoise, path, x_T, own, config.seed)
+
+    about = {"seeds": seeds}
+    return Plan(len(row), _each(y, row), config.sampler, len(path) - 1, steps, rows=len(index), about=about)
+
+
+def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
+    """Between every two inputs, each encoded in its own class; along a row each has the class of the nearer end."""
+    sampler = _reversible(config)
+    brought = _bring(config, model, 1)
+    if len(brought.numbers) % 2:
+        raise UserError(f"input={config.input}: {len(brought.numbers)} images; task=interpolate takes them in pairs")
+    path = levels(model, sampler)
+    codes = []
+    with torch.inference_mode():
+        for places in torch.arange(len(brought.numbers)).split(config.batch_size):
+            part_y = None if brought.y is None else brought.y[places].to(model.device)
+            encoder = denoiser(model, sampler, part_y, guidance(config))
+            codes.append(tasks.encode(encoder, path, brought.x_0[places].to(model.device)))
+    x_T = torch.cat(codes)
+    row, part = _stretch(len(x_T) // 2, each)
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        a, b = 2 * row[places], 2 * row[places] + 1
+        x = tasks.slerp(x_T[a], x_T[b], part[places].to(model.device))
+        return run(model, sampler, denoise, path, x, row[places].to(model.device), config.seed)
+
+    return Plan(
+        len(row),
+        _each(brought.y, 2 * row + (part > 0.5)),
+        sampler,
+        len(path) - 1,
+        steps,
+        rows=len(x_T) // 2,
+        left=[brought.column[0::2]],
+        right=[brought.column[1::2]],
+        notes=[*brought.notes, f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping"],
+        about={**brought.about, "evaluations_per_input": encoder.evaluations},
+    )
+
+
+def _reconstruct(config: SampleConfig, model: Model) -> Plan:
+    if config.n not in (None, 1):
+        raise UserError(f"n={config.n}: task=reconstruct gives 1 image for each input")
+    sampler = _reversible(config)
+    brought = _bring(config, model, 1)
+    path = levels(model, sampler)
+
+    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
+        return tasks.reconstruct(denoise, path, brought.x_0[places].to(model.device), lambda k: torch.empty(0))
+
+    def measure(x: Tensor) -> tuple[str, dict[str, Any]]:
+        mse, largest = tasks.grey_level_errors(brought.pixels, x)
+        text = (
+            f"reconstruct: mean squared error {mse.mean():.4g}, largest difference {largest.max():.4g} grey levels "
+            f"of 255, over {len(x)} images without clipping"
+        )
+        return text, {"mean_squared_error": mse.tolist(), "largest_difference": largest.tolist()}
+
+    return Plan(
+        len(brought.index),
+        brought.y,
+        sampler,
+        2 * (len(path) - 1),
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column],
+        notes=brought.notes,
+        about=brought.about,
+        measure=measure,
+    )
+
+
+_TASKS: dict[str, Callable[[SampleConfig, Model], Plan]] = {
+    "generate": _generate,
+    "inpaint": _inpaint,
+    "variation": _variation,
+    "interpolate": _interpolate,
+    "reconstruct": _reconstruct,
+}
+
+
+def _bring(config: SampleConfig, model: Model, each: int) -> _Brought:
+    """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
+    assert config.input is not None
+    brought = inputs.read(config.input, model.facts, model.config.dataset, config.data_root)
+    numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
+    if numbers.max() >= len(brought.images):
+        raise UserError(f"index={config.index}: input={config.input} has the images 0 to {len(brought.images) - 1}")
+    row = torch.arange(len(numbers)).repeat_interleave(each)
+    index = numbers[row] + (torch.arange(each).repeat(len(numbers)) << RESULT_SHIFT)
+    y = labels(model, wanted(config), numbers, guidance(config))
+    if y is not None and config.label is None:
+        if brought.labels is not None:
+            y = brought.labels[numbers]
+        elif config.guidance_scale != 0:
+            raise UserError(
+                f"input={config.input}: has no label that this conditional model knows; add label=… (0 to "
+                f"{model.facts.num_classes - 1}, or a list), or guidance_scale=0 for no class"
+            )
+    return _Brought(brought, numbers, brought.images[numbers], y, row, index)
+
+
+def _reversible(config: SampleConfig) -> Choice:
+    """The sampler without clipping. Raises UserError unless it is ddim with eta = 0, which can be run backwards."""
+    sampler = config.sampler
+    if sampler.name != "ddim" or sampler.params["eta"] != 0:
+        eta = f" with sampler.eta={sampler.params['eta']:g}" if sampler.name == "ddim" else ""
+        raise UserError(
+            f"sampler={sampler.name}{eta}: task={config.task} with input must run backwards: needs sampler=ddim "
+            "with sampler.eta=0"
+        )
+    return dataclasses.replace(sampler, params={**sampler.params, "clip": "none"})
+
+
+def _stretch(rows: int, each: int) -> tuple[Tensor, Tensor]:
+    """(row, part) of each result: from 0 to 1 in every row."""
+    return torch.arange(rows).repeat_interleave(each), torch.linspace(0, 1, each).repeat(rows)
+
+
+def _each(y: Tensor | None, row: Tensor) -> Tensor | None:
+    return None if y is None else y[row]
+
+
+def guidance(config: SampleConfig) -> Guidance:
+    bounds = config.guidance_interval
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
+    return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))
+
+
+def wanted(config: SampleConfig) -> list[int] | None:
+    """The classes asked for; None where all are, or nothing was said."""
+    if isinstance(config.label, str):
+        if config.label != "all":
+            raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")
+        return None
+    return config.label
