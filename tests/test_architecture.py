@@ -13,7 +13,7 @@ LAYERS = [
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
     {"plots", "validation", "build", "plugins"},
-    {"sampling", "tasks"},
+    {"sampling", "tasks", "inputs"},
     {"runs"},
     {"training"},
     {"cli"},

@@ -81,7 +81,10 @@ def test_sample_writes_what_is_asked(run: Path) -> None:
     for i in range(5):
         assert (np.asarray(Image.open(drawn / "images" / f"{i:05d}.png")) == images[i]).all()
     about = json.loads((drawn / "sample.json").read_text())
-    assert about["sampler"] == {**about["sampler"], "name": "ddim", "num_steps": 4} and about["step"] == 16
+    assert (
+        about["sampler"] == {**about["sampler"], "name": "dpmpp_2m_sde", "num_steps": 4}
+        and about["step"] == 16
+    )
 
 
 def test_sample_takes_files_folders_and_other_samplers(run: Path) -> None:

@@ -104,7 +104,7 @@ class Several(list[int]):
 @dataclass(frozen=True)
 class SampleConfig:
     ckpt: str
-    n: int
+    n: int | None
     seed: int
     index: Several | None
     batch_size: int
@@ -114,6 +114,14 @@ class SampleConfig:
     guidance_scale: float
     guidance_rescale: float
     guidance_interval: list[float]
+    task: str
+    input: str | None
+    data_root: str
+    mask: str | None
+    jump_length: int
+    jump_n_sample: int
+    strength: float
+    seeds: list[int] | None
     sampler: Choice
     save: list[str]
     out: str | None
@@ -133,9 +141,7 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
 
     Raises UserError with one line: the full key, the value, and what is allowed.
     """
-    fields = {
-        field.name: hint for field, hint in zip(dataclasses.fields(schema), _hints(schema), strict=True)
-    }
+    fields = typing.get_type_hints(schema)
     _check_keys(raw, fields, path)
     return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
 
@@ -186,11 +192,6 @@ def plugin_hint(group: str) -> str:
     return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
 
 
-def _hints(schema: type) -> list[Any]:
-    hints = typing.get_type_hints(schema)
-    return [hints[field.name] for field in dataclasses.fields(schema)]
-
-
 def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
     known = list(known)
     for key in raw:
@@ -229,7 +230,7 @@ def _choice(raw: Any, path: str) -> Choice:
             f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
         )
     if raw["name"] not in names:
-        hint = nearest(raw["name"], names) + plugin_hint(path)
+        hint = plugin_hint(path) + nearest(raw["name"], names)
         raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")
     template: dict[str, list[Any]] = {}
     for content in choices(path).values():
@@ -261,20 +262,14 @@ def _like(example: Any, value: Any, path: str) -> Any:
         case bool():
             result, kind, fits = value, "true or false", isinstance(value, bool)
         case int():
-            result, kind, fits = (
-                value,
-                "a whole number",
-                isinstance(value, int) and not isinstance(value, bool),
-            )
+            result, kind = value, "a whole number"
+            fits = isinstance(value, int) and not isinstance(value, bool)
         case float():
             fits, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
             result = float(value) if fits and abs(value) < 1e300 else value
         case str():
-            result, kind, fits = (
-                value,
-                "a text",
-                isinstance(value, str) and len(value) <= 4096 and "\0" not in value,
-            )
+            result, kind = value, "a text"
+            fits = isinstance(value, str) and len(value) <= 4096 and "\0" not in value
         case list():
             if not isinstance(value, list | tuple) or len(value) > MAX_ITEMS:
                 raise UserError(f"{path}={value!r}: must be a list such as [1, 2]")

@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
 def register(
     kind: Literal["schedule", "sampler", "dataset"], *, name: str | None = None, **defaults: Any
 ) -> Callable[[Function], Function]:
-    """Decorator: makes a function a choice, `<kind>=<name>` in configs; `name` is the function's unless given.
+    """Decorator: makes a function a choice, `<kind>=<name>`; `name` is the function's own unless given.
 
     The parameters after those the kind begins with are its keys; each needs a default, which says its type.
     `defaults` are for keys that every choice of the kind has, such as `num_steps` of a sampler. Raises

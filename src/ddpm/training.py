@@ -29,7 +29,7 @@ from ddpm.validation import Validation
 
 PREVIEWS = 36
 PREVIEW_STEPS = 20
-PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 0.0}
+PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 1.0}
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 
 
@@ -53,6 +53,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     best = _best_figure(run_dir)
     loss_sum = torch.zeros((), device=run.device)
     bad_step = torch.full((), -1, device=run.device)  # the first step that was not finite, kept on the device
+    intervals = (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every)
     clock, logged = time.perf_counter(), run.step
 
     while run.step < run.max_steps:
@@ -66,12 +67,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             return done or (every > 0 and step % every == 0)
 
         record: dict[str, float] | None = None
-        if any(
-            map(
-                due,
-                (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every),
-            )
-        ):
+        if any(due(every) for every in intervals):
             _stop_if_not_finite(run, bad_step, loss)
             mean_loss = loss_sum.item() / (step - logged)
             seconds = time.perf_counter() - clock
@@ -117,9 +113,8 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
     for index in torch.arange(len(x_0), device=run.device).chunk(trainer.accumulate):
         t, weight, eps, labels = _draw(run, x_0, y, index)
         with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
-            loss = losses(
-                run.network, run.objective, _layout(x_0[index], trainer.channels_last), t, eps, labels
-            )
+            clean = _layout(x_0[index], trainer.channels_last)
+            loss = losses(run.network, run.objective, clean, t, eps, labels)
         run.scaler.scale((weight * loss).sum() / len(x_0)).backward()  # type: ignore[no-untyped-call]
         parts.append((t, loss.detach(), weight))
     t, loss, weight = (torch.cat(values) for values in zip(*parts, strict=True))

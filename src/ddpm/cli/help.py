@@ -15,6 +15,8 @@ _HEAD = {
   ddpm-sample ckpt=outputs/train/2026-01-31/12-00-00 sampler=ddpm save=[grid,npz]
   ddpm-sample ckpt=latest label=all guidance_scale=2 n=100
   ddpm-sample ckpt=latest n=16 sampler.num_steps=20 save=[grid,trajectory] out=pictures
+  ddpm-sample ckpt=latest task=inpaint input=my.png mask=left n=4
+  ddpm-sample ckpt=latest task=variation input=mnist:test:0-7 strength=0.5
 """,
     "info": """ddpm-info: what a checkpoint is, read from its header alone
 
@@ -35,13 +37,20 @@ _NOTES = {
     "run_dir": "the run's folder (default: a new outputs/train/<date>/<time>)",
     "overwrite": "replace a run that is there already",
     "ckpt": "a checkpoint file, a run folder, or latest",
-    "n": "how many images",
-    "index": "only this image of the seed (or a list): image i is the same whatever n is",
+    "n": "how many images: 64; of each input: 1; from end to end of an interpolation: 8",
+    "index": "only this image of the seed (or a list; of the input): the same whatever n is",
     "batch_size": "how many at once",
     "label": "a class, a list [0,1,2], or all: image i has class i mod K",
     "guidance_scale": "1 is off; above 1 more typical of the class, 0 without class",
     "guidance_rescale": "0 to 1: back towards the contrast without guidance",
     "guidance_interval": "guide only where sigma/alpha is within [low, high]",
+    "task": "generate, inpaint, variation, interpolate or reconstruct",
+    "input": "to start from: a picture, a folder of them, or mnist:test:0-15 (train, val, test)",
+    "mask": "inpaint: left, top, centre, random, or a picture: what is white is drawn",
+    "jump_length": "inpaint: levels between which RePaint goes to and fro",
+    "jump_n_sample": "inpaint: how often; the cost is num_steps × jump_n_sample evaluations",
+    "strength": "variation: 0 returns the input, 1 forgets it",
+    "seeds": "interpolate: the two ends (default: seed and seed+1); with input: every two images",
     "ema": "averaged weights; false: the last ones",
     "save": "any of grid, images, npz, trajectory",
     "out": "folder for the results (default: a new one under the run's)",

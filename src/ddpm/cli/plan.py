@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ddpm import inputs, tasks
+from ddpm.cli.brought import bring, guidance, wanted
 from ddpm.config import Choice, SampleConfig
 from ddpm.diffusion import Denoiser
 from ddpm.errors import UserError
-from ddpm.images import Pixels, normalise, to_uint8
+from ddpm.images import Pixels
 from ddpm.randomness import normal
 from ddpm.samplers import Step
-from ddpm.sampling import Guidance, Model, denoiser, draw, labels, levels, run
+from ddpm.sampling import Model, denoiser, draw, labels, levels, run
 
 GENERATED = 64  # images, where n is not typed
 BETWEEN = 8  # images from end to end of an interpolation, likewise
-RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many there are of either
 COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # to every sampler
 
 
@@ -48,34 +48,6 @@ class Plan:
         return table.reshape(-1, *pixels.shape[1:]), table.shape[1]
 
 
-@dataclass(frozen=True, eq=False)
-class _Brought:
-    """What the user brought, and which of it the results start from."""
-
-    inputs: inputs.Inputs
-    numbers: Tensor  # (rows,) of the inputs in use
-    pixels: Tensor  # uint8 (rows, C, H, W)
-    y: Tensor | None  # (rows,)
-    row: Tensor  # (n,) of each result
-    index: Tensor  # (n,) of each result, for its randomness
-
-    @property
-    def x_0(self) -> Tensor:
-        return normalise(self.pixels)
-
-    @property
-    def column(self) -> Pixels:
-        return self.pixels.permute(0, 2, 3, 1).numpy()
-
-    @property
-    def notes(self) -> list[str]:
-        return [self.inputs.notice] if self.inputs.notice else []
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"inputs": [self.inputs.names[number] for number in self.numbers]}
-
-
 def make(config: SampleConfig, model: Model) -> Plan:
     """Raises UserError for keys that the task needs or has no use for."""
     needs = {"inpaint": ("input", "mask"), "variation": ("input",), "reconstruct": ("input",)}
@@ -86,7 +58,9 @@ def make(config: SampleConfig, model: Model) -> Plan:
             raise UserError(f"task={config.task}: needs {key}=…; {_HOW[key]}")
         if value is not None and key not in uses.get(config.task, ()):
             users = ", ".join(task for task, keys in uses.items() if key in keys)
-            raise UserError(f"{key}={value}: task={config.task} has no use for it; task must be one of {users}")
+            raise UserError(
+                f"{key}={value}: task={config.task} has no use for it; task must be one of {users}"
+            )
     if config.nrow is not None and (config.input is not None or config.task == "interpolate"):
         raise UserError(f"nrow={config.nrow}: task={config.task} shows one input in each row; must be null")
     return _TASKS[config.task](config, model)
@@ -109,7 +83,7 @@ def _generate(config: SampleConfig, model: Model) -> Plan:
 
 
 def _inpaint(config: SampleConfig, model: Model) -> Plan:
-    brought = _bring(config, model, config.n or 1)
+    brought = bring(config, model, config.n or 1)
     # RePaint's own steps are ancestral, whichever sampler the levels were meant for
     sampler = Choice("ddpm", {key: config.sampler.params[key] for key in COMMON} | {"variance": "small"})
     path = levels(model, sampler)
@@ -146,7 +120,7 @@ def _inpaint(config: SampleConfig, model: Model) -> Plan:
 
 
 def _variation(config: SampleConfig, model: Model) -> Plan:
-    brought = _bring(config, model, config.n or 1)
+    brought = bring(config, model, config.n or 1)
     path = levels(model, config.sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
@@ -176,6 +150,8 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
     each = config.n or BETWEEN
     if each < 2:
         raise UserError(f"n={each}: task=interpolate needs at least 2 images, its ends")
+    if config.input is not None and config.seeds is not None:
+        raise UserError(f"seeds={config.seeds}: the ends are those of input={config.input}; must be null")
     if config.input is not None:
         return _between_inputs(config, model, each)
     seeds = config.seeds or [config.seed, config.seed + 1]
@@ -199,13 +175,15 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
 def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
     """Between every two inputs, each encoded in its own class; along a row each has the class of the nearer end."""
     sampler = _reversible(config)
-    brought = _bring(config, model, 1)
+    brought = bring(config, model, 1)
     if len(brought.numbers) % 2:
-        raise UserError(f"input={config.input}: {len(brought.numbers)} images; task=interpolate takes them in pairs")
+        raise UserError(
+            f"input={config.input}: {len(brought.numbers)} images; task=interpolate takes them in pairs"
+        )
     path = levels(model, sampler)
     codes = []
     with torch.inference_mode():
-        for places in torch.arange(len(brought.numbers)).split(config.batch_size):
+        for places in torch.split(torch.arange(len(brought.numbers)), config.batch_size):
             part_y = None if brought.y is None else brought.y[places].to(model.device)
             encoder = denoiser(model, sampler, part_y, guidance(config))
             codes.append(tasks.encode(encoder, path, brought.x_0[places].to(model.device)))
@@ -226,7 +204,10 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
         rows=len(x_T) // 2,
         left=[brought.column[0::2]],
         right=[brought.column[1::2]],
-        notes=[*brought.notes, f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping"],
+        notes=[
+            *brought.notes,
+            f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping",
+        ],
         about={**brought.about, "evaluations_per_input": encoder.evaluations},
     )
 
@@ -235,11 +216,11 @@ def _reconstruct(config: SampleConfig, model: Model) -> Plan:
     if config.n not in (None, 1):
         raise UserError(f"n={config.n}: task=reconstruct gives 1 image for each input")
     sampler = _reversible(config)
-    brought = _bring(config, model, 1)
+    brought = bring(config, model, 1)
     path = levels(model, sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
-        return tasks.reconstruct(denoise, path, brought.x_0[places].to(model.device), lambda k: torch.empty(0))
+        return tasks.reconstruct(denoise, path, brought.x_0[places].to(model.device))
 
     def measure(x: Tensor) -> tuple[str, dict[str, Any]]:
         mse, largest = tasks.grey_level_errors(brought.pixels, x)
@@ -272,27 +253,6 @@ _TASKS: dict[str, Callable[[SampleConfig, Model], Plan]] = {
 }
 
 
-def _bring(config: SampleConfig, model: Model, each: int) -> _Brought:
-    """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
-    assert config.input is not None
-    brought = inputs.read(config.input, model.facts, model.config.dataset, config.data_root)
-    numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
-    if numbers.max() >= len(brought.images):
-        raise UserError(f"index={config.index}: input={config.input} has the images 0 to {len(brought.images) - 1}")
-    row = torch.arange(len(numbers)).repeat_interleave(each)
-    index = numbers[row] + (torch.arange(each).repeat(len(numbers)) << RESULT_SHIFT)
-    y = labels(model, wanted(config), numbers, guidance(config))
-    if y is not None and config.label is None:
-        if brought.labels is not None:
-            y = brought.labels[numbers]
-        elif config.guidance_scale != 0:
-            raise UserError(
-                f"input={config.input}: has no label that this conditional model knows; add label=… (0 to "
-                f"{model.facts.num_classes - 1}, or a list), or guidance_scale=0 for no class"
-            )
-    return _Brought(brought, numbers, brought.images[numbers], y, row, index)
-
-
 def _reversible(config: SampleConfig) -> Choice:
     """The sampler without clipping. Raises UserError unless it is ddim with eta = 0, which can be run backwards."""
     sampler = config.sampler
@@ -312,19 +272,3 @@ def _stretch(rows: int, each: int) -> tuple[Tensor, Tensor]:
 
 def _each(y: Tensor | None, row: Tensor) -> Tensor | None:
     return None if y is None else y[row]
-
-
-def guidance(config: SampleConfig) -> Guidance:
-    bounds = config.guidance_interval
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
-        raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
-    return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))
-
-
-def wanted(config: SampleConfig) -> list[int] | None:
-    """The classes asked for; None where all are, or nothing was said."""
-    if isinstance(config.label, str):
-        if config.label != "all":
-            raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")
-        return None
-    return config.label

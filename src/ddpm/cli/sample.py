@@ -14,6 +14,7 @@ from ddpm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ddpm.cli.plan import Plan
     from ddpm.sampling import Model
 
 FILM_IMAGES = 16
@@ -35,29 +36,44 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
     others = [override for override in overrides if not override.lstrip("+~").startswith("sampler")]
     check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
     meta, _ = checkpoint.read_meta(checkpoint.find(ckpt))
-    return hydra_app.as_overrides({"sampler": check(TrainConfig, meta.config).sampler.to_dict()})
+    trained = check(TrainConfig, meta.config)
+    sampler = trained.sampler.to_dict()
+    if sampler["num_steps"] is not None:  # written for many timesteps; this model may have few
+        sampler["num_steps"] = min(sampler["num_steps"], trained.schedule.params["num_timesteps"])
+    return hydra_app.as_overrides({"sampler": sampler})
 
 
 def sample(config: SampleConfig) -> None:
     """The whole command for one checked config."""
     from ddpm import build, checkpoint, sampling
+    from ddpm.cli import plan
 
     started = time.perf_counter()
     path = checkpoint.find(config.ckpt)
     model, meta = sampling.load(path, build.device(config.device), config.ema)
-    drawn = _draw(config, model)
+    todo = plan.make(config, model)
+    for note in todo.notes:
+        print(note, flush=True)
+    drawn = _draw(config, model, todo)
+    measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
     out = _folder(config, path)
-    files = _write(config, drawn, out)
+    files = _write(config, todo, drawn, out)
     about = {
         "checkpoint": str(path),
         "checkpoint_sha256": meta.sha256,
         "step": meta.step,
         **to_dict(config),
+        "sampler": todo.sampler.to_dict(),
+        "images": todo.n,
+        **todo.about,
+        **figures,
         "evaluations_per_image": drawn.evaluations,
         "seconds": round(time.perf_counter() - started, 3),
         "files": files,
     }
     checkpoint.write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
+    if measured:
+        print(measured)
     for file in [*files, "sample.json"]:
         print(out / file)
 
@@ -70,26 +86,24 @@ class Drawn:
     evaluations: float  # of the network, for each image
 
 
-def _draw(config: SampleConfig, model: "Model") -> Drawn:
+def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
     """All images, in chunks of batch_size."""
     import torch
     from tqdm import tqdm
 
-    from ddpm.sampling import Guidance, denoiser, draw, labels, levels
+    from ddpm.cli.brought import guidance
+    from ddpm.sampling import denoiser
 
-    guidance = Guidance(config.guidance_scale, config.guidance_rescale, _interval(config.guidance_interval))
-    index = torch.tensor(config.index) if config.index else torch.arange(config.n)
-    y = labels(model, _wanted(config), index, guidance)
     images, film, evaluations = [], [], 0
-    total = (len(levels(model, config.sampler)) - 1) * -(-len(index) // config.batch_size)
+    total = todo.num_steps * -(-todo.n // config.batch_size)
     with (
         torch.inference_mode(),
         tqdm(total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar,
     ):
-        for places in torch.split(torch.arange(len(index)), config.batch_size):
-            part_y = None if y is None else y[places].to(model.device)
-            denoise = denoiser(model, config.sampler, part_y, guidance)
-            for step in draw(model, config.sampler, denoise, index[places].to(model.device), config.seed):
+        for places in torch.split(torch.arange(todo.n), config.batch_size):
+            y = None if todo.y is None else todo.y[places].to(model.device)
+            denoise = denoiser(model, todo.sampler, y, guidance(config))
+            for step in todo.steps(denoise, places):
                 bar.update()
                 if places[0] == 0 and "trajectory" in config.save:
                     film.append(step.x[:FILM_IMAGES].cpu())
@@ -99,25 +113,10 @@ def _draw(config: SampleConfig, model: "Model") -> Drawn:
     broken = (~torch.isfinite(x)).flatten(1).any(1)
     if broken.any():
         raise UserError(
-            f"images {index[broken][:10].tolist()} are not finite after {config.sampler.name} with "
-            f"{total} steps: try sampler.clip=clip, or more steps"
+            f"images {broken.nonzero()[:10, 0].tolist()} are not finite after {todo.sampler.name} with "
+            f"{todo.num_steps} steps: try sampler.clip=clip, or more steps"
         )
-    return Drawn(x, y, film, evaluations)
-
-
-def _interval(bounds: list[float]) -> tuple[float, float]:
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
-        raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
-    return bounds[0], bounds[1]
-
-
-def _wanted(config: SampleConfig) -> list[int] | None:
-    """The classes asked for; None where all are, or nothing was said."""
-    if isinstance(config.label, str):
-        if config.label != "all":
-            raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")
-        return None
-    return config.label
+    return Drawn(x, todo.y, film, evaluations)
 
 
 def _folder(config: SampleConfig, checkpoint_file: Path) -> Path:
@@ -135,7 +134,7 @@ def _folder(config: SampleConfig, checkpoint_file: Path) -> Path:
     return Path(config.out)
 
 
-def _write(config: SampleConfig, drawn: Drawn, out: Path) -> list[str]:
+def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[str]:
     """What `save` asks for; returns the names of the files."""
     import numpy as np
 
@@ -144,7 +143,9 @@ def _write(config: SampleConfig, drawn: Drawn, out: Path) -> list[str]:
     pixels, files = to_uint8(drawn.x), []
     classes = None if drawn.y is None else drawn.y.cpu().numpy()
     if "grid" in config.save:
-        if classes is not None and config.nrow is None and len(np.unique(classes)) > 1:
+        if todo.rows is not None:
+            save_png(out / "grid.png", grid(*todo.table(pixels)))
+        elif classes is not None and config.nrow is None and len(np.unique(classes)) > 1:
             save_png(out / "grid.png", grid(*rows(pixels, classes)))
         else:
             save_png(out / "grid.png", grid(pixels, config.nrow))

@@ -30,7 +30,7 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
     files, class_names = _list_images(root)
     images = np.empty((len(files), image_size, image_size, 3), np.uint8)
     for image, file in zip(images, files, strict=True):
-        image[:] = _read_image(file, image_size)
+        image[:] = read_image(file, image_size)
     if (images == images[..., :1]).all():
         images = images[..., :1]
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -47,7 +47,7 @@ def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     """All image files, sorted, and the names of the classes; none if the images lie in root itself."""
     if not root.is_dir():
         raise DataError(f"dataset.path={root}: there is no such folder")
-    files = sorted(file for file in root.rglob("*") if _is_image(file, root))
+    files = sorted(file for file in root.rglob("*") if is_image(file, root))
     nested = [file for file in files if file.parent != root]
     if len(files) < 3:
         raise DataError(
@@ -62,7 +62,7 @@ def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     return files, tuple(sorted({_class_of(file, root) for file in nested}))
 
 
-def _is_image(file: Path, root: Path) -> bool:
+def is_image(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
@@ -71,8 +71,8 @@ def _class_of(file: Path, root: Path) -> str:
     return file.relative_to(root).parts[0]
 
 
-def _read_image(file: Path, size: int) -> NDArray[np.uint8]:
-    """(size, size, 3), the three equal for a grey image."""
+def read_image(file: Path, size: int, nearest: bool = False) -> NDArray[np.uint8]:
+    """(size, size, 3), the three equal for a grey image; `nearest` makes no new colours. Raises DataError."""
     from PIL import Image, ImageOps
 
     try:
@@ -96,4 +96,5 @@ def _read_image(file: Path, size: int) -> NDArray[np.uint8]:
     ) as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, …
         raise DataError(f"{file}: cannot be read as an image ({error})") from error
     opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.asarray(ImageOps.fit(opaque, (size, size), Image.Resampling.BICUBIC))
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return np.asarray(ImageOps.fit(opaque, (size, size), method))
