@@ -98,6 +98,26 @@ def test_sample_takes_files_folders_and_other_samplers(run: Path) -> None:
     assert {path.name for path in (run / "samples").iterdir() if path.is_dir()} >= {"drawn-1", "drawn-2"}
 
 
+def test_image_i_is_the_same_whatever_is_drawn_beside_it(run: Path) -> None:
+    def drawn(*arguments: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+        result = run_script(
+            "sample",
+            "ckpt=latest",
+            "sampler.num_steps=5",
+            "save=[npz]",
+            "out=seeds",
+            *arguments,
+            cwd=home(run),
+        )
+        assert result.returncode == 0, result.stderr
+        return np.load(home(run) / "seeds" / "samples.npz")["images"].astype(np.int64)
+
+    whole = drawn("n=6")
+    assert abs(whole - drawn("n=6", "batch_size=4")).max() <= 1  # float32 sums in another order
+    assert abs(whole[[5, 2]] - drawn("index=[5,2]")).max() <= 1
+    assert abs(whole[:3] - drawn("n=3")).max() <= 1 and abs(whole - drawn("n=6", "seed=1")).max() > 100
+
+
 def test_sample_refuses_more_steps_than_there_are(run: Path) -> None:
     result = run_script("sample", "ckpt=latest", "sampler.num_steps=1001", cwd=home(run))
     assert (

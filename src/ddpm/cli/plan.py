@@ -18,9 +18,11 @@ from ddpm.images import Pixels
 from ddpm.randomness import normal
 from ddpm.samplers import Step
 from ddpm.sampling import Model, denoiser, draw, labels, levels, run
+from ddpm.schedules import Level
 
 GENERATED = 64  # images, where n is not typed
 BETWEEN = 8  # images from end to end of an interpolation, likewise
+ENCODED_ALPHA = 0.05  # images are encoded up to here: 1/400 of the variance is the image's, the rest noise
 COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # to every sampler
 
 
@@ -180,7 +182,7 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
         raise UserError(
             f"input={config.input}: {len(brought.numbers)} images; task=interpolate takes them in pairs"
         )
-    path = levels(model, sampler)
+    path = _reversible_levels(model, sampler)
     codes = []
     with torch.inference_mode():
         for places in torch.split(torch.arange(len(brought.numbers)), config.batch_size):
@@ -217,7 +219,7 @@ def _reconstruct(config: SampleConfig, model: Model) -> Plan:
         raise UserError(f"n={config.n}: task=reconstruct gives 1 image for each input")
     sampler = _reversible(config)
     brought = bring(config, model, 1)
-    path = levels(model, sampler)
+    path = _reversible_levels(model, sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         return tasks.reconstruct(denoise, path, brought.x_0[places].to(model.device))
@@ -263,6 +265,16 @@ def _reversible(config: SampleConfig) -> Choice:
             "with sampler.eta=0"
         )
     return dataclasses.replace(sampler, params={**sampler.params, "clip": "none"})
+
+
+def _reversible_levels(model: Model, sampler: Choice) -> list[Level]:
+    """The levels a network can be run backwards over. Where next to nothing of the image is left, an error in eps is
+    1 / alpha times as large in x_0, and without clipping that explodes.
+    """
+    path = levels(model, sampler)
+    return (
+        [level for level in path if level.alpha >= ENCODED_ALPHA] if path[0].alpha < ENCODED_ALPHA else path
+    )
 
 
 def _stretch(rows: int, each: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,11 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
     check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
     meta, _ = checkpoint.read_meta(checkpoint.find(ckpt))
     trained = check(TrainConfig, meta.config)
+    if hydra_app.typed_value(overrides, "task") in (
+        "reconstruct",
+        "interpolate",
+    ):  # these want no fresh noise
+        return ["sampler=ddim", "sampler.spacing=logsnr"]
     sampler = trained.sampler.to_dict()
     if sampler["num_steps"] is not None:  # written for many timesteps; this model may have few
         sampler["num_steps"] = min(sampler["num_steps"], trained.schedule.params["num_timesteps"])
