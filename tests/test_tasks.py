@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm import build, inputs, tasks
-from ddpm.cli import hydra_app, plan
+from ddpm.cli import brought, hydra_app, plan
 from ddpm.cli import sample as command
 from ddpm.config import Choice, SampleConfig, TrainConfig, check
 from ddpm.datasets.folder import MAX_SOURCE_PIXELS
@@ -439,3 +439,11 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
     if out == "variation":
         given = read("digits:test:0,5").images[:, 0].numpy()
         assert (images == given.repeat(2, axis=0)).all()
+
+
+def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) -> None:
+    assert brought.guidance(base).interval == (0.0, math.inf)  # with zero terminal SNR it begins at infinity
+    typed = dataclasses.replace(base, guidance_interval=[0.5, 2.0])
+    assert brought.guidance(typed).interval == (0.5, 2.0)
+    with pytest.raises(UserError, match="two rising numbers"):
+        brought.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))

@@ -113,7 +113,7 @@ class SampleConfig:
     label: Several | str | None  # "all": every class
     guidance_scale: float
     guidance_rescale: float
-    guidance_interval: list[float]
+    guidance_interval: list[float] | None
     task: str
     input: str | None
     data_root: str

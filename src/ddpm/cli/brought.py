@@ -1,5 +1,6 @@
 """What a user of ddpm-sample brings along: images to start from, their classes, and how to guide."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,8 @@ def bring(config: SampleConfig, model: Model, each: int) -> Brought:
 
 def guidance(config: SampleConfig) -> Guidance:
     bounds = config.guidance_interval
+    if bounds is None:  # everywhere, where sigma / alpha is infinite too
+        bounds = [0.0, math.inf]
     if len(bounds) != 2 or bounds[0] > bounds[1]:
         raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
     return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))

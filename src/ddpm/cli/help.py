@@ -43,7 +43,7 @@ _NOTES = {
     "label": "a class, a list [0,1,2], or all: image i has class i mod K",
     "guidance_scale": "1 is off; above 1 more typical of the class, 0 without class",
     "guidance_rescale": "0 to 1: back towards the contrast without guidance",
-    "guidance_interval": "guide only where sigma/alpha is within [low, high]",
+    "guidance_interval": "guide only where sigma/alpha is within [low, high]; null: everywhere",
     "task": "generate, inpaint, variation, interpolate or reconstruct",
     "input": "to start from: a picture, a folder of them, or mnist:test:0-15 (train, val, test)",
     "mask": "inpaint: left, top, centre, random, or a picture: what is white is drawn",
