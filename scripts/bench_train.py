@@ -86,7 +86,7 @@ def make_steps(
 
     def ours() -> None:
         x_0, y = batches.batch(run.step)
-        train_step(run, x_0, y, torch.tensor(-1, device=device))
+        train_step(run, x_0, y)
         run.step += 1
 
     scheduler = DDPMScheduler(num_train_timesteps=1000)

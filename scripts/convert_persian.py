@@ -7,17 +7,26 @@ names start with the label (7.123.png). The order is kept (PNG files: sorted by 
 import argparse
 import re
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.datasets.cache import cache_folder
 from ddpm.datasets.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, pack, save_crops
+from ddpm.datasets.mat import read_mat
 from ddpm.datasets.persian import PARTS, converted_name
-from ddpm.errors import DataError
+from ddpm.datasets.pictures import decode
+from ddpm.datasets.reading import reason
+from ddpm.errors import DataError, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
 
 Image = NDArray[np.uint8]
+MAX_PNG_BYTES = 1 << 20  # one digit has a few hundred
 
 
 def main() -> None:
@@ -30,13 +39,15 @@ def main() -> None:
         "--out", type=Path, help="file to write (default: in the cache folder, found by itself)"
     )
     args = parser.parse_args()
-    out = args.out or cache_folder() / converted_name(args.split)
     try:
+        out = args.out or cache_folder() / converted_name(args.split)
         images, labels = read_folder(args.source) if args.source.is_dir() else read_mat(args.source)
         crops = to_crops(images, labels, args.source)
         save_crops(out, crops)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except DataError as error:
+        sys.exit(f"error: {printable(str(error))}")
+    except OSError as error:
+        sys.exit(f"error: {printable(str(error.filename or out))}: {reason(error)}")
     counts = ", ".join(
         f"{label}: {count}" for label, count in enumerate(np.bincount(crops.labels, minlength=10))
     )
@@ -48,37 +59,26 @@ def main() -> None:
         )
 
 
-def read_mat(path: Path) -> tuple[list[Image], list[int]]:
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(path, variable_names=["Data", "labels"])
-    except Exception as error:  # a malformed file makes it raise almost anything
-        raise DataError(f"{path}: cannot be read as a .mat file ({error})") from error
-    if not {"Data", "labels"} <= content.keys() or content["Data"].dtype != object:
-        raise DataError(f"{path}: holds no cell array 'Data' beside 'labels'")
-    return list(content["Data"].ravel()), content["labels"].ravel().tolist()
-
-
 def read_folder(folder: Path) -> tuple[list[Image], list[int]]:
-    from PIL import Image as PillowImage
-
+    paths = sorted(islice(folder.glob("*.png"), MAX_RECORDS + 1))
+    if len(paths) > MAX_RECORDS:
+        raise DataError(f"{folder}: more than {MAX_RECORDS} PNG files")
     images, labels = [], []
-    for path in sorted(folder.glob("*.png")):
+    for path in paths:
         label = re.match(r"(\d)(?!\d)", path.name, re.ASCII)
         if label is None:
             raise DataError(f"{path}: the name does not start with a label of one digit, like 7.123.png")
-        try:
-            with PillowImage.open(path) as image:
-                if max(image.size) > MAX_SIDE:
-                    raise DataError(
-                        f"{path}: {image.width}×{image.height} pixels; a side has at most {MAX_SIDE}"
-                    )
-                images.append(np.asarray(image.convert("L")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as an image ({error})") from error
+        image = decode(path, _grey, ("PNG",), MAX_PNG_BYTES, MAX_SIDE**2)
+        if max(image.shape) > MAX_SIDE:
+            height, width = image.shape
+            raise DataError(f"{path}: {width}×{height} pixels; a side has at most {MAX_SIDE}")
+        images.append(image)
         labels.append(int(label[1]))
     return images, labels
+
+
+def _grey(image: "PillowImage") -> Image:
+    return np.asarray(image.convert("L"))
 
 
 def to_crops(images: list[Image], labels: list[int], source: Path) -> Crops:

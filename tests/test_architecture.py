@@ -8,8 +8,8 @@ import ddpm
 PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
-    {"errors", "checks", "limits"},
-    {"config", "randomness", "schedules"},
+    {"errors", "checks", "limits", "files"},
+    {"config", "randomness", "schedules", "meta", "memory"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
     {"plots", "validation", "build", "plugins"},

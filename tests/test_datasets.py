@@ -1,8 +1,11 @@
 """Splits, the cache's files, the small datasets, and that configs and functions agree."""
 
 import inspect
+import io
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,14 @@ import torch
 import yaml
 from PIL import Image
 
-from ddpm.datasets import DATASETS
-from ddpm.datasets.cache import cache_folder, load_arrays, save_arrays, write_atomically
+from ddpm.datasets import DATASETS, persian
+from ddpm.datasets.cache import cache_folder, load_arrays, save_arrays
 from ddpm.datasets.folder import folder
-from ddpm.datasets.types import Split, check_image_size, hold_out
-from ddpm.errors import DataError
+from ddpm.datasets.pictures import read_image
+from ddpm.datasets.reading import read_bounded
+from ddpm.datasets.types import Dataset, Facts, Split, check_dataset, check_image_size, hold_out
+from ddpm.errors import DataError, is_plain
+from ddpm.files import write_atomically
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
 
@@ -103,7 +109,7 @@ def test_cache_folder(monkeypatch):
 def test_arrays_come_back(tmp_path):
     arrays = {"b": np.arange(6, dtype=np.uint8).reshape(2, 3), "a": np.zeros(0, np.int32)}
     save_arrays(tmp_path / "new" / "file", arrays)
-    loaded = load_arrays(tmp_path / "new" / "file")
+    loaded = load_arrays(tmp_path / "new" / "file", 1000)
     assert loaded.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(loaded[name], array, strict=True)
@@ -116,14 +122,14 @@ def test_every_flipped_bit_of_the_arrays_is_found(tmp_path):
     for at in range(len(whole) - 24, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(DataError, match="SHA-256"):
-            load_arrays(path)
+            load_arrays(path, 1000)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 7 + b"\x7f{}"])
 def test_what_is_no_tensor_file(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(DataError, match="file"):
-        load_arrays(tmp_path / "file")
+        load_arrays(tmp_path / "file", 1000)
 
 
 def test_tensor_types_that_numpy_lacks(tmp_path):
@@ -131,7 +137,7 @@ def test_tensor_types_that_numpy_lacks(tmp_path):
 
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "file")
     with pytest.raises(DataError, match="safetensors"):
-        load_arrays(tmp_path / "file")
+        load_arrays(tmp_path / "file", 1000)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -141,6 +147,138 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_never_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_bounded(path, 100)
+        with pytest.raises(DataError, match="cannot be read"):
+            load_arrays(path, 100)
+
+
+def test_files_are_read_up_to_their_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(DataError, match="has 5 bytes, more than the 4 allowed"):
+        read_bounded(tmp_path / "file", 4)
+    with pytest.raises(DataError, match="more than the 4 bytes allowed"):  # the system calls its size 0
+        read_bounded(Path("/proc/self/status"), 4)
+    save_arrays(tmp_path / "arrays", {"a": np.zeros(1000, np.uint8)})
+    with pytest.raises(DataError, match="more than the 1000 allowed"):
+        load_arrays(tmp_path / "arrays", 1000)
+
+
+def test_header_that_is_too_long(tmp_path):
+    (tmp_path / "file").write_bytes((1 << 20).to_bytes(8, "little") + b"{}".ljust(1 << 20))
+    with pytest.raises(DataError, match="header of 1048576 bytes"):
+        load_arrays(tmp_path / "file", 1 << 24)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": np.zeros((3, 28, 29), np.uint8)},
+        {"images": np.zeros((4, 28, 28), np.uint8)},
+        {"images": np.zeros((3, 28, 28), np.int8)},
+        {"labels": np.array([0, 10, 0], np.uint8)},
+        {"labels": np.zeros((3, 1), np.uint8)},
+        {"labels": np.zeros(3, np.int64)},
+        {"more": np.zeros(3, np.uint8)},
+    ],
+)
+def test_cached_images_with_a_right_hash_but_wrong_content(tmp_path, change):
+    good = {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.array([0, 9, 1], np.uint8)}
+    save_arrays(tmp_path / "file", good)
+    assert persian._load_cached(tmp_path / "file", 3, 28).labels.tolist() == [0, 9, 1]
+    save_arrays(tmp_path / "file", good | change)
+    assert persian._load_cached(tmp_path / "file", 3, 28) is None, "then it is built again"
+
+
+def test_no_home_folder(monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", "~no-such-user/cache")
+    with pytest.raises(DataError, match="home"):
+        cache_folder()
+    monkeypatch.delenv("DDPM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~no-such-user")
+    with pytest.raises(DataError, match="set DDPM_CACHE"):
+        cache_folder()
+    with pytest.raises(DataError, match="home"):
+        folder(Path("unused"), path="~no-such-user/images")
+
+
+# What a dataset must be
+
+
+def dataset(labels: object = True, **changes) -> Dataset:
+    """Six images of 4×4 in three classes, two for each split; `changes` are those of the facts or splits."""
+    splits = {
+        name: Split(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8), torch.tensor([0, 2]) if labels else None)
+        for name in ("train", "val", "test")
+    }
+    facts = Facts("mine", 1, 4, 3 if labels else 0, ("a", "b", "c") if labels else (), 256)
+    own = {key: value for key, value in changes.items() if hasattr(facts, key)}
+    rest = {key: value for key, value in changes.items() if key not in own}
+    return Dataset(**{"facts": replace(facts, **own), **splits, **rest})
+
+
+def test_dataset_that_is_right():
+    for data in (
+        dataset(),
+        dataset(labels=False),
+        dataset(class_names=()),
+        DATASETS["digits"](Path("unused")),
+    ):
+        assert check_dataset(data) is data
+
+
+IMAGES = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "returned a NoneType"),
+        (dataset(notice=3), "notice is a int"),
+        (dataset(facts=None), "must be Facts"),
+        (dataset(name="a\nb"), "name of plain text"),
+        (dataset(name=""), "name of plain text"),
+        (dataset(channels=0), r"mine: facts\.channels=0; must be a whole number from 1 to 16"),
+        (dataset(channels=True), r"facts\.channels=True"),
+        (dataset(image_size=1025), r"image_size=1025; .* 1 to 1024"),
+        (dataset(image_size=4.0), r"image_size=4\.0"),
+        (dataset(num_classes=10_001), "num_classes=10001; .* 0 to 10000"),
+        (dataset(levels=1), "levels=1; .* 2 to 256"),
+        (dataset(class_names=("a", "b")), "empty or of 3 names"),
+        (dataset(class_names=["a", "b", "c"]), "a tuple"),
+        (dataset(class_names=("a", "b", "\x1b[31m")), r"class name '\\x1b\[31m' is no plain"),
+        (dataset(class_names=("a", "b", "c" * 256)), "no plain, short text"),
+        (dataset(val=None), "split val: is not a Split"),
+        (dataset(val=Split(None, None)), "split val: is not a Split"),
+        (
+            dataset(test=Split(IMAGES / 255, LABELS)),
+            r"split test: its images are torch.float32 on cpu; .*uint8",
+        ),
+        (dataset(test=Split(IMAGES.to("meta"), LABELS)), "on meta"),
+        (dataset(train=Split(IMAGES[:0], LABELS[:0])), r"the shape \(0, 1, 4, 4\).*N ≥ 1"),
+        (dataset(train=Split(IMAGES[:, 0], LABELS)), r"the shape \(2, 4, 4\); .*\(N, 1, 4, 4\)"),
+        (dataset(image_size=8), r"\(2, 1, 4, 4\); .*\(N, 1, 8, 8\)"),
+        (dataset(val=Split(IMAGES, None)), "split val: has no labels, but facts.num_classes=3"),
+        (dataset(labels=False, val=Split(IMAGES, LABELS)), "has labels, but facts.num_classes=0"),
+        (dataset(val=Split(IMAGES, [0, 2])), "labels are list"),
+        (dataset(val=Split(IMAGES, LABELS.int())), "labels are torch.int32; .*int64"),
+        (dataset(val=Split(IMAGES, LABELS[:1])), r"2 images, but labels of shape \(1,\)"),
+        (dataset(val=Split(IMAGES, LABELS[:, None])), r"labels of shape \(2, 1\)"),
+        (dataset(val=Split(IMAGES, LABELS + 1)), "lie within 1 … 3; allowed: 0 to 2"),
+        (dataset(val=Split(IMAGES, LABELS - 1)), "lie within -1 … 1"),
+    ],
+)
+def test_dataset_that_is_wrong(data, message):
+    with pytest.raises(DataError, match=message) as error:
+        check_dataset(data)
+    assert is_plain(str(error.value))
 
 
 # A folder of images
@@ -247,7 +385,7 @@ def test_broken_image_is_named(tmp_path, monkeypatch, damage):
         save(tmp_path / f"{i}.png", 0, (64, 64))
     bad = tmp_path / "2.png"
     if damage == "bomb":
-        monkeypatch.setattr("ddpm.datasets.folder.MAX_SOURCE_PIXELS", 64 * 64)
+        monkeypatch.setattr("ddpm.datasets.pictures.MAX_SOURCE_PIXELS", 64 * 64)
         save(bad, 0, (65, 64))
     elif damage == "16 bit":
         Image.fromarray(np.zeros((8, 8), np.uint16)).save(bad)
@@ -264,4 +402,115 @@ def test_image_that_claims_to_be_huge(tmp_path):
     whole = (tmp_path / "1.bmp").read_bytes()
     (tmp_path / "1.bmp").write_bytes(whole[:18] + (100_000).to_bytes(4, "little") * 2 + whole[26:])
     with pytest.raises(DataError, match=r"1\.bmp"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["EPS", "TIFF", "PPM", "ICO", "PDF"])
+def test_only_the_formats_meant_are_decoded(tmp_path, form):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", form)  # Pillow itself goes by the content
+    with pytest.raises(
+        DataError, match=r"a\.png: cannot be read as an image \(not PNG, JPEG, BMP, GIF, WEBP\)"
+    ):
+        read_image(tmp_path / "a.png", 8)
+
+
+def test_small_file_of_many_pixels(tmp_path, recwarn, capfd):
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "a.png")  # 900 million pixels in 110 kB
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_image(tmp_path / "a.png", 8)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")  # where Pillow only warns
+    with pytest.raises(DataError, match=r"10000×10000 pixels; allowed: 50000000 in all"):
+        read_image(tmp_path / "a.png", 8)
+    assert not recwarn.list and capfd.readouterr() == ("", "")
+
+
+def test_file_that_is_too_large(tmp_path):
+    save(tmp_path / "a.bmp", 0)
+    with (tmp_path / "a.bmp").open("r+b") as file:
+        file.truncate(1 << 40)  # a hole
+    with pytest.raises(DataError, match="1099511627776 bytes, more than"):
+        read_image(tmp_path / "a.bmp", 8)
+
+
+def test_jpeg_of_endless_scans(tmp_path):
+    file = io.BytesIO()
+    Image.new("L", (500, 500), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert (read_image(tmp_path / "a.jpg", 8) == 128).all()
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + scan * 300 + data[-2:])
+    with pytest.raises(DataError, match="more than 200 scans"):
+        read_image(tmp_path / "a.jpg", 8)
+
+
+def test_turned_cmyk_and_transparent_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    wide = Image.new("RGB", (16, 8), "red")
+    wide.paste("blue", (8, 0, 16, 8))
+    wide.save(tmp_path / "a.png", exif=exif)
+    image = read_image(tmp_path / "a.png", 8)
+    assert image[0, 4].tolist() == [255, 0, 0] and image[7, 4].tolist() == [0, 0, 255]
+    Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "a.jpg")
+    assert (read_image(tmp_path / "a.jpg", 8) == 0).all()
+    half = Image.new("LA", (8, 8), (0, 128))
+    half.save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png", 8) == 127).all()
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 50, 60, 70])
+    palette.save(tmp_path / "a.png", transparency=1)
+    assert (read_image(tmp_path / "a.png", 8) == 255).all()
+    palette.save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png", 8) == [50, 60, 70]).all()
+
+
+def test_folder_too_large_for_memory(tmp_path, monkeypatch):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", 0)
+    monkeypatch.setattr("ddpm.datasets.folder.MAX_MEMORY", 3 * 3 * 8 * 8)
+    assert len(everything(load(tmp_path, 8))) == 3
+    with pytest.raises(DataError, match=r"3 images at dataset\.image_size=9 take 729 bytes; allowed: 576"):
+        load(tmp_path, 9)
+    monkeypatch.setattr("ddpm.datasets.folder.MAX_ENTRIES", 2)
+    with pytest.raises(DataError, match="more than 2 files and folders"):
+        load(tmp_path)
+
+
+def test_folder_of_strange_things(tmp_path):
+    for i in range(3):
+        save(tmp_path / "cats" / f"{i}.png", 0)
+    os.mkfifo(tmp_path / "cats" / "pipe.png")
+    (tmp_path / "cats" / "dangling.png").symlink_to("nowhere")
+    (tmp_path / "cats" / "again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "cats" / "folder.png").mkdir()
+    deep = os.open(tmp_path / "cats", os.O_RDONLY)
+    for _ in range(1500):  # deeper than Python may recurse
+        os.mkdir("d", dir_fd=deep)
+        below = os.open("d", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    try:
+        assert load(tmp_path).facts.class_names == ("cats",)
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "cats" / "d"], check=True)  # pytest's own way recurses
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"\x1b[31m", b"\xff"])
+def test_class_names_that_no_terminal_can_show(tmp_path, name):
+    for i in range(3):
+        save(tmp_path / os.fsdecode(name) / f"{i}.png", 0)
+    with pytest.raises(DataError, match="no plain text") as error:
+        load(tmp_path)
+    assert is_plain(str(error.value))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_sub_folder_that_cannot_be_read(tmp_path):
+    for name in ("a", "b"):
+        for i in range(3):
+            save(tmp_path / name / f"{i}.png", 0)
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(DataError, match="b: cannot be read"):
         load(tmp_path)

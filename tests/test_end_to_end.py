@@ -37,7 +37,9 @@ def home(run: Path) -> Path:
 def test_run_folder_holds_what_is_promised(run: Path) -> None:
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert names == {
+        ".lock",
         "config.yaml",
+        "environment.json",
         "metrics.jsonl",
         "train.log",
         "result.json",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from ddpm.datasets import mnist as module
 from ddpm.datasets.mnist import parse_idx
-from ddpm.errors import DataError
+from ddpm.errors import DataError, is_plain
 
 SHAPES = {
     "train-images-idx3-ubyte": (30, 28, 28),
@@ -165,15 +166,25 @@ def server(published):
         def do_GET(self):
             asked.append(self.path)
             data = answers.get(self.path)
-            self.send_response(404 if data is None else 200)
-            self.end_headers()
-            self.wfile.write(data or b"")
+            if http.reason:
+                self.send_error(503, http.reason)
+            elif self.path.startswith("/away/"):
+                self.send_response(302)
+                self.send_header("Location", "http://[::1/")
+                self.end_headers()
+            else:
+                self.send_response(404 if data is None else 200)
+                self.end_headers()
+                for byte in data or b"" if http.pause else [data or b""]:
+                    time.sleep(http.pause)
+                    self.wfile.write(bytes([byte]) if http.pause else byte)
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
+        http.reason, http.pause = "", 0.0
         http.answers, http.asked, http.url = answers, asked, f"http://127.0.0.1:{http.server_port}/"
         yield http
         http.shutdown()
@@ -210,6 +221,51 @@ def test_nothing_is_left_that_could_be_trusted(tmp_path, server, monkeypatch):
     assert not (raw / bad[1:]).exists() and not (raw / bad[1:-3]).exists()
     server.answers[bad] = good
     assert len(module.mnist(tmp_path).train) == 25, "goes on where it stopped"
+
+
+def test_no_words_of_a_mirror_reach_the_terminal(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "_mirrors", lambda _: [server.url])
+    server.reason = "busy \x1b[31m\x07"
+    with pytest.raises(DataError, match=r"busy \\x1b\[31m\\x07") as error:
+        module.mnist(tmp_path)
+    assert is_plain(str(error.value))
+
+
+def test_mirror_that_sends_a_byte_now_and_then(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "_mirrors", lambda _: [server.url])
+    monkeypatch.setattr(module, "DEADLINE", 0.3)
+    server.pause = 0.01
+    with pytest.raises(DataError, match="not complete within 0 seconds"):
+        module.mnist(tmp_path)
+
+
+def test_mirror_that_redirects_to_no_address(tmp_path, published, server, monkeypatch):
+    monkeypatch.setattr(module, "_mirrors", lambda _: [server.url + "away/", server.url])
+    assert len(module.mnist(tmp_path).test) == 10
+
+
+def test_what_a_killed_download_left_is_taken_away(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "_mirrors", lambda _: [server.url])
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / ".t10k-labels-idx1-ubyte.gz.1.00000000.tmp").write_bytes(b"half")
+    module.mnist(tmp_path)
+    assert not list(raw.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_pipe_instead_of_a_file(tmp_path, published, suffix):
+    raw = put(tmp_path / "KMNIST" / "raw", published, packed=True)
+    name = "train-labels-idx1-ubyte" + suffix
+    (raw / name).unlink()
+    os.mkfifo(raw / name)
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        module.kmnist(tmp_path)
+
+
+def test_packed_file_that_unpacks_to_too_much():
+    bomb = gzip.compress(bytes(1 << 24))
+    assert len(module._unpack(bomb, Path("f.gz"), (30,))) == 8 + 30 + 1
 
 
 def test_no_network(tmp_path, published, monkeypatch):

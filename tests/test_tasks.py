@@ -17,7 +17,7 @@ from ddpm import build, inputs, tasks
 from ddpm.cli import brought, hydra_app, plan
 from ddpm.cli import sample as command
 from ddpm.config import Choice, SampleConfig, TrainConfig, check
-from ddpm.datasets.folder import MAX_SOURCE_PIXELS
+from ddpm.datasets.pictures import MAX_SOURCE_PIXELS
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Estimate
 from ddpm.errors import UserError
@@ -306,7 +306,7 @@ def huge_file(folder: Path) -> str:
         ("digits:val:", ["''", "rising"]),
         ("digits:val:-1", ["'-1'"]),
         ("digits:val:0-999999999", ["too many", "4096"]),
-        ("folder:val:0", ["not trained on a folder"]),
+        ("folder:val:0", ["give the folder's path as input"]),
         ("mnist:val:0", ["8", "28, 32, 64"]),
     ],
 )

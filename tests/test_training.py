@@ -14,7 +14,7 @@ from ddpm.cli import hydra_app
 from ddpm.config import TrainConfig, check
 from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset, Facts, Split
-from ddpm.errors import UserError
+from ddpm.errors import CheckpointError, UserError
 from ddpm.runs import Run, prepare, restore
 from ddpm.training import fit, learning_rate, train_step
 
@@ -93,7 +93,7 @@ def test_one_step_equals_the_textbook(tmp_path: Path) -> None:
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         ema = [decay * e + (1 - decay) * p.detach() for e, p in zip(ema, other.parameters(), strict=True)]
-        ours_loss, ours_norm = train_step(run, x_0, y, torch.tensor(-1))
+        ours_loss, ours_norm = train_step(run, x_0, y)
         run.step += 1
         assert torch.allclose(ours_loss, loss, rtol=1e-5) and torch.allclose(ours_norm, norm, rtol=1e-4)
     theirs = torch.cat([p.detach().flatten() for p in [*other.parameters(), *ema]])
@@ -125,30 +125,62 @@ def test_previews_and_logging_change_nothing(tmp_path: Path) -> None:
         [],
         ["objective.timesteps=loss_aware", "schedule.num_timesteps=20", "model.conditional=true"],
         ["trainer.accumulate=3"],
+        ["model.dropout=0.3"],
+        ["trainer.precision=fp16"],
+        ["trainer.log_every=4", "trainer.validate_every=0", "trainer.keep=1"],  # in the middle of a mean
     ],
+    ids=str,
 )
-def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str]) -> None:
+@pytest.mark.parametrize("killed", [1, 3, 5])
+def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str], killed: int) -> None:
     data = tiny_data()
     whole = train(tmp_path / "whole", *overrides)
     half = prepare(config(*overrides), data, CPU)
     for progress in fit(half, data, tmp_path / "half"):
-        if progress.step == 5:
-            break  # killed after step 5; the last checkpoint is that of step 3
+        if progress.step == 1:
+            training.keep(half, tmp_path / "half", {})  # as on a signal
+        if progress.step == killed:
+            break
     resumed = prepare(config(*overrides, "seed=0"), data, CPU)
-    meta, tensors = checkpoint.load(checkpoint.find(str(tmp_path / "half")))
-    assert meta.step == 3
-    restore(resumed, tensors, meta.step)
+    source = checkpoint.find(str(tmp_path / "half"))[0]
+    restore(resumed, source)
+    assert resumed.step == (1 if killed < 3 else 3)
     list(fit(resumed, data, tmp_path / "half"))
     assert torch.equal(weights(whole), weights(resumed))
-    a, b = (
-        checkpoint.load(tmp_path / name / "checkpoints" / "step_0000006.safetensors")
-        for name in ("whole", "half")
-    )
-    assert a[0].sha256 == b[0].sha256  # optimizer and loss history too
-    steps = [
-        json.loads(line)["step"] for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    for name in ("step_0000006", "best"):
+        a, b = (
+            checkpoint.read_meta(tmp_path / run / "checkpoints" / f"{name}.safetensors")[0]
+            for run in ("whole", "half")
+        )
+        assert a.sha256 == b.sha256 and a.step == b.step  # optimizer, scaler and loss history too
+    a, b = (records(tmp_path / name) for name in ("whole", "half"))
+    assert a == b and len({r["step"] for r in a}) == len(a)
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    file = checkpoint.find(str(tmp_path))[0]
+    for override in ("model.channels=[8,24]", "model.num_blocks=2", "model.conditional=true"):
+        other = prepare(config(override), tiny_data(), CPU)
+        with pytest.raises(CheckpointError, match=r"does not fit its own config: '"):
+            restore(other, file)
+
+
+def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": 1.5}}\n' for step in range(1, 5)]
+    for end in ('{"step": 5, "lo', "[" * 100_000, '{"step": 5, "loss": NaN}\n', '{"step": 5}\n', "7\n", "\0"):
+        file.write_text("".join(lines) + end)
+        training.cut_metrics(file, 9)
+        assert file.read_text() == "".join(lines), end
+    training.cut_metrics(file, 2)
+    assert file.read_text() == "".join(lines[:2])
 
 
 def test_accumulation_is_the_same_batch(tmp_path: Path) -> None:
@@ -176,13 +208,23 @@ def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytes
         return loss * float("nan") if run.step == 2 else loss
 
     monkeypatch.setattr(training, "losses", poisoned)
-    with pytest.raises(UserError, match=r"not finite at step 3 .*optimizer.lr=0.001"):
+    with pytest.raises(UserError, match=r"loss nan .* at step 3, at a learning rate of 0.00"):
         list(fit(run, data, tmp_path))
     network = sum(p.numel() for p in run.network.parameters())
     assert torch.equal(kept[2][:network], kept[3][:network])  # the bad update was skipped
     assert (
         weights(run).isfinite().all() and not (tmp_path / "checkpoints" / "step_0000004.safetensors").exists()
     )
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    run = prepare(config("trainer.checkpoint_every=0"), tiny_data(), CPU)
+    with pytest.raises(CheckpointError, match=r"the weights are not finite at step 2 .*was not written"):
+        for progress in fit(run, tiny_data(), tmp_path):
+            if progress.step == 2:  # finite gradients can still overflow the weights
+                next(run.network.parameters()).data.view(-1)[0] = float("inf")
+                training.keep(run, tmp_path, {})
+    assert checkpoint.saved_steps(tmp_path) == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

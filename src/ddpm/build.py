@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ddpm.config import Choice
 from ddpm.config import Objective as ObjectiveConfig
 from ddpm.datasets import DATASETS
-from ddpm.datasets.types import Dataset, Facts
+from ddpm.datasets.types import Dataset, Facts, check_dataset
 from ddpm.diffusion import Objective, make_objective
 from ddpm.errors import CheckpointError, UserError
+from ddpm.meta import DTYPES, Entry
 from ddpm.networks import NETWORKS
 from ddpm.schedules import SCHEDULES, NoiseSchedule
+from ddpm.timesteps import HISTORY
 
 
 def device(name: str) -> torch.device:
@@ -34,7 +36,8 @@ def device(name: str) -> torch.device:
 
 
 def dataset(choice: Choice, data_root: str) -> Dataset:
-    return _call("dataset", DATASETS, choice, data_root=Path(data_root))  # type: ignore[no-any-return]
+    """Raises DataError where the images are not what a dataset must be, a plug-in's too."""
+    return check_dataset(_call("dataset", DATASETS, choice, data_root=Path(data_root)))
 
 
 def schedule(choice: Choice) -> NoiseSchedule:
@@ -75,37 +78,39 @@ def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.de
 
 
 def facts(stored: Mapping[str, Any]) -> Facts:
-    """The facts of the data a checkpoint was trained on. Raises CheckpointError where they cannot be."""
-    fields = {
-        "name": str,
-        "channels": int,
-        "image_size": int,
-        "num_classes": int,
-        "class_names": list,
-        "levels": int,
+    """The facts of the data a checkpoint was trained on, as `meta.py` has checked them."""
+    return Facts(**{**stored, "class_names": tuple(stored["class_names"])})
+
+
+def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, num_timesteps: int) -> None:
+    """Compare what a header promises with what its own config needs, before memory is taken for either.
+
+    The network may be on the meta device. Raises CheckpointError, naming the first tensor that does not fit.
+    """
+    weights = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in network.state_dict().items()}
+    needed = {f"{part}.{name}": kind for part in ("model", "ema") for name, kind in weights.items()}
+    allowed = needed | {
+        f"optimizer.{name}.{key}": (torch.float32, () if key == "step" else tuple(parameter.shape))
+        for name, parameter in network.named_parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
     }
-    if stored.keys() != fields.keys() or not all(type(stored[key]) is kind for key, kind in fields.items()):
-        raise CheckpointError(f"the checkpoint's facts of its data are not complete: {dict(stored)}")
-    if not (
-        1 <= stored["channels"] <= 16
-        and 1 <= stored["image_size"] <= 1024
-        and 0 <= stored["num_classes"] <= 10_000
-    ):
-        raise CheckpointError(f"the checkpoint's facts of its data are out of range: {dict(stored)}")
-    return Facts(**{**stored, "class_names": tuple(map(str, stored["class_names"]))})
+    scaler = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+    allowed |= {f"scaler.{key}": (torch.float64, ()) for key in scaler}
+    allowed |= {"timesteps.history": (torch.float32, (num_timesteps, HISTORY))}
+    allowed |= {"log.loss_sum": (torch.float32, ()), "log.since": (torch.int64, ())}
+    for name in sorted(needed.keys() | table.keys()):
+        has = (f"{DTYPES[table[name].dtype][0]}", table[name].shape) if name in table else "nothing"
+        needs = (str(allowed[name][0]), allowed[name][1]) if name in allowed else "nothing"
+        if has != needs:
+            raise CheckpointError(f"{path} does not fit its own config: '{name}' is {has}, needs {needs}")
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError, naming the first tensor that does not fit."""
-    wanted = network.state_dict()
-    for name in wanted.keys() | weights.keys():
-        has, needs = weights.get(name), wanted.get(name)
-        if has is None or needs is None or has.shape != needs.shape:
-            shapes = [tuple(tensor.shape) if tensor is not None else "nothing" for tensor in (has, needs)]
-            raise CheckpointError(
-                f"the checkpoint does not fit its own config: '{name}' is {shapes[0]}, needs {shapes[1]}"
-            )
-    network.load_state_dict(weights)
+def load_weights(path: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights that `check_tensors` has seen into the network. Raises CheckpointError if one is not finite."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers that are not finite")
+    network.load_state_dict(weights, assign=any(parameter.is_meta for parameter in network.parameters()))
 
 
 def _call(group: str, table: Mapping[str, Callable[..., Any]], choice: Choice, **given: Any) -> Any:

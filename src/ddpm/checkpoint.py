@@ -1,112 +1,77 @@
 """One file that holds everything a run is: tensors by name and, as JSON, the config, the data's facts and figures.
 
-The format is safetensors, so that no file can run code. A SHA-256 over all tensors, stored in the metadata and
-verified on load, catches what safetensors does not: flipped bits.
+The format is safetensors, so that no file can run code; `meta.py` says what its header holds and checks it. A file
+is either whole or not there, and a SHA-256 over all tensors, verified on load, finds every flipped bit.
 """
 
 import hashlib
-import json
 import os
-import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
-from ddpm.errors import CheckpointError
+from ddpm.config import TrainConfig, check
+from ddpm.errors import CheckpointError, UserError
+from ddpm.files import open_regular, reason, write_atomically
+from ddpm.meta import DTYPES, MAX_HEADER, Entry, Meta, parse_header, to_metadata
 
 if TYPE_CHECKING:  # reading a header needs no torch
     from torch import Tensor
 
-FORMAT_VERSION = 1
-MAX_HEADER = 16 * 2**20  # bytes of header that are read before anything is believed
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What the file says about itself."""
-
-    config: dict[str, Any]
-    facts: dict[str, Any]
-    step: int
-    figures: dict[str, float]
-    versions: dict[str, str]
-    sha256: str
+_STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
+CHUNK = 1 << 20  # bytes read at a time of tensors that are not wanted
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
 def save(path: Path, tensors: Mapping[str, "Tensor"], meta: Meta) -> None:
-    """Write the file so that it is either whole or not there. Raises CheckpointError with the reason.
+    """Write the file so that it is either whole or not there, and read it back. Raises CheckpointError.
 
     `meta.sha256` is ignored: the hash is computed here.
     """
     from safetensors.torch import save as serialize
 
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    fields = {**vars(meta), "sha256": _digest(host), "format_version": FORMAT_VERSION}
-    data = serialize(host, metadata={"ddpm": json.dumps(fields, allow_nan=False)})
-    write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A temporary file in the same folder, flushed to the disk and renamed. Raises CheckpointError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    data = serialize(host, metadata=to_metadata(Meta(**{**vars(meta), "sha256": digest(host)})))
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, data)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        raise CheckpointError(f"cannot write {path}: {reason(error)}") from None
+    verify(path)
 
 
-def read_meta(path: Path) -> tuple[Meta, dict[str, dict[str, Any]]]:
-    """The metadata and, by name, dtype and shape of each tensor, without reading any tensor."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(MAX_HEADER, max(path.stat().st_size - 8, 0)):
-                raise CheckpointError(
-                    f"{path} is no checkpoint: it is not a safetensors file, or it is cut off"
-                )
-            header = json.loads(file.read(size))
-            fields = json.loads(header.pop("__metadata__")["ddpm"])
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is no checkpoint of ddpm: its header cannot be read") from None
-    version = fields.pop("format_version", None) if isinstance(fields, dict) else None
-    if version != FORMAT_VERSION:
+def read_meta(path: Path) -> tuple[Meta, dict[str, Entry]]:
+    """The metadata and what the header says of each tensor, by name. No tensor is read. Raises CheckpointError."""
+    with _opened(path) as file:
+        meta, table, _ = _read_header(file)
+    return meta, table
+
+
+def config(path: Path, meta: Meta) -> TrainConfig:
+    """The file's config, through the same checks as a typed one. Raises CheckpointError."""
+    if "${" in str(meta.config):
         raise CheckpointError(
-            f"{path} has format version {version}; this ddpm reads version {FORMAT_VERSION}"
+            f"{path} cannot be used: its config holds '${{', and only plain values are read"
         )
-    kinds = {"config": dict, "facts": dict, "step": int, "figures": dict, "versions": dict, "sha256": str}
-    if fields.keys() != kinds.keys() or not all(isinstance(fields[key], kind) for key, kind in kinds.items()):
-        raise CheckpointError(f"{path} is no checkpoint of ddpm: its metadata is not complete")
-    return Meta(**fields), header
-
-
-def load(path: Path) -> tuple[Meta, dict[str, "Tensor"]]:
-    """The metadata and all tensors, on the CPU, their hash verified. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    meta, _ = read_meta(path)
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is broken: {error}") from None
-    if _digest(tensors) != meta.sha256:
-        raise CheckpointError(f"{path} is broken: its contents do not match the SHA-256 stored in it")
-    return meta, tensors
+        return check(TrainConfig, meta.config)  # type: ignore[no-any-return]
+    except UserError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def verify(path: Path) -> None:
+    """Read the whole file, in little memory. Raises CheckpointError unless all of it is as it was written."""
+    _read(path, lambda name: False)
+
+
+def load(path: Path, *prefixes: str) -> tuple[Meta, dict[str, "Tensor"]]:
+    """The metadata and the tensors called `<prefix>.…` (all of them if none is given), on the CPU.
+
+    All of the file is verified, whatever is wanted of it. Raises CheckpointError.
+    """
+    starts = tuple(prefix + "." for prefix in prefixes) or ("",)
+    return _read(path, lambda name: name.startswith(starts))
 
 
 def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
@@ -119,35 +84,66 @@ def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
 
 
 def saved_steps(run: Path) -> list[Path]:
-    """The step files of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*.safetensors"))
+    """The step files of a run, oldest first: by the step in the name, whatever the clock said."""
+    files = [file for file in (run / "checkpoints").glob("step_*.safetensors") if _STEP.fullmatch(file.name)]
+    return sorted(files, key=step_of)
 
 
-def find(spec: str, outputs: Path = Path("outputs")) -> Path:
-    """The checkpoint that `spec` means: a file, a run folder (its last one), or "latest" (of the newest run)."""
+def step_of(file: Path) -> int:
+    """The step in a step file's name."""
+    return int(file.stem.removeprefix("step_"))
+
+
+def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
+    """The files that `spec` may mean, best first: a file; or those of a run folder, or of the "latest" run.
+
+    Of a run these are its step files, newest first, then `best`. Raises CheckpointError if there is none.
+    """
     if spec == "latest":
         files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
         if not files:
             raise CheckpointError(
                 f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
             )
-        return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        return _of_run(max(files, key=lambda file: (file.stat().st_mtime_ns, file.name)).parent.parent)
     path = Path(spec)
     if path.is_dir():
-        files = saved_steps(path if path.name != "checkpoints" else path.parent)
+        files = _of_run(path if path.name != "checkpoints" else path.parent)
         if not files:
             raise CheckpointError(f"{path} holds no checkpoint (checkpoints/step_….safetensors)")
-        return files[-1]
+        return files
     if not path.exists():
         raise CheckpointError(f"{path} does not exist (ckpt is a checkpoint file, a run folder, or latest)")
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+    if path.suffix.lower() in PICKLED:
         raise CheckpointError(
-            f"{path}: pickled checkpoints can run code and are not read; ddpm writes .safetensors"
+            f"{path}: pickled checkpoints can run code and are not read; "
+            "scripts/convert_pt.py makes a .safetensors of one that you trust"
         )
-    return path
+    return [path]
 
 
-def _digest(tensors: Mapping[str, "Tensor"]) -> str:
+def newest_good(files: Sequence[Path], check: Callable[[Path], object] = verify) -> tuple[Path, list[str]]:
+    """The first of the files that passes the check, and a line for the user about each one before it.
+
+    Raises CheckpointError if none does.
+    """
+    notes: list[str] = []
+    for number, file in enumerate(files):
+        try:
+            check(file)
+        except CheckpointError as error:
+            if len(files) == 1:
+                raise
+            following = f"; trying {files[number + 1]}" if number + 1 < len(files) else ""
+            notes.append(f"warning: {error}{following}")
+        else:
+            return file, notes
+    first = notes[0].removeprefix("warning: ").partition("; trying ")[0]
+    raise CheckpointError(f"{first}; nor is any other of the {len(files)} checkpoints there whole")
+
+
+def digest(tensors: Mapping[str, "Tensor"]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
     import torch
 
     sha = hashlib.sha256()
@@ -156,3 +152,61 @@ def _digest(tensors: Mapping[str, "Tensor"]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _of_run(run: Path) -> list[Path]:
+    best = run / "checkpoints" / "best.safetensors"
+    return [*reversed(saved_steps(run)), *([best] if best.exists() else [])]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file whose every error ends as a CheckpointError that names it."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+
+
+def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
+    """Also where the tensors begin."""
+    whole = os.fstat(file.fileno()).st_size
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= whole - 8:
+        raise CheckpointError("is no checkpoint: it is not a safetensors file, or it is cut off")
+    if size > MAX_HEADER:
+        raise CheckpointError(f"cannot be used: its header has {size} bytes; allowed: {MAX_HEADER}")
+    return *parse_header(file.read(size), whole - 8 - size), 8 + size
+
+
+def _read(path: Path, wanted: Callable[[str], bool]) -> tuple[Meta, dict[str, "Tensor"]]:
+    """What is hashed are the very bytes that become tensors."""
+    kept: dict[str, bytearray] = {}
+    sha = hashlib.sha256()
+    with _opened(path) as file:
+        meta, table, begin = _read_header(file)
+        for name, entry in sorted(table.items()):
+            sha.update(f"{name} {entry.title}\n".encode())
+            file.seek(begin + entry.start)
+            if wanted(name):
+                kept[name] = bytearray(entry.stop - entry.start)
+                file.readinto(kept[name])  # type: ignore[attr-defined]
+                sha.update(kept[name])
+            else:
+                for at in range(entry.start, entry.stop, CHUNK):
+                    sha.update(file.read(min(CHUNK, entry.stop - at)))
+        if sha.hexdigest() != meta.sha256:
+            raise CheckpointError("is broken: its contents do not match the SHA-256 stored in it")
+    return meta, {name: _tensor(data, table[name]) for name, data in kept.items()}
+
+
+def _tensor(data: bytearray, entry: Entry) -> "Tensor":
+    import torch
+
+    dtype = getattr(torch, DTYPES[entry.dtype][0].removeprefix("torch."))
+    if not data:  # which frombuffer refuses
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ddpm.errors import UserError
+from ddpm.errors import UserError, is_plain
 from ddpm.limits import LIMITS, Between, describe
 
 _PACKAGED = Path(__file__).parent / "configs"
@@ -268,8 +268,8 @@ def _like(example: Any, value: Any, path: str) -> Any:
             fits, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
             result = float(value) if fits and abs(value) < 1e300 else value
         case str():
-            result, kind = value, "a text"
-            fits = isinstance(value, str) and len(value) <= 4096 and "\0" not in value
+            result, kind = value, "a text without control characters"
+            fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
         case list():
             if not isinstance(value, list | tuple) or len(value) > MAX_ITEMS:
                 raise UserError(f"{path}={value!r}: must be a list such as [1, 2]")

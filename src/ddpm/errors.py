@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message is one line that says what is wrong, where, and what is allowed."""
 
+import unicodedata
+
 
 class UserError(Exception):
     """A mistake or a missing thing on the user's side; the command line prints it without a traceback."""
@@ -11,3 +13,13 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is absent, broken, or does not fit what it is used for."""
+
+
+def printable(text: str) -> str:
+    """Text from anywhere for a terminal: control characters and broken Unicode as \\x1b and the like."""
+    return "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_plain(text: str) -> bool:
+    """No control characters, no broken Unicode (lone surrogates)."""
+    return all(c.isprintable() or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)

@@ -1,5 +1,6 @@
 """Images for people: tensors in [-1, 1] to uint8, grids, files and films."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddpm.errors import UserError
+from ddpm.files import write_atomically
 
 Pixels = NDArray[np.uint8]
 
@@ -49,21 +50,19 @@ def rows(images: Pixels, classes: NDArray[np.int64]) -> tuple[Pixels, int]:
 
 
 def save_png(path: Path, image: Pixels) -> None:
-    """(H, W, 1 or 3) → PNG. Raises UserError if the file cannot be written."""
-    try:
-        _pillow(image).save(path, "PNG")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    """(H, W, 1 or 3) → PNG, whole or not there. Raises OSError."""
+    data = io.BytesIO()
+    _pillow(image).save(data, "PNG")
+    write_atomically(path, data.getvalue(), durable=False)
 
 
 def save_gif(path: Path, frames: Sequence[Pixels], milliseconds: int = 60) -> None:
-    """Frames (H, W, C) as a looping film that rests on its last frame."""
+    """Frames (H, W, C) as a looping film that rests on its last frame, whole or not there. Raises OSError."""
     first, *rest = [_pillow(frame) for frame in frames]
     durations = [milliseconds] * len(rest) + [1500]
-    try:
-        first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    data = io.BytesIO()
+    first.save(data, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    write_atomically(path, data.getvalue(), durable=False)
 
 
 def _pillow(image: Pixels) -> Image.Image:

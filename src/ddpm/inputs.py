@@ -1,5 +1,6 @@
 """Images and masks that a user brings: files, folders, or images of a dataset, in the form a model needs."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from ddpm import build
 from ddpm.config import Choice, choices, nearest
 from ddpm.datasets.folder import SUFFIXES, is_image, read_image
+from ddpm.datasets.reading import reason, user_path
 from ddpm.datasets.types import Dataset, Facts
 from ddpm.errors import DataError, UserError
 from ddpm.randomness import uniform
@@ -47,14 +49,17 @@ def read(text: str, facts: Facts, trained_on: Choice, data_root: str) -> Inputs:
 
 
 def _files(text: str) -> list[Path]:
-    root = Path(text).expanduser()
-    if not root.is_dir():
-        if not root.is_file():
+    root = user_path(text)
+    if not os.path.isdir(root):
+        if not os.path.isfile(root):
             raise UserError(
                 f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
             )
         return [root]
-    files = sorted(file for file in root.iterdir() if is_image(file, root))
+    try:
+        files = sorted(file for file in root.iterdir() if is_image(file, root))
+    except OSError as error:
+        raise UserError(f"input={text}: cannot be read ({reason(error)})") from None
     if not 1 <= len(files) <= MAX_INPUTS:
         raise UserError(
             f"input={text}: {len(files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {MAX_INPUTS}"
@@ -105,12 +110,10 @@ def _load(text: str, name: str, facts: Facts, trained_on: Choice, data_root: str
     """The dataset in the model's image size; with the parameters of the training if it is the same one."""
     content: dict[str, Any] = choices("dataset")[name]
     params = {key: value for key, value in content.items() if key != "name"}
+    if params.get("path") == "???":
+        raise UserError(f"input={text}: give the folder's path as input; one in a checkpoint is not followed")
     if content["name"] == trained_on.name:
         params = {**trained_on.params}
-    if params.get("path") == "???":
-        raise UserError(
-            f"input={text}: this model was not trained on a folder; give the folder's path as input"
-        )
     if "image_size" in params:
         params["image_size"] = facts.image_size
     fits = f"this model's images are {facts.image_size}×{facts.image_size}×{facts.channels}"
@@ -167,8 +170,8 @@ def mask(text: str, size: int, seed: int, numbers: Tensor) -> Tensor:
         row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
         one = MASKS[text](row, column, size)
     else:
-        file = Path(text).expanduser()
-        if not file.is_file():
+        file = user_path(text)
+        if not os.path.isfile(file):
             names = ", ".join([*MASKS, "random"])
             raise UserError(f"mask={text}: must be one of {names}, or a picture file; there is no such file")
         picture = torch.from_numpy(read_image(file, size, nearest=True).copy()).permute(2, 0, 1)

@@ -12,7 +12,9 @@ class Between(typing.NamedTuple):
     above: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            not isinstance(value, int | float) or not abs(value) < math.inf
+        ):  # also true of integers beyond any float
             return False
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 

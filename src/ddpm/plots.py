@@ -1,5 +1,6 @@
 """Three pictures of a run: loss.png, forward.png and schedule.png."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import add_noise
+from ddpm.files import write_atomically
 from ddpm.images import grid, normalise, save_png, to_uint8
 from ddpm.randomness import normal
 from ddpm.schedules import NoiseSchedule
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Training and validation curves from a run's metrics.jsonl."""
+    """Training and validation curves from a run's metrics.jsonl. Raises OSError, as all three do."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = _axes()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss", lw=1)
@@ -25,7 +27,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
             axes.errorbar(steps, values, errors, label=label, marker=".", lw=1)
     axes.set(xlabel="step", yscale="log")
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    _save(figure, picture)
 
 
 def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
@@ -38,7 +40,7 @@ def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
     right.plot(schedule.lambda_, "C2--", lw=1, label="lambda (right)")
     right.set(ylabel="lambda = log(alpha / sigma)")
     figure.legend(loc="center left", bbox_to_anchor=(0.12, 0.5))
-    figure.savefig(picture, dpi=120)
+    _save(figure, picture)
 
 
 def draw_forward(x_0: Tensor, schedule: NoiseSchedule, picture: Path, columns: int = 9) -> None:
@@ -49,6 +51,12 @@ def draw_forward(x_0: Tensor, schedule: NoiseSchedule, picture: Path, columns: i
     eps = normal(0, "forward", 0, torch.arange(len(x_0)), tuple(x_0.shape[1:]))
     noised = torch.stack([add_noise(clean, eps, level.alpha, level.sigma) for level in levels], dim=1)
     save_png(picture, grid(to_uint8(noised.flatten(0, 1)), nrow=len(levels)))
+
+
+def _save(figure: Any, picture: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120)
+    write_atomically(picture, data.getvalue())
 
 
 def _axes() -> tuple[Any, Any]:

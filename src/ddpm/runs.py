@@ -1,9 +1,10 @@
 """A run: all that changes while training, how it begins, and how it is kept in a checkpoint."""
 
 import copy
+import hashlib
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from ddpm import __version__, build, checkpoint
 from ddpm.config import TrainConfig, to_dict
-from ddpm.datasets.types import Dataset, Facts
+from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.diffusion import Objective
+from ddpm.errors import CheckpointError
+from ddpm.meta import Entry, Meta
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
 
@@ -32,7 +35,11 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     max_steps: int
+    environment: dict[str, str]  # what it is trained with, for people and for the promise of equal bits
     history: Tensor  # of losses by t, for loss-aware timesteps
+    bad: Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
+    loss_sum: Tensor  # of the steps since the last line of metrics.jsonl,
+    since: int = 0  # which was written at this step
     step: int = 0
 
 
@@ -68,7 +75,10 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
         scaler,
         device,
         max_steps,
-        empty_history(schedule.num_timesteps, device),
+        environment(config, data.train, device),
+        history=empty_history(schedule.num_timesteps, device),
+        bad=torch.tensor([-1.0, 0.0, 0.0], device=device),
+        loss_sum=torch.zeros((), device=device),
     )
 
 
@@ -79,9 +89,32 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def environment(config: TrainConfig, train: Split, device: torch.device) -> dict[str, str]:
+    """What a run is made with. Where two runs agree in `DECIDES_BITS`, they agree in every bit."""
+    cuda = device.type == "cuda"
+    return {
+        "ddpm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
+        "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
+        "data": hashlib.sha256(train.images.numpy().data).hexdigest()[:16],
+    }
+
+
+DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")
+
+
 def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
-    """The run as one checkpoint file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The run as one checkpoint file. Raises CheckpointError if it cannot be written, or is not worth writing."""
+    for what, parameters in (("weights", run.network.parameters()), ("average", run.ema.parameters())):
+        if not _finite(parameters):
+            raise CheckpointError(
+                f"the {what} are not finite at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}): "
+                f"{path.name} was not written; try a smaller optimizer.lr"
+            )
     tensors = {f"model.{name}": tensor for name, tensor in run.network.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.state_dict().items()}
     for name, parameter in run.network.named_parameters():
@@ -93,44 +126,53 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     }
     if run.config.objective.timesteps == "loss_aware":
         tensors["timesteps.history"] = run.history
+    tensors |= {"log.loss_sum": run.loss_sum, "log.since": torch.tensor(run.since)}
     figures = {key: float(value) for key, value in record.items() if key != "step"}
-    config = to_dict(run.config)
     facts = {**vars(run.facts), "class_names": list(run.facts.class_names)}
-    checkpoint.save(
-        path, tensors, checkpoint.Meta(config, facts, run.step, figures, versions(run.device), "")
-    )
+    checkpoint.save(path, tensors, Meta(to_dict(run.config), facts, run.step, figures, run.environment, ""))
 
 
-def restore(run: Run, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Go on from a checkpoint's tensors. Raises CheckpointError where they do not fit the network."""
-    build.load_weights(run.network, checkpoint.part(tensors, "model"))
-    build.load_weights(run.ema, checkpoint.part(tensors, "ema"))
+def _finite(parameters: Iterable[Tensor]) -> bool:
+    """One look at all of them on the device: the largest magnitude shows an inf, and carries a nan along."""
+    largest = torch._foreach_norm([p.detach() for p in parameters], float("inf"))
+    return bool(torch.stack(largest).isfinite().all())
+
+
+def restore(run: Run, path: Path) -> None:
+    """Go on from a checkpoint. Raises CheckpointError where it is broken or does not fit the network."""
+    _, table = checkpoint.read_meta(path)
+    build.check_tensors(path, table, run.network, run.schedule.num_timesteps)
+    _check_complete(path, run, table)
+    meta, tensors = checkpoint.load(path)
+    build.load_weights(path, run.network, checkpoint.part(tensors, "model"))
+    build.load_weights(path, run.ema, checkpoint.part(tensors, "ema"))
+    for name, tensor in tensors.items():  # an empty place in the history of losses is a nan
+        if name != "timesteps.history" and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers that are not finite")
     optimizer = checkpoint.part(tensors, "optimizer")
     for name, parameter in run.network.named_parameters():
-        state = checkpoint.part(optimizer, name)
-        run.optimizer.state[
-            parameter
-        ] = {  # in the parameter's own memory layout, which the fused kernel takes for granted
-            key: torch.empty_like(parameter).copy_(value) if key != "step" else value.to(parameter.device)
-            for key, value in state.items()
-        }
-    if scaler := checkpoint.part(tensors, "scaler"):
-        run.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
+        if state := checkpoint.part(optimizer, name):
+            run.optimizer.state[
+                parameter
+            ] = {  # in the parameter's own memory layout, as the fused kernel assumes
+                key: value.to(run.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+                for key, value in state.items()
+            }
+    if run.scaler.is_enabled() and (scaler := checkpoint.part(tensors, "scaler")):
+        now = {"scale": float(scaler["scale"]), "_growth_tracker": int(scaler["_growth_tracker"])}
+        run.scaler.load_state_dict(run.scaler.state_dict() | now)
     if history := checkpoint.part(tensors, "timesteps"):
         run.history = history["history"].to(run.device)
-    run.step = step
+    if log := checkpoint.part(tensors, "log"):
+        run.loss_sum, run.since = log["loss_sum"].to(run.device), min(int(log["since"]), meta.step)
+    run.step = meta.step
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What a run was made with."""
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return {
-        "ddpm": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": hardware,
-    }
+def _check_complete(path: Path, run: Run, table: Mapping[str, Entry]) -> None:
+    """All of the optimizer's moments or, before the first step, none; likewise the scaler's numbers."""
+    parameters = sum(1 for _ in run.network.parameters())
+    for part, whole in (("optimizer", 3 * parameters), ("scaler", 5)):
+        if sum(name.startswith(part + ".") for name in table) not in (0, whole):
+            raise CheckpointError(
+                f"{path} does not fit its own config: a part of the {part}'s state is missing"
+            )

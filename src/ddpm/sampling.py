@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import build, checkpoint
-from ddpm.config import Choice, TrainConfig, check
+from ddpm.config import Choice, TrainConfig
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Denoiser
 from ddpm.errors import UserError
+from ddpm.meta import Meta
 from ddpm.randomness import normal
 from ddpm.samplers import SAMPLERS, Step, sample_levels
 from ddpm.schedules import Level, NoiseSchedule
@@ -45,17 +46,21 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
 
 
-def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, checkpoint.Meta]:
+def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Meta]:
     """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
-    meta, tensors = checkpoint.load(path)
-    config = check(TrainConfig, meta.config)
-    facts = build.facts(meta.facts)
-    network = build.network(config.model, config.objective, facts)
-    build.load_weights(network, checkpoint.part(tensors, "ema" if ema else "model"))
+    meta, table = checkpoint.read_meta(path)
+    config, facts = checkpoint.config(path, meta), build.facts(meta.facts)
+    schedule = build.schedule(config.schedule)
+    with torch.device("meta"):  # no memory is taken before the file is known to hold what would fill it
+        network = build.network(config.model, config.objective, facts)
+    build.check_tensors(path, table, network, schedule.num_timesteps)
+    which = "ema" if ema else "model"
+    meta, tensors = checkpoint.load(path, which)
+    build.load_weights(path, network, checkpoint.part(tensors, which))
     network.to(device).eval()
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
-    return Model(network, build.schedule(config.schedule), config, facts, device), meta
+    return Model(network, schedule, config, facts, device), meta
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
@@ -135,6 +140,29 @@ def run(
         )
     except ValueError as error:
         raise UserError(f"sampler.{error}") from None
+
+
+def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
+    """The same steps; after the last, raises UserError if an image stopped being finite, and says which, and when.
+
+    `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
+    """
+    first = torch.zeros(len(names), dtype=torch.int64)  # the step, from 1; 0 is none
+    number = 0
+    for number, step in enumerate(steps, start=1):
+        first = first.to(step.x.device)
+        broken = ~torch.isfinite(step.x).flatten(1).all(1)
+        first = torch.where(broken & (first == 0), number, first)
+        yield step
+    if first.any():
+        images = names[(first > 0).cpu()].tolist()
+        listed = ", ".join(map(str, images[:10])) + (
+            f" and {len(images) - 10} more" if len(images) > 10 else ""
+        )
+        raise UserError(
+            f"not finite from sampling step {int(first[first > 0].min())} of {number} on: image {listed}; try "
+            "sampler.clip=clip, more steps, or another checkpoint"
+        )
 
 
 @torch.inference_mode()

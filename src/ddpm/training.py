@@ -1,15 +1,16 @@
 """Training: one loop, visible from top to bottom.
 
 Every random draw is a function of (seed, stream, step), so a run has no hidden state: what a checkpoint holds is
-weights, their average, the optimizer's moments and a step number.
+weights, their average, the optimizer's moments, a step number and the loss since the last line of the log.
 """
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,18 @@ from ddpm.config import Optimizer as OptimizerConfig
 from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset
 from ddpm.diffusion import losses
-from ddpm.errors import UserError
-from ddpm.randomness import normal, uniform
+from ddpm.errors import CheckpointError, UserError
+from ddpm.files import open_regular, write_atomically
+from ddpm.randomness import key, normal, uniform
 from ddpm.runs import Run, precision, save
-from ddpm.sampling import Guidance, Model, denoiser, draw, labels, last
+from ddpm.sampling import Guidance, Model, denoiser, draw, finite, labels, last
 from ddpm.timesteps import TIMESTEPS, updated_history
 from ddpm.validation import Validation
 
 PREVIEWS = 36
 PREVIEW_STEPS = 20
 PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 1.0}
+MAX_METRICS = 1 << 28  # bytes of metrics.jsonl, a million lines
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 
 
@@ -43,23 +46,23 @@ class Progress(NamedTuple):
 def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train from run.step to run.max_steps; write metrics.jsonl, samples/ and checkpoints/ under `run_dir`.
 
-    Raises UserError when loss or gradients stop being finite; no such number ever reaches the weights.
+    Whoever iterates may stop, or `keep` a checkpoint, after any step. Raises UserError when loss or gradients stop
+    being finite (no such number ever reaches the weights), and OSError where nothing can be written.
     """
     config, trainer = run.config, run.config.trainer
-    run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in ("checkpoints", "samples"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
     batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
     validation = Validation(data.val, run.schedule, run.objective, run.device)
-    metrics = _open_metrics(run_dir / "metrics.jsonl", run.step)
-    best = _best_figure(run_dir)
-    loss_sum = torch.zeros((), device=run.device)
-    bad_step = torch.full((), -1, device=run.device)  # the first step that was not finite, kept on the device
+    cut_metrics(run_dir / "metrics.jsonl", run.step)
+    best = _best_figure(run_dir, run.step)
     intervals = (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every)
-    clock, logged = time.perf_counter(), run.step
+    clock, counted = time.perf_counter(), run.step
 
     while run.step < run.max_steps:
         x_0, y = batches.batch(run.step)
-        loss, grad_norm = train_step(run, x_0, y, bad_step)
-        loss_sum += loss
+        loss, grad_norm = train_step(run, x_0, y)
+        run.loss_sum += loss
         run.step += 1
         step, done = run.step, run.step == run.max_steps
 
@@ -68,43 +71,53 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
 
         record: dict[str, float] | None = None
         if any(due(every) for every in intervals):
-            _stop_if_not_finite(run, bad_step, loss)
-            mean_loss = loss_sum.item() / (step - logged)
+            stop_if_not_finite(run)
             seconds = time.perf_counter() - clock
             record = {
                 "step": step,
-                "loss": mean_loss,
+                "loss": run.loss_sum.item() / (step - run.since),
                 "lr": learning_rate(config.optimizer, step - 1, run.max_steps),
                 "grad_norm": grad_norm.item(),
-                "images_per_second": (step - logged) * trainer.batch_size / seconds,
+                "images_per_second": (step - counted) * trainer.batch_size / seconds,
             }
             if due(trainer.validate_every):
-                figures = validation.measure(run.ema, bool(config.model.params["conditional"]))
-                record |= vars(figures)
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+                record |= _validate(run, validation)
+            _append(run_dir / "metrics.jsonl", record)
+            run.loss_sum.zero_()
+            run.since = step
             if due(trainer.sample_every):
                 _preview(run, run_dir / "samples")
-            if due(trainer.checkpoint_every):
-                save(run, run_dir / "checkpoints" / f"step_{step:07d}.safetensors", record)
-                for old in checkpoint.saved_steps(run_dir)[: -trainer.keep]:
-                    old.unlink()
-            if record.get("val_eps_mse", math.inf) < best:
+            if (
+                record.get("val_eps_mse", math.inf) < best
+            ):  # before the step file: killed in between, it comes again
                 best = record["val_eps_mse"]
                 save(run, run_dir / "checkpoints" / "best.safetensors", record)
-            loss_sum.zero_()
-            clock, logged = time.perf_counter(), step
+            if due(trainer.checkpoint_every):
+                keep(run, run_dir, record)
+            clock, counted = time.perf_counter(), step
         yield Progress(step, record)
-    metrics.close()
 
 
-def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tuple[Tensor, Tensor]:
+def keep(run: Run, run_dir: Path, record: Mapping[str, float]) -> Path:
+    """A step file of the run as it is now; older ones than the last `trainer.keep` go when it is safely there."""
+    stop_if_not_finite(run)
+    with open(run_dir / "metrics.jsonl", "r+b") as file:  # must not be lost where the checkpoint is not
+        os.fsync(file.fileno())
+    path = run_dir / "checkpoints" / f"step_{run.step:07d}.safetensors"
+    save(run, path, record)
+    for old in checkpoint.saved_steps(run_dir)[: -run.config.trainer.keep]:
+        old.unlink()
+    return path
+
+
+def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """One update on a batch: noise → loss → backward → unscale → clip → step → EMA. Returns loss and gradient norm.
 
-    Nothing here waits for the GPU. A non-finite update is skipped on the device and its step kept in `bad_step`.
+    Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`.
     """
     config, trainer, parameters = run.config, run.config.trainer, list(run.network.parameters())
     run.network.train()
+    torch.manual_seed(key(config.seed, "network", run.step))  # for dropout
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
     run.optimizer.zero_grad(set_to_none=True)
@@ -129,11 +142,26 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None, bad_step: Tensor) -> tup
         run.scaler.update()
     else:  # the fused optimizer leaves the weights alone where found_inf is 1, without asking the host
         found_inf = (~torch.isfinite(total + grad_norm)).float()
-        bad_step.copy_(torch.where((bad_step < 0) & (found_inf > 0), run.step + 1, bad_step))
+        now = torch.stack([torch.full_like(total, run.step + 1), total, grad_norm])
+        run.bad = torch.where((run.bad[0] < 0) & (found_inf > 0), now, run.bad)
         run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         run.optimizer.step()
     update_ema(run.ema, run.network, trainer.ema_decay, run.step)
     return total, grad_norm
+
+
+def trial(run: Run, n: int) -> None:
+    """Forward and backward for n images, without an update: what it takes is what they need."""
+    c, size = run.facts.channels, run.facts.image_size
+    x_0, t = (
+        torch.zeros(n, c, size, size, device=run.device),
+        torch.zeros(n, dtype=torch.int64, device=run.device),
+    )
+    with torch.autocast(run.device.type, *_autocast(run.config.trainer.precision, run.device)):
+        clean = _layout(x_0, run.config.trainer.channels_last)
+        loss = losses(run.network, run.objective, clean, t, torch.zeros_like(x_0), None)
+    loss.mean().backward()  # type: ignore[no-untyped-call]
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _draw(
@@ -182,24 +210,38 @@ def _autocast(name: str, device: torch.device) -> tuple[torch.dtype | None, bool
     return (None, False) if dtype == torch.float32 else (dtype, True)
 
 
+def _validate(run: Run, validation: Validation) -> dict[str, float]:
+    figures = vars(validation.measure(run.ema, bool(run.config.model.params["conditional"])))
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}): the weights have "
+                "grown beyond use; try a smaller optimizer.lr"
+            )
+    return figures
+
+
 def _preview(run: Run, folder: Path) -> None:
-    """A grid from the averaged weights and noise that is the same each time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A grid from the averaged weights and noise that is the same each time. Raises UserError if it is not finite."""
     index = torch.arange(PREVIEWS, device=run.device)
     model = Model(run.ema, run.schedule, run.config, run.facts, run.device)
     steps = min(PREVIEW_STEPS, run.schedule.num_timesteps)
     sampler = Choice("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
     y = labels(model, None, index, Guidance())
-    x = last(draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed))
+    steps_taken = draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed)
+    x = last(finite(steps_taken, index.cpu()))
     images.save_png(folder / f"step_{run.step:07d}.png", images.grid(images.to_uint8(x)))
 
 
-def _stop_if_not_finite(run: Run, bad_step: Tensor, loss: Tensor) -> None:
-    step, lr = int(bad_step), run.config.optimizer.lr
+def stop_if_not_finite(run: Run) -> None:
+    """Raises UserError if an update since the beginning was not finite. Waits for the device."""
+    step, loss, grad_norm = run.bad.tolist()
     if step >= 0:
+        lr = learning_rate(run.config.optimizer, int(step) - 1, run.max_steps)
         raise UserError(
-            f"loss or gradient is not finite at step {step} (optimizer.lr={lr:g}); the weights were left as they were. "
-            "Try a smaller optimizer.lr or trainer.grad_clip, or trainer.precision=fp32"
+            f"loss {loss:g} with gradient norm {grad_norm:g} at step {step:.0f}, at a learning rate of {lr:g}: that "
+            "update was not made, and nothing was saved since; try a smaller optimizer.lr or trainer.grad_clip, or "
+            "trainer.precision=fp32"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_LOSS_SCALE:
         raise UserError(
@@ -207,14 +249,42 @@ def _stop_if_not_finite(run: Run, bad_step: Tensor, loss: Tensor) -> None:
         )
 
 
-def _open_metrics(path: Path, step: int) -> Any:
-    """metrics.jsonl, open at its end, without the lines past `step` that a resumed run writes again."""
+def _append(path: Path, record: Mapping[str, float]) -> None:
+    """Opened anew for each line and never created, so that a file that has gone is noticed."""
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write((json.dumps(record) + "\n").encode())
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave out what a resumed run writes again: lines past `step`, and all from one that makes no sense.
+
+    A killed process may have left half a line.
+    """
+    text = ""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        checkpoint.write_atomically(path, "".join(line + "\n" for line in kept).encode())
-    return open(path, "a", encoding="utf-8")
+        with open_regular(path) as file:
+            text = file.read(MAX_METRICS).decode(errors="replace")
+    kept = ""
+    for line in text.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            numbers = [float(record[key]) for key in ("step", "loss")] + [
+                float(value) for value in record.values()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            break
+        if not all(map(math.isfinite, numbers)):
+            break
+        if numbers[0] <= step:
+            kept += line
+    write_atomically(path, kept.encode())
 
 
-def _best_figure(run_dir: Path) -> float:
-    best = run_dir / "checkpoints" / "best.safetensors"
-    return checkpoint.read_meta(best)[0].figures["val_eps_mse"] if best.exists() else math.inf
+def _best_figure(run_dir: Path, step: int) -> float:
+    """The figure to beat: that of `best`, unless it lies ahead of this step, or is broken."""
+    try:
+        meta, _ = checkpoint.read_meta(run_dir / "checkpoints" / "best.safetensors")
+    except CheckpointError:
+        return math.inf
+    return meta.figures.get("val_eps_mse", math.inf) if meta.step <= step else math.inf

@@ -3,7 +3,8 @@
 import math
 
 from ddpm.cli import hydra_app
-from ddpm.config import InfoConfig, TrainConfig, check
+from ddpm.config import InfoConfig
+from ddpm.errors import printable
 
 
 def main() -> None:
@@ -13,10 +14,10 @@ def main() -> None:
 def info(config: InfoConfig) -> None:
     from ddpm import checkpoint
 
-    path = checkpoint.find(config.ckpt)
+    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=checkpoint.read_meta)
     meta, tensors = checkpoint.read_meta(path)
-    trained = check(TrainConfig, meta.config)
-    parameters = sum(math.prod(t["shape"]) for name, t in tensors.items() if name.startswith("model."))
+    trained = checkpoint.config(path, meta)
+    parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
     facts, length = meta.facts, trained.trainer
     size = facts["image_size"]
     rows = {
@@ -29,9 +30,12 @@ def info(config: InfoConfig) -> None:
         "trained": f"{meta.step:,} of {length.max_steps:,} steps, batch {length.batch_size}, seed {trained.seed}",
         "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
         "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
+        "tensors": f"{len(tensors)}, SHA-256 {meta.sha256}",
     }
+    for note in notes:
+        print(printable(note))
     for key, value in rows.items():
-        print(f"{key:<11} {value}")
+        print(f"{key:<11} {printable(value)}")
 
 
 def _flat(params: object) -> str:

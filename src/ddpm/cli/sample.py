@@ -1,15 +1,20 @@
 """ddpm-sample: rebuild everything from a checkpoint and draw images."""
 
+import io
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpm.cli import hydra_app
-from ddpm.config import SampleConfig, TrainConfig, check, to_dict
-from ddpm.errors import UserError
+from ddpm.config import SampleConfig, check, to_dict
+from ddpm.errors import UserError, printable
+from ddpm.files import reason, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +40,8 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
         return []
     others = [override for override in overrides if not override.lstrip("+~").startswith("sampler")]
     check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
-    meta, _ = checkpoint.read_meta(checkpoint.find(ckpt))
-    trained = check(TrainConfig, meta.config)
+    path, _ = checkpoint.newest_good(checkpoint.find(ckpt), check=checkpoint.read_meta)
+    trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
     if hydra_app.typed_value(overrides, "task") in (
         "reconstruct",
         "interpolate",
@@ -54,15 +59,13 @@ def sample(config: SampleConfig) -> None:
     from ddpm.cli import plan
 
     started = time.perf_counter()
-    path = checkpoint.find(config.ckpt)
+    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt))
     model, meta = sampling.load(path, build.device(config.device), config.ema)
     todo = plan.make(config, model)
-    for note in todo.notes:
-        print(note, flush=True)
+    for note in [*notes, *todo.notes]:
+        print(printable(note), flush=True)
     drawn = _draw(config, model, todo)
     measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
-    out = _folder(config, path)
-    files = _write(config, todo, drawn, out)
     about = {
         "checkpoint": str(path),
         "checkpoint_sha256": meta.sha256,
@@ -73,10 +76,11 @@ def sample(config: SampleConfig) -> None:
         **todo.about,
         **figures,
         "evaluations_per_image": drawn.evaluations,
-        "seconds": round(time.perf_counter() - started, 3),
-        "files": files,
     }
-    checkpoint.write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
+    with _folder(config, path) as out:
+        files = _write(config, todo, drawn, out)
+        about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
+        write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
     if measured:
         print(measured)
     for file in [*files, "sample.json"]:
@@ -92,51 +96,79 @@ class Drawn:
 
 
 def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
-    """All images, in chunks of batch_size."""
+    """All images, in chunks of batch_size, or of half of it where memory does not suffice, and so on."""
     import torch
+    from torch import Tensor
     from tqdm import tqdm
 
-    from ddpm.cli.brought import guidance
-    from ddpm.sampling import denoiser
+    from ddpm import memory
 
-    images, film, evaluations = [], [], 0
-    total = todo.num_steps * -(-todo.n // config.batch_size)
+    images: list[Tensor] = []
+    film: list[Tensor] = []
+    evaluations, size = 0.0, config.batch_size
     with (
         torch.inference_mode(),
-        tqdm(total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar,
+        tqdm(unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar,
     ):
-        for places in torch.split(torch.arange(todo.n), config.batch_size):
-            y = None if todo.y is None else todo.y[places].to(model.device)
-            denoise = denoiser(model, todo.sampler, y, guidance(config))
-            for step in todo.steps(denoise, places):
-                bar.update()
-                if places[0] == 0 and "trajectory" in config.save:
-                    film.append(step.x[:FILM_IMAGES].cpu())
-            images.append(step.x.cpu())
-            evaluations = denoise.evaluations
-    x = torch.cat(images)
-    broken = (~torch.isfinite(x)).flatten(1).any(1)
-    if broken.any():
-        raise UserError(
-            f"images {broken.nonzero()[:10, 0].tolist()} are not finite after {todo.sampler.name} with "
-            f"{todo.num_steps} steps: try sampler.clip=clip, or more steps"
-        )
-    return Drawn(x, todo.y, film, evaluations)
+        while (done := sum(len(x) for x in images)) < todo.n:
+            bar.total = bar.n + todo.num_steps * -(-(todo.n - done) // size)
+            places = torch.arange(done, min(done + size, todo.n))
+            try:
+                x, frames, evaluations = _chunk(config, model, todo, places, bar)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+            else:
+                images.append(x)
+                film = film or frames
+                continue
+            if size == 1:
+                raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
+            size = max(1, len(places) // 2)
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: going on with batch_size={size}, which changes no image")
+    return Drawn(torch.cat(images), todo.y, film, evaluations)
 
 
-def _folder(config: SampleConfig, checkpoint_file: Path) -> Path:
+def _chunk(
+    config: SampleConfig, model: "Model", todo: "Plan", places: "Tensor", bar: Any
+) -> "tuple[Tensor, list[Tensor], float]":
+    """The results at some places, the first of them after each step if they are wanted, and the network's calls."""
+    from ddpm.cli.brought import guidance
+    from ddpm.sampling import denoiser, finite
+
+    film = []
+    y = None if todo.y is None else todo.y[places].to(model.device)
+    denoise = denoiser(model, todo.sampler, y, guidance(config))
+    for step in finite(todo.steps(denoise, places), places):
+        bar.update()
+        if places[0] == 0 and "trajectory" in config.save:
+            film.append(step.x[:FILM_IMAGES].cpu())
+    return step.x.cpu(), film, denoise.evaluations
+
+
+@contextmanager
+def _folder(config: SampleConfig, checkpoint_file: Path) -> Iterator[Path]:
+    """Where the files go. A folder made for them goes again if they cannot all be written."""
     if config.out is None:
-        run = (
-            checkpoint_file.parent.parent
-            if checkpoint_file.parent.name == "checkpoints"
-            else checkpoint_file.parent
-        )
-        return hydra_app.numbered_folder(run / "samples" / "drawn")
+        home = checkpoint_file.parent
+        run = home.parent if home.name == "checkpoints" else home
+        out, new = hydra_app.numbered_folder(run / "samples" / "drawn"), True
+    else:
+        out, new = Path(config.out), not Path(config.out).exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make out={config.out}: {reason(error)}") from None
     try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make out={config.out}: {error.strerror}") from None
-    return Path(config.out)
+        yield out
+    except BaseException as error:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {out}: {reason(error)}") from None
+        raise
 
 
 def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[str]:
@@ -163,9 +195,9 @@ def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[
         files.append("images")
     if "npz" in config.save:
         arrays = {"images": pixels[..., 0] if pixels.shape[-1] == 1 else pixels}
-        np.savez_compressed(
-            out / "samples.npz", **arrays if classes is None else {**arrays, "labels": classes}
-        )
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays if classes is None else {**arrays, "labels": classes})
+        write_atomically(out / "samples.npz", packed.getvalue(), durable=False)
         files.append("samples.npz")
     if film := drawn.film:
         frames = [film[round(i * (len(film) - 1) / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]

@@ -1,18 +1,23 @@
 """Any folder of images: sub-folders, if there are any, are classes."""
 
-import warnings
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.datasets.pictures import read_image
+from ddpm.datasets.reading import reason, user_path
 from ddpm.datasets.types import Dataset, Facts, Split, hold_out
-from ddpm.errors import DataError
+from ddpm.errors import DataError, is_plain, printable
+
+__all__ = ["SUFFIXES", "folder", "is_image", "read_image"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
-MAX_SOURCE_PIXELS = 50_000_000  # of one file, known before it is unpacked
 MAX_IMAGE_SIZE = 1_024
+MAX_MEMORY = 1 << 33  # bytes of all images in the size asked for
+MAX_ENTRIES = 10_000_000  # files and folders looked at
 
 
 def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
@@ -26,28 +31,37 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
     """
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise DataError(f"dataset.image_size={image_size}; allowed: 1 to {MAX_IMAGE_SIZE}")
-    root = Path(path).expanduser()
+    root = user_path(path)
     files, class_names = _list_images(root)
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    for image, file in zip(images, files, strict=True):
-        image[:] = read_image(file, image_size)
-    if (images == images[..., :1]).all():
-        images = images[..., :1]
+    images = _read_all(files, image_size)
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = torch.tensor([numbers[_class_of(file, root)] for file in files]) if class_names else None
     part = max(1, round(len(files) / 10))
-    everything = Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
-    rest, test = hold_out(everything, part)
+    rest, test = hold_out(Split(torch.from_numpy(images), labels), part)
     train, val = hold_out(rest, part)
-    facts = Facts("folder", images.shape[-1], image_size, len(class_names), class_names, levels=256)
+    facts = Facts("folder", images.shape[1], image_size, len(class_names), class_names, levels=256)
     return Dataset(facts, train, val, test)
+
+
+def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
+    """(N, C, S, S), where C is 1 if all are grey."""
+    needed = len(files) * 3 * size**2
+    if needed > MAX_MEMORY:
+        raise DataError(
+            f"{len(files)} images at dataset.image_size={size} take {needed} bytes; allowed: {MAX_MEMORY}"
+        )
+    images, grey = np.empty((len(files), 3, size, size), np.uint8), True
+    for image, file in zip(images, files, strict=True):
+        image[:] = read_image(file, size).transpose(2, 0, 1)
+        grey = grey and bool((image == image[:1]).all())
+    return images[:, :1].copy() if grey else images
 
 
 def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     """All image files, sorted, and the names of the classes; none if the images lie in root itself."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"dataset.path={root}: there is no such folder")
-    files = sorted(file for file in root.rglob("*") if is_image(file, root))
+    files = sorted(_walk(root))
     nested = [file for file in files if file.parent != root]
     if len(files) < 3:
         raise DataError(
@@ -59,42 +73,36 @@ def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
             f"{root}: {len(files) - len(nested)} images lie in the folder itself and {len(nested)} in "
             f"sub-folders; put all of them in sub-folders (one for each class) or none"
         )
-    return files, tuple(sorted({_class_of(file, root) for file in nested}))
+    class_names = tuple(sorted({_class_of(file, root) for file in nested}))
+    if strange := [name for name in class_names if not is_plain(name)]:
+        raise DataError(f"{root}: the name of the sub-folder '{printable(strange[0])}' is no plain text")
+    return files, class_names
+
+
+def _walk(root: Path) -> list[Path]:
+    """The image files of the folder and its sub-folders, links to folders left out, however deep they lie."""
+    found, folders, seen = [], [root], 0
+    while folders:
+        here = folders.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES:
+                        raise DataError(f"{root}: holds more than {MAX_ENTRIES} files and folders")
+                    if entry.is_dir(follow_symlinks=False):
+                        folders += [] if entry.name.startswith(".") else [here / entry.name]
+                    elif is_image(path := here / entry.name, root):
+                        found.append(path)
+        except OSError as error:
+            raise DataError(f"{here}: cannot be read ({reason(error)})") from error
+    return found
 
 
 def is_image(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+    return file.suffix.lower() in SUFFIXES and not hidden and os.path.isfile(file)
 
 
 def _class_of(file: Path, root: Path) -> str:
     return file.relative_to(root).parts[0]
-
-
-def read_image(file: Path, size: int, nearest: bool = False) -> NDArray[np.uint8]:
-    """(size, size, 3), the three equal for a grey image; `nearest` makes no new colours. Raises DataError."""
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            source = Image.open(file)
-        with source:
-            if source.width * source.height > MAX_SOURCE_PIXELS:
-                raise DataError(
-                    f"{file}: {source.width}×{source.height} pixels; allowed: {MAX_SOURCE_PIXELS} in all"
-                )
-            if source.mode[0] in "IF":
-                raise DataError(
-                    f"{file}: more than 8 bits a channel (mode {source.mode}); convert it to 8 bits"
-                )
-            image = ImageOps.exif_transpose(source).convert("RGBA")
-    except DataError:
-        raise
-    except (
-        Exception
-    ) as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, …
-        raise DataError(f"{file}: cannot be read as an image ({error})") from error
-    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
-    return np.asarray(ImageOps.fit(opaque, (size, size), method))

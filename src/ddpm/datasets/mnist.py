@@ -7,6 +7,8 @@ ones are verified. To add such a set, describe it as a `_Variant` and write its 
 import hashlib
 import http.client
 import math
+import os
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.datasets.cache import write_atomically
+from ddpm.datasets.reading import read_bounded, reason
 from ddpm.datasets.types import Dataset, Facts, Split, check_image_size, hold_out
 from ddpm.errors import DataError
+from ddpm.files import leftovers, write_atomically
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the training images
@@ -33,6 +36,7 @@ SHAPES = {
     "t10k-labels-idx1-ubyte": (10_000,),
 }
 TIMEOUT = 30.0  # seconds without an answer
+DEADLINE = 900.0  # seconds for one file from one mirror, which may send a byte now and then for ever
 MAX_BYTES = 1 << 26  # of any file; the largest has 47 million
 CHUNK = 4_096  # images resized at a time, so that their float copy stays small
 
@@ -112,7 +116,7 @@ def kmnist(data_root: Path, *, image_size: int = 28) -> Dataset:
 def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dataset:
     check_image_size(image_size, SIZES)
     raw = data_root / variant.folder / "raw"
-    if not all((raw / file).exists() for file in SHAPES):
+    if not all(os.path.exists(raw / file) for file in SHAPES):
         _download(variant, raw)
     train_images, train_labels, test_images, test_labels = (_read(variant, raw, i) for i in range(4))
     train, val = hold_out(_split(train_images, train_labels, image_size), HELD_OUT)
@@ -140,29 +144,21 @@ def _scale(images: Tensor, size: int) -> Tensor:
 def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     file = list(SHAPES)[index]
     path, packed = raw / file, raw / f"{file}.gz"
-    try:
-        data = _read_bounded(path)
-        if variant.sha256 is not None:
-            if hashlib.sha256(data).hexdigest() != variant.sha256[index]:
-                raise DataError(
-                    f"{path}: its SHA-256 is not that of the published file; delete it and start again"
-                )
-        elif packed.exists():
-            source = _read_bounded(packed)
-            if _md5(source) != variant.md5[index] or _unpack(source, packed, SHAPES[file]) != data:
-                raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    data = read_bounded(path, MAX_BYTES)
+    if variant.sha256 is not None:
+        if hashlib.sha256(data).hexdigest() != variant.sha256[index]:
+            raise DataError(
+                f"{path}: its SHA-256 is not that of the published file; delete it and start again"
+            )
+    elif os.path.exists(packed):
+        source = read_bounded(packed, MAX_BYTES)
+        if _md5(source) != variant.md5[index] or _unpack(source, packed, SHAPES[file]) != data:
+            raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
     array = parse_idx(data, str(path), SHAPES[file])
     if array.ndim == 1 and array.max() >= len(variant.class_names):
         record = int((array >= len(variant.class_names)).argmax())
         raise DataError(f"{path}: label {array[record]} at byte {8 + record}; allowed: 0 to 9")
     return array
-
-
-def _read_bounded(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES)
 
 
 def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -191,21 +187,25 @@ def _download(variant: _Variant, raw: Path) -> None:
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / "download.lock"):
+            for left_by_a_killed_process in leftovers(raw):
+                left_by_a_killed_process.unlink()
             for file, md5 in zip(SHAPES, variant.md5, strict=True):
-                if not (raw / file).exists():  # asked again: another process may have written it meanwhile
+                # Asked again: another process may have written it meanwhile.
+                if not os.path.exists(raw / file):
                     _fetch(variant, raw / file, md5)
     except (OSError, DataError) as error:
+        text = str(error) if isinstance(error, DataError) else reason(error)
         raise DataError(
-            f"{raw} lacks files that cannot be downloaded ({error}); put {', '.join(SHAPES)} (or the same as "
+            f"{raw} lacks files that cannot be downloaded ({text}); put {', '.join(SHAPES)} (or the same as "
             f".gz) there, or use dataset=digits, which needs no download"
         ) from error
 
 
 def _fetch(variant: _Variant, path: Path, md5: str) -> None:
     packed = path.with_name(f"{path.name}.gz")
-    if not packed.exists() or _md5(_read_bounded(packed)) != md5:
+    if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
         write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
-    write_atomically(path, _unpack(_read_bounded(packed), packed, SHAPES[path.name]))
+    write_atomically(path, _unpack(read_bounded(packed, MAX_BYTES), packed, SHAPES[path.name]))
 
 
 def _mirrors(variant: _Variant) -> list[str]:
@@ -219,15 +219,25 @@ def _from_mirrors(mirrors: list[str], file: str, md5: str) -> bytes:
     reasons = []
     for mirror in mirrors:
         try:
-            with urlopen(Request(mirror + file, headers={"User-Agent": "ddpm"}), timeout=TIMEOUT) as answer:
-                data: bytes = answer.read(MAX_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            reasons.append(f"{mirror}{file}: {error}")
+            data = _get(mirror + file)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a bad redirect
+            reasons.append(f"{mirror}{file}: {reason(error)}")
             continue
         if _md5(data) == md5:
             return data
-        reasons.append(f"{mirror}{file}: wrong MD5")
+        reasons.append(f"{mirror}{file}: wrong MD5 of {len(data)} bytes")
     raise DataError("; ".join(reasons))
+
+
+def _get(address: str) -> bytes:
+    """At most MAX_BYTES, within DEADLINE. Raises OSError and others."""
+    data, end = bytearray(), time.monotonic() + DEADLINE
+    with urlopen(Request(address, headers={"User-Agent": "ddpm"}), timeout=TIMEOUT) as answer:
+        while len(data) < MAX_BYTES and (part := answer.read1(1 << 16)):
+            data += part
+            if time.monotonic() > end:
+                raise OSError(f"not complete within {DEADLINE:.0f} seconds")
+    return bytes(data)
 
 
 def _unpack(packed: bytes, path: Path, shape: tuple[int, ...]) -> bytes:

@@ -4,6 +4,7 @@ Its licence forbids commercial use, so it is never downloaded and never shipped:
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from ddpm.datasets.cache import cache_folder, load_arrays, save_arrays
-from ddpm.datasets.hoda import NUM_CLASSES, Crops, load_crops, read_cdb
+from ddpm.datasets.hoda import MAX_BYTES, MAX_PIXELS, NUM_CLASSES, Crops, load_crops, read_cdb
+from ddpm.datasets.reading import open_bounded, reason
 from ddpm.datasets.types import Dataset, Facts, Split, check_image_size, hold_out
 from ddpm.errors import DataError
 
@@ -56,9 +58,10 @@ def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -
     splits, notice = {}, ""
     for name, source in sources.items():
         cached = _cache_file(source, image_size)
-        split = _load_cached(cached)
+        count = PARTS[name].count
+        split = _load_cached(cached, count, image_size)
         if split is None:
-            split, notice = _build(cached, source, PARTS[name].count, image_size), NOTICE
+            split, notice = _build(cached, source, count, image_size), NOTICE
         splits[name] = split
     train, val = hold_out(splits["train"], HELD_OUT)
     if remaining:
@@ -110,7 +113,7 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
     for name in names:
         converted = converted_name(name)
         places = [folder / PARTS[name].cdb, folder / converted, cache_folder() / converted]
-        present = [place for place in places if place.is_file()]
+        present = [place for place in places if os.path.isfile(place)]
         if present:
             found[name] = present[0]
         else:
@@ -126,28 +129,38 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
 
 def _cache_file(source: Path, image_size: int) -> Path:
     try:
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_bounded(source, MAX_PIXELS + MAX_BYTES) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{source}: cannot be read ({reason(error)})") from error
     return cache_folder() / f"persian-{image_size}-v{DRAWING}-{digest}.safetensors"
 
 
-def _load_cached(path: Path) -> Split | None:
-    """None if there is no such file or it is broken: then it is built again."""
+def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
+    """None if there is no such file, or it is broken or not what `_build` wrote: then it is built again."""
     try:
-        arrays = load_arrays(path)
-        return Split(torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"]).long())
-    except (DataError, KeyError):
+        arrays = load_arrays(path, count * image_size**2 + MAX_BYTES)
+    except DataError:
         return None
+    wanted = {"images": ("uint8", (count, image_size, image_size)), "labels": ("uint8", (count,))}
+    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    if found != wanted or arrays["labels"].max() >= NUM_CLASSES:
+        return None
+    return _split(arrays["images"], arrays["labels"])
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
+    return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
 
 
 def _build(cached: Path, source: Path, count: int, image_size: int) -> Split:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cached}.lock"):
-            split = _load_cached(cached)  # another process may have built it meanwhile
+            split = _load_cached(cached, count, image_size)  # another process may have built it meanwhile
             if split is None:
+                for left_by_a_killed_process in cached.parent.glob(f".{cached.name}.*.tmp"):
+                    left_by_a_killed_process.unlink()
                 crops = load_crops(source) if source.suffix == ".safetensors" else read_cdb(source)
                 if len(crops) != count:
                     raise DataError(
@@ -155,11 +168,11 @@ def _build(cached: Path, source: Path, count: int, image_size: int) -> Split:
                     )
                 images = draw(crops, image_size)
                 save_arrays(cached, {"images": images, "labels": crops.labels})
-                split = Split(torch.from_numpy(images)[:, None], torch.from_numpy(crops.labels).long())
+                split = _split(images, crops.labels)
             return split
     except OSError as error:
         raise DataError(
-            f"{cached}: cannot be written ({error.strerror}); set DDPM_CACHE to another folder"
+            f"{cached}: cannot be written ({reason(error)}); set DDPM_CACHE to another folder"
         ) from error
 
 

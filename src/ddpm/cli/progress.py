@@ -1,0 +1,70 @@
+"""What a training tells its user: lines for the screen and for train.log, and a bar on a terminal."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.config import CONFIG_DIR
+
+if TYPE_CHECKING:
+    from ddpm.runs import Run
+
+
+class Log:
+    """Lines for the screen and for train.log; above the progress bar, if there is one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def say(self, text: str) -> None:
+        """Raises OSError where train.log cannot be written; a screen that has gone is no reason to stop."""
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def bar(self, run: "Run") -> Any:
+        """On a terminal; elsewhere it shows nothing."""
+        from tqdm import tqdm
+
+        hidden = not sys.stderr.isatty()
+        return tqdm(total=run.max_steps, initial=run.step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def record(self, record: dict[str, float], max_steps: int, bar: Any) -> None:
+        """A line of metrics.jsonl, on the bar or, where that is hidden or there is a validation, as text."""
+        short = f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s"
+        bar.set_postfix_str(short)
+        if bar.disable or "val_loss" in record:
+            line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
+            self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
+
+
+def estimate(run: "Run", seconds_per_step: float) -> str:
+    """How long the rest will take and, if that is long on a CPU, what would be shorter."""
+    seconds = seconds_per_step * (run.max_steps - run.step)
+    text = f"about {duration(seconds)} for {run.max_steps - run.step:,} more steps on this {run.device.type}"
+    short = f"{run.facts.name}_cpu"
+    if run.device.type == "cpu" and seconds > 900 and (CONFIG_DIR / "experiment" / f"{short}.yaml").exists():
+        text += f"; experiment={short} is the short one"
+    return text
+
+
+def figures(record: dict[str, float]) -> str:
+    """Both validation figures with their errors."""
+    return ", ".join(
+        f"{key} {record[key]:.4f} ± {record[key + '_error']:.4f}" for key in ("val_loss", "val_eps_mse")
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit that says enough."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,140 @@
+"""`trainer.resume`: which checkpoint to go on from, in which folder, with what settings, and how equal it will be."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm import checkpoint
+from ddpm.cli import hydra_app
+from ddpm.config import TrainConfig, to_dict
+from ddpm.errors import CheckpointError, UserError
+from ddpm.meta import Meta
+
+if TYPE_CHECKING:
+    from ddpm.runs import Run
+
+MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
+# What is not followed because a file says so: a checkpoint may come from anywhere.
+PATHS = ("data_root", "dataset.path")
+NO_MATTER = (
+    *PATHS,
+    "run_dir",
+    "overwrite",
+    "device",
+    "trainer.resume",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to live, and the checkpoints it may go on from, best first."""
+
+    folder: str | None  # None: a new one
+    files: list[Path]
+    in_place: bool  # the files are those of the folder itself
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole checkpoint."""
+
+    path: Path
+    meta: Meta
+    config: TrainConfig
+    notes: list[str]  # for the user: about others that are not whole
+
+
+def before_typed(overrides: list[str]) -> list[str]:
+    """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
+    typed = hydra_app.typed_value(overrides, "trainer.resume")
+    if typed in (None, "auto", "null"):
+        return []
+    path, _ = checkpoint.newest_good(checkpoint.find(str(typed)), check=checkpoint.read_meta)
+    was = to_dict(checkpoint.config(path, checkpoint.read_meta(path)[0]))
+    if "path" in was["dataset"] and hydra_app.typed_value(overrides, "dataset.path") is None:
+        raise UserError(
+            f"dataset.path was '{was['dataset'].pop('path')}' in this run; a path in a file is not followed by "
+            "itself: type dataset.path=…"
+        )
+    was["dataset"].pop("path", None)
+    return hydra_app.as_overrides(
+        {key: value for key, value in was.items() if key not in ("run_dir", "overwrite", "data_root")}
+    )
+
+
+def place(config: TrainConfig) -> Place:
+    """Raises UserError where there is nothing to go on from."""
+    wanted = config.trainer.resume
+    if wanted is None:
+        return Place(config.run_dir, [], False)
+    if wanted == "auto":
+        if config.run_dir is None:
+            raise UserError("trainer.resume=auto needs run_dir=…, to know which run to go on with")
+        there = any((Path(config.run_dir) / "checkpoints").glob("*.safetensors"))
+        return Place(config.run_dir, checkpoint.find(config.run_dir) if there else [], True)
+    files = checkpoint.find(wanted)
+    home = files[0].parent.parent if files[0].parent.name == "checkpoints" else None
+    if config.run_dir is not None:
+        return Place(
+            config.run_dir, files, home is not None and home.resolve() == Path(config.run_dir).resolve()
+        )
+    return Place(None if home is None else str(home), files, home is not None)
+
+
+def choose(place: Place, config: TrainConfig) -> Source | None:
+    """The newest whole one of the files. Raises CheckpointError if there is none, or if it was another run's."""
+    if not place.files:
+        return None
+    path, notes = checkpoint.newest_good(place.files)
+    meta, _ = checkpoint.read_meta(path)
+    stored = checkpoint.config(path, meta)
+    differ = [
+        f"{key} was {_brief(was)}, is {_brief(now)}"
+        for key, was, now in _changes(stored, config)
+        if key.split(".")[0] in MUST_MATCH
+    ]
+    if differ:
+        raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ))
+    return Source(path, meta, stored, notes)
+
+
+def notes(source: Source, run: "Run") -> list[str]:
+    """What the user should know: what broke, what was changed, and whether the bits will be the same."""
+    from ddpm.runs import DECIDES_BITS
+
+    changed = [
+        f"changed since: {key} was {_brief(was)}, is {_brief(now)}"
+        for key, was, now in _changes(source.config, run.config)
+    ]
+    then, now = source.meta.versions, run.environment
+    other = [
+        f"{key} was {then.get(key, 'unknown')}, is {now[key]}"
+        for key in DECIDES_BITS
+        if then.get(key) != now[key]
+    ]
+    if now["deterministic"] == "no":
+        other.append("on a GPU only trainer.deterministic=true repeats every bit")
+    close = ["close to an unbroken run, but not bit by bit: " + "; ".join(other)] if other else []
+    return [*source.notes, f"going on from step {source.meta.step:,}: {source.path}", *changed, *close]
+
+
+def _changes(was: TrainConfig, now: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    for key, a, b in _differences("", to_dict(was), to_dict(now)):
+        if key not in NO_MATTER:
+            yield key, a, b
+
+
+def _differences(path: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in was | now:
+            yield from _differences(f"{path}.{key}" if path else key, was.get(key), now.get(key))
+    elif was != now:
+        yield path, was, now
+
+
+def _brief(value: Any) -> str:
+    return json.dumps(value) if len(json.dumps(value)) < 60 else "…"

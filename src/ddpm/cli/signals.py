@@ -1,0 +1,77 @@
+"""Signals. The first SIGTERM, SIGINT or SIGHUP asks, a second one kills at once; SIGUSR1 asks a training to save.
+
+Without `patient()` a request takes effect where the program stands, as Stopped; within it, it is only noted, for
+the training loop to finish its step and save.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(BaseException):
+    """On the way out because of a signal. `said`: the user has been told already."""
+
+    def __init__(self, number: int, said: bool = False) -> None:
+        super().__init__(number)
+        self.number, self.said = number, said
+
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_stop: int | None = None
+_save = False
+_patient = False
+
+
+def install(save: bool) -> None:
+    """Listen from here on; to SIGUSR1 only where there is something to `save`."""
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
+            signal.signal(number, _on_stop)
+    if save and hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, _on_save)
+
+
+def name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def stop_requested() -> int | None:
+    """The number of the signal that asked to stop, if one came."""
+    return _stop
+
+
+def save_requested() -> bool:
+    """Whether SIGUSR1 came since this was last asked."""
+    global _save
+    asked, _save = _save, False
+    return asked
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Requests are noted and nothing else. One that came before, but got lost in foreign code, is raised here."""
+    global _patient
+    _patient = True
+    try:
+        if _stop is not None:
+            raise Stopped(_stop)
+        yield
+    finally:
+        _patient = False
+
+
+def _on_stop(number: int, frame: FrameType | None) -> None:
+    global _stop
+    _stop = number
+    for other in STOPPING:  # now the system itself acts, even where Python cannot
+        if signal.getsignal(other) is _on_stop:
+            signal.signal(other, signal.SIG_DFL)
+    if not _patient:
+        raise Stopped(number)
+
+
+def _on_save(number: int, frame: FrameType | None) -> None:
+    global _save
+    _save = True
