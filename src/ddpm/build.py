@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import Choice
+from ddpm import checkpoint
+from ddpm.config import Choice, TrainConfig
 from ddpm.config import Objective as ObjectiveConfig
 from ddpm.datasets import DATASETS
 from ddpm.datasets.types import Dataset, Facts, check_dataset
 from ddpm.diffusion import Objective, make_objective
 from ddpm.errors import CheckpointError, UserError
-from ddpm.meta import DTYPES, Entry
+from ddpm.meta import DTYPES, Entry, Meta
 from ddpm.networks import NETWORKS
 from ddpm.schedules import SCHEDULES, NoiseSchedule
 from ddpm.timesteps import HISTORY
@@ -80,6 +81,29 @@ def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.de
 def facts(stored: Mapping[str, Any]) -> Facts:
     """The facts of the data a checkpoint was trained on, as `meta.py` has checked them."""
     return Facts(**{**stored, "class_names": tuple(stored["class_names"])})
+
+
+def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
+    """What a checkpoint says it is, compared with its header before memory is taken: its network is on the meta device.
+
+    Raises CheckpointError.
+    """
+    meta, table = checkpoint.read_meta(path)
+    config = checkpoint.config(path, meta)
+    try:
+        with torch.device("meta"):
+            blank = network(config.model, config.objective, facts(meta.facts))
+        timesteps = schedule(config.schedule).num_timesteps
+    except UserError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+    check_tensors(path, table, blank, timesteps)
+    return meta, config, blank
+
+
+def examine(path: Path) -> None:
+    """All of a checkpoint: first that it fits its own config, then that it is whole. Raises CheckpointError."""
+    outline(path)
+    checkpoint.verify(path)
 
 
 def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, num_timesteps: int) -> None:

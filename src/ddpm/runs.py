@@ -140,15 +140,21 @@ def _finite(parameters: Iterable[Tensor]) -> bool:
 
 def restore(run: Run, path: Path) -> None:
     """Go on from a checkpoint. Raises CheckpointError where it is broken or does not fit the network."""
-    _, table = checkpoint.read_meta(path)
+    meta, table = checkpoint.read_meta(path)
     build.check_tensors(path, table, run.network, run.schedule.num_timesteps)
     _check_complete(path, run, table)
+    if build.facts(meta.facts) != run.facts:
+        raise CheckpointError(
+            f"{path} was trained on other data: {build.facts(meta.facts)}, and here are {run.facts}"
+        )
     meta, tensors = checkpoint.load(path)
     build.load_weights(path, run.network, checkpoint.part(tensors, "model"))
     build.load_weights(path, run.ema, checkpoint.part(tensors, "ema"))
     for name, tensor in tensors.items():  # an empty place in the history of losses is a nan
         if name != "timesteps.history" and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers that are not finite")
+        if name.startswith("optimizer.") and name.endswith((".step", ".exp_avg_sq")) and (tensor < 0).any():
+            raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers below 0")
     optimizer = checkpoint.part(tensors, "optimizer")
     for name, parameter in run.network.named_parameters():
         if state := checkpoint.part(optimizer, name):

@@ -48,19 +48,14 @@ class Guidance:
 
 def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Meta]:
     """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
-    meta, table = checkpoint.read_meta(path)
-    config, facts = checkpoint.config(path, meta), build.facts(meta.facts)
-    schedule = build.schedule(config.schedule)
-    with torch.device("meta"):  # no memory is taken before the file is known to hold what would fill it
-        network = build.network(config.model, config.objective, facts)
-    build.check_tensors(path, table, network, schedule.num_timesteps)
+    meta, config, network = build.outline(path)
     which = "ema" if ema else "model"
-    meta, tensors = checkpoint.load(path, which)
+    _, tensors = checkpoint.load(path, which)
     build.load_weights(path, network, checkpoint.part(tensors, which))
     network.to(device).eval()
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
-    return Model(network, schedule, config, facts, device), meta
+    return Model(network, build.schedule(config.schedule), config, build.facts(meta.facts), device), meta
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:

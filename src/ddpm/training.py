@@ -32,6 +32,7 @@ from ddpm.validation import Validation
 PREVIEWS = 36
 PREVIEW_STEPS = 20
 PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 1.0}
+VALIDATED = ("val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")  # in a line together
 MAX_METRICS = 1 << 28  # bytes of metrics.jsonl, a million lines
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 

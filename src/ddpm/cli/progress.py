@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.config import CONFIG_DIR
+from ddpm.errors import printable
 
 if TYPE_CHECKING:
     from ddpm.runs import Run
@@ -21,12 +22,13 @@ class Log:
         """Raises OSError where train.log cannot be written; a screen that has gone is no reason to stop."""
         from tqdm import tqdm
 
+        text = printable(text)
         try:
             tqdm.write(text)
             sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
             file.write(text + "\n")
 
     def bar(self, run: "Run") -> Any:
@@ -43,6 +45,11 @@ class Log:
         if bar.disable or "val_loss" in record:
             line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
             self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
+
+
+def _no_link(path: str, flags: int) -> int:
+    """A link in a folder that somebody else has made could lead anywhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def estimate(run: "Run", seconds_per_step: float) -> str:

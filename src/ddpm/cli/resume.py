@@ -87,9 +87,11 @@ def place(config: TrainConfig) -> Place:
 
 def choose(place: Place, config: TrainConfig) -> Source | None:
     """The newest whole one of the files. Raises CheckpointError if there is none, or if it was another run's."""
+    from ddpm import build
+
     if not place.files:
         return None
-    path, notes = checkpoint.newest_good(place.files)
+    path, notes = checkpoint.newest_good(place.files, check=build.examine)
     meta, _ = checkpoint.read_meta(path)
     stored = checkpoint.config(path, meta)
     differ = [

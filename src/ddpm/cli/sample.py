@@ -59,7 +59,7 @@ def sample(config: SampleConfig) -> None:
     from ddpm.cli import plan
 
     started = time.perf_counter()
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt))
+    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
     model, meta = sampling.load(path, build.device(config.device), config.ema)
     todo = plan.make(config, model)
     for note in [*notes, *todo.notes]:

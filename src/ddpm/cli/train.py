@@ -57,9 +57,8 @@ def train(config: TrainConfig) -> float:
             raise UserError(f"cannot write to {run_dir}: {reason(error)}{_last_good(run_dir)}") from None
         except UserError as error:
             raise UserError(f"{error}{_last_good(run_dir)}") from None
-        if (
-            number := signals.stop_requested()
-        ) is not None:  # too late for this run, but a sweep must not go on
+        number = signals.stop_requested()
+        if number is not None:  # too late for this run, but a sweep must not go on
             raise signals.Stopped(number, said=True)
         return figure
     finally:
@@ -220,18 +219,21 @@ def _out_of_memory(run: "Run") -> str:
 
 
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
+    """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
     from ddpm import plots
+    from ddpm.checkpoint import read_meta, saved_steps
+    from ddpm.cli.run_folder import RUN_FILES
+    from ddpm.training import VALIDATED
 
     plots.plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     plots.plot_schedule(run.schedule, run_dir / "schedule.png")
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    result = {
-        key: last[key] for key in ("step", "val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")
-    }
-    write_atomically(run_dir / "result.json", json.dumps({**result, "seconds": seconds}).encode())
+    final = saved_steps(run_dir)[-1]
+    last = read_meta(final)[0].figures
+    if not last.keys() >= set(VALIDATED):
+        raise UserError(f"{final} holds no figures of its last step: give trainer.max_steps a larger number")
+    result = {"step": run.step, **{key: last[key] for key in VALIDATED}, "seconds": seconds}
+    write_atomically(run_dir / "result.json", json.dumps(result).encode())
     log.say(f"done in {duration(seconds)}: {figures(last)}")
-    log.say(
-        f"{run_dir}: config.yaml metrics.jsonl train.log loss.png forward.png schedule.png samples/ checkpoints/"
-    )
+    log.say(f"{run_dir}: {' '.join(RUN_FILES)} samples/ checkpoints/")
     log.say(f"next: ddpm-sample ckpt={run_dir}")
-    return float(last["val_eps_mse"])
+    return last["val_eps_mse"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.unet import sinusoids
+from ddpm.networks.unet import class_table, sinusoids
 
 
 class MLP(nn.Module):
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         widths = [in_channels * image_size**2] + [hidden] * num_layers
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.times = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(num_layers))
-        self.label = nn.Embedding(num_classes + 1, hidden) if num_classes else None
+        self.label = class_table(num_classes, hidden) if num_classes else None
         self.out = nn.Linear(hidden, out_channels * image_size**2)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

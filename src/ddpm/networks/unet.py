@@ -45,7 +45,7 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.frequencies = channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
+        self.label = class_table(num_classes, time_dim) if num_classes else None
 
         def block(width_in: int, width_out: int) -> ResBlock:
             return ResBlock(width_in, width_out, time_dim, norm_groups, dropout)
@@ -181,6 +181,17 @@ def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """
     normed: Tensor = norm(x.to(norm.weight.dtype))
     return normed.to(x.dtype)
+
+
+def class_table(num_classes: int, width: int) -> nn.Embedding:
+    """A row for each class and one for none, N(0, 1) as in any nn.Embedding.
+
+    Which would import the compiler, two seconds of it, to make a table on the meta device.
+    """
+    table = torch.empty(num_classes + 1, width)
+    if not table.is_meta:
+        nn.init.normal_(table)
+    return nn.Embedding(num_classes + 1, width, _weight=table)
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
