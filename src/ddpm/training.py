@@ -270,16 +270,21 @@ def cut_metrics(path: Path, step: int) -> None:
     for line in text.splitlines(keepends=True):
         try:
             record = json.loads(line)
-            numbers = [float(record[key]) for key in ("step", "loss")] + [
-                float(value) for value in record.values()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, RecursionError):
             break
-        if not all(map(math.isfinite, numbers)):
+        if not _is_record(record):
             break
-        if numbers[0] <= step:
+        if record["step"] <= step:
             kept += line
     write_atomically(path, kept.encode())
+
+
+def _is_record(record: object) -> bool:
+    """Whether it may be a line of metrics.jsonl: finite numbers, those that belong together all there."""
+    if not isinstance(record, dict) or not all(type(value) in (int, float) for value in record.values()):
+        return False
+    needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
+    return needed <= record.keys() and all(abs(value) < math.inf for value in record.values())
 
 
 def _best_figure(run_dir: Path, step: int) -> float:

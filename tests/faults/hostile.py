@@ -52,7 +52,7 @@ WRITES = {"info": (), "sample": ("here/run/samples",), "train": ("here/run",)}  
 ALL = ("info", "sample", "train")
 INFO = ("info",)  # reads the header alone
 UNTRAINED = ("info", "sample")  # have no use for what only training needs
-TRAINED = ("info", "train")  # of which the second takes the facts from the data
+TRAINED = ("info", "train")  # which do not sample
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ ENTRIES = (
     # sizes
     Entry("a network of 10^10 parameters", key("", "model", UNET), "train", INFO),
     Entry("a hidden layer of 65,536", fields(config__model__hidden=65_536, facts__image_size=1024), fine=INFO),
-    Entry("images of 1,024", fields(facts__image_size=1024), fine=TRAINED),
+    Entry("images of 1,024", fields(facts__image_size=1024), fine=INFO),
     Entry("a layer of 10^12", fields(config__model__hidden=10**12)),
     Entry("100,000 timesteps", fields(config__schedule__num_timesteps=100_000), fine=ALL),
     Entry("10^9 timesteps", fields(config__schedule__num_timesteps=10**9)),
     Entry("a million classes", fields(facts__class_names=["x"] * 10**6, facts__num_classes=10**6), "info"),
-    Entry("10,000 classes", fields(facts__class_names=["x"] * 10**4, facts__num_classes=10**4), fine=TRAINED),
+    Entry("10,000 classes", fields(facts__class_names=["x"] * 10**4, facts__num_classes=10**4), fine=INFO),
     Entry("a shape of 2^40", entry(shape=[2**40])),
     Entry("a shape whose product overflows", entry(shape=[2**32, 2**32, 4])),
     Entry("a shape below 0", entry(shape=[-8, -1])),
@@ -205,10 +205,10 @@ ENTRIES = (
     Entry("moments of another type", replaced("exp_avg", by=lambda t: t.half()), "train", INFO),
     Entry("a step of the optimizer below 0", replaced(".step", by=lambda t: t - 9), "train", UNTRAINED),
     Entry("a tensor of 200 MB that nothing uses", added("extra", 200 * 2**20), "train", INFO),
-    Entry("facts of three colours", fields(facts__channels=3), fine=TRAINED),
-    Entry("facts of three classes", fields(facts__num_classes=3, facts__class_names=["a", "b", "c"]), fine=TRAINED),
+    Entry("facts of three colours", fields(facts__channels=3), fine=INFO),
+    Entry("facts of three classes", fields(facts__num_classes=3, facts__class_names=["a", "b", "c"]), fine=INFO),
     Entry("fewer names than classes", fields(facts__class_names=["a", "b", "c"]), "info"),
-    Entry("another dataset's facts", fields(facts__name="mnist"), "train", ALL),
+    Entry("another dataset's facts", fields(facts__name="mnist"), "train", ("info", "sample")),
     # other files of the run
     Entry("metrics of words", metrics('{"step": "3"}'), "train", ALL),
     Entry("metrics of numbers in quotes", metrics('{"step": "3", "loss": "1"}'), "train", ALL),
