@@ -123,10 +123,14 @@ def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run:
 
 def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: Run) -> None:
     for override in ("model.channels=[8,24]", "schedule=cosine", "seed=1", "objective=v", "dataset=mnist"):
-        config = typed(*SMALL, override, "trainer.resume=auto", f"run_dir={tmp_path}/mine")
-        key = override.partition("=")[0]
-        with pytest.raises(CheckpointError, match=rf"cannot resume .*{key}.* was .*, is "):
-            resume.choose(resume.place(config), config)
+        for again in (
+            [*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/mine"],
+            [f"trainer.resume={tmp_path}/mine"],
+        ):
+            config = typed(*again, override)
+            key = override.partition("=")[0]
+            with pytest.raises(CheckpointError, match=rf"cannot resume .*{key}.* was .*, is "):
+                resume.choose(resume.place(config), config)
 
 
 def test_a_folder_of_images_has_to_be_typed_again(tmp_path: Path) -> None:

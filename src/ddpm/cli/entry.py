@@ -5,23 +5,23 @@ from ddpm.cli import signals
 
 def train() -> None:
     """ddpm-train"""
-    signals.install(save=True)
-    from ddpm.cli.train import main
+    with signals.heeded("train", save=True):
+        from ddpm.cli.train import main
 
-    main()
+        main()
 
 
 def sample() -> None:
     """ddpm-sample"""
-    signals.install(save=False)
-    from ddpm.cli.sample import main
+    with signals.heeded("sample"):
+        from ddpm.cli.sample import main
 
-    main()
+        main()
 
 
 def info() -> None:
     """ddpm-info"""
-    signals.install(save=False)
-    from ddpm.cli.info import main
+    with signals.heeded("info"):
+        from ddpm.cli.info import main
 
-    main()
+        main()

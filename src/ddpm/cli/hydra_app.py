@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ddpm.cli import signals
 from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
@@ -53,19 +52,9 @@ def run(
             task(check(schema, compose(program, defaults(overrides) + overrides)))
     except UserError as error:
         sys.exit(_failure(program, str(error)))
-    except signals.Stopped as stopped:
-        sys.exit(_stopped(program, stopped.number, stopped.said))
-    except KeyboardInterrupt:  # only where nobody installed our own handlers
-        sys.exit(130)
     except BrokenPipeError:  # `ddpm-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception:
-        if (number := signals.stop_requested()) is None:
-            raise
-        sys.exit(
-            _stopped(program, number, said=False)
-        )  # other people's code turned our Stopped into its own error
 
 
 def read_overrides(arguments: list[str]) -> list[str]:
@@ -287,10 +276,3 @@ def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 def _failure(program: str, message: str) -> int:
     print(f"ddpm-{program}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
-
-
-def _stopped(program: str, number: int, said: bool) -> int:
-    if not said:
-        before = " before the first step" if program == "train" else ""
-        print(f"ddpm-{program}: stopped by {signals.name(number)}{before}", file=sys.stderr)
-    return 128 + number

@@ -61,9 +61,13 @@ def before_typed(overrides: list[str]) -> list[str]:
             "itself: type dataset.path=…"
         )
     was["dataset"].pop("path", None)
-    return hydra_app.as_overrides(
-        {key: value for key, value in was.items() if key not in ("run_dir", "overwrite", "data_root")}
+    new = (
+        "run_dir",
+        "overwrite",
+        "data_root",
+        *(key for key in was if hydra_app.typed_value(overrides, key)),
     )
+    return hydra_app.as_overrides({key: value for key, value in was.items() if key not in new})
 
 
 def place(config: TrainConfig) -> Place:

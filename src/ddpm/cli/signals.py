@@ -5,6 +5,7 @@ the training loop to finish its step and save.
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,13 +25,35 @@ _save = False
 _patient = False
 
 
-def install(save: bool) -> None:
-    """Listen from here on; to SIGUSR1 only where there is something to `save`."""
-    for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
-            signal.signal(number, _on_stop)
-    if save and hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, _on_save)
+@contextmanager
+def heeded(program: str, save: bool = False) -> Iterator[None]:
+    """For the whole of a command: what a signal stops ends in one line and the status that shells expect.
+
+    SIGUSR1 is listened to only where there is something to `save`.
+    """
+    global _patient
+    try:
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
+                signal.signal(number, _on_stop)
+        if save and hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, _on_save)
+        yield
+    except Stopped as stopped:
+        _leave(program, stopped.number, stopped.said)
+    except Exception:
+        if _stop is None:
+            raise
+        _leave(program, _stop, said=False)  # other people's code turned our Stopped into an error of its own
+    finally:
+        _patient = True  # on the way out there is nothing left to stop
+
+
+def _leave(program: str, number: int, said: bool) -> None:
+    if not said:
+        before = " before the first step" if program == "train" else ""
+        print(f"ddpm-{program}: stopped by {name(number)}{before}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def name(number: int) -> str:

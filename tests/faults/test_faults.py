@@ -1,0 +1,20 @@
+"""Each case of the fault harness a few times; `scripts/fault_drill.py` runs them as often as it takes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import damage, disk, downloads, hostile, kills, mutations, numbers, signals
+from tests.faults.cases import Case
+
+MODULES = (damage, disk, downloads, hostile, kills, mutations, numbers, signals)
+CASES = [case for module in MODULES for case in module.CASES]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.short], ids=str)
+def test_promise(case: Case, tmp_path: Path) -> None:
+    assert case.run(tmp_path, case.short)
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
