@@ -17,9 +17,13 @@ class CheckpointError(UserError):
 
 def printable(text: str) -> str:
     """Text from anywhere for a terminal: control characters and broken Unicode as \\x1b and the like."""
-    return "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+    return (
+        text
+        if is_plain(text)
+        else "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+    )
 
 
 def is_plain(text: str) -> bool:
     """No control characters, no broken Unicode (lone surrogates)."""
-    return all(c.isprintable() or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)
+    return text.isprintable() or all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)

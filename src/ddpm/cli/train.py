@@ -104,7 +104,10 @@ def _set_up_torch(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    torch.use_deterministic_algorithms(deterministic)
+    if (
+        torch.are_deterministic_algorithms_enabled() != deterministic
+    ):  # to set it imports the compiler: a second
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 
