@@ -143,10 +143,9 @@ def restore(run: Run, path: Path) -> None:
     meta, table = checkpoint.read_meta(path)
     build.check_tensors(path, table, run.network, run.schedule.num_timesteps)
     _check_complete(path, run, table)
-    if build.facts(meta.facts) != run.facts:
-        raise CheckpointError(
-            f"{path} was trained on other data: {build.facts(meta.facts)}, and here are {run.facts}"
-        )
+    then, now = vars(build.facts(meta.facts)), vars(run.facts)
+    if other := [f"{key} was {then[key]!r}, is {now[key]!r}" for key in now if then[key] != now[key]]:
+        raise CheckpointError(f"{path} was trained on other data: {'; '.join(other)[:300]}")
     meta, tensors = checkpoint.load(path)
     build.load_weights(path, run.network, checkpoint.part(tensors, "model"))
     build.load_weights(path, run.ema, checkpoint.part(tensors, "ema"))

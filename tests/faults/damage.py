@@ -235,14 +235,14 @@ CASES = (
         "truncated checkpoints",
         "a cut-off file is never taken for a checkpoint, and a run falls back to the file before",
         50,
-        500,
+        100,
         truncated,
     ),
     Case(
         "flipped bits",
         "one flipped bit anywhere in a checkpoint is found, and a run falls back to the file before",
         200,
-        2000,
+        400,
         flipped,
     ),
     Case(

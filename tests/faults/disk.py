@@ -223,14 +223,14 @@ CASES = (
         "a file that cannot grow",
         "Exit 2 with one line, no temporary file, earlier checkpoints load; going on is bitwise equal.",
         short=1,
-        long=12,
+        long=6,
         run=no_longer_files,
     ),
     Case(
         "a full disk",
         "Exit 2 with one line, no temporary file, checkpoints load; with room made, going on is bitwise equal.",
         short=0,
-        long=8,
+        long=4,
         run=full_disk,
     ),
     Case(
@@ -244,14 +244,14 @@ CASES = (
         "a folder that vanishes",
         "Exit 2 with one line; the folder is not made anew.",
         short=0,
-        long=10,
+        long=6,
         run=vanish,
     ),
     Case(
         "no room for pictures",
         "ddpm-sample exits with 2 and one line and leaves nothing behind.",
         short=0,
-        long=6,
+        long=4,
         run=full_out,
     ),
     Case(

@@ -50,6 +50,7 @@ COMMANDS = {
 LOCK = "here/run/.lock"  # an empty file, taken before anything in the folder is believed
 WRITES = {"info": (), "sample": ("here/run/samples",), "train": ("here/run",)}  # where a command may
 ALL = ("info", "sample", "train")
+SAMPLE = 40
 INFO = ("info",)  # reads the header alone
 UNTRAINED = ("info", "sample")  # have no use for what only training needs
 TRAINED = ("info", "train")  # which do not sample
@@ -111,7 +112,7 @@ ENTRIES = (
     Entry("oc.decode as the spacing", fields(config__sampler__spacing="${oc.decode:'[${oc.env:CANARY}]'}")),
     Entry("oc.env as data_root", fields(config__data_root="${oc.env:HOME}"), "train"),
     Entry("hydra: as the dataset's path", at("${hydra:runtime.cwd}"), "train"),
-    Entry("oc.env in the facts", fields(facts__name="${oc.env:CANARY}"), "info", ALL),
+    Entry("oc.env in the facts", fields(facts__name="${oc.env:CANARY}"), "train", ("info", "sample")),
     Entry("a quote in the spacing", fields(config__sampler__spacing="karras',sampler.rho=9,x='"), fine=TRAINED),
     Entry("backslashes in the spacing", fields(config__sampler__spacing="karras\\\\' +n=9 '\\"), fine=TRAINED),
     Entry("a line break in the spacing", fields(config__sampler__spacing="karras\nrun_dir: ../canary")),
@@ -230,11 +231,14 @@ ENTRIES = (
 
 
 def hostile(folder: Path, count: int) -> str:
-    """`count` of them with one command each in forks or, if that is more than there are, all with all as installed."""
-    real, heaviest, slowest, fine, problems = count > len(ENTRIES), 0, 0.0, 0, []
-    chosen = ENTRIES if real else random.Random(3).sample(ENTRIES, count)
-    trials = [(trial, program) for trial in chosen for program in (COMMANDS if real else (trial.first,))]
-    for number, (trial, program) in enumerate(trials):
+    """`count` of them with a command each, in forks; the long form: all with all commands, and SAMPLE as installed."""
+    chosen = random.Random(3).sample(ENTRIES, min(count, SAMPLE))
+    trials = [(trial, trial.first, False) for trial in chosen]
+    if count > SAMPLE:
+        trials = [(trial, program, False) for trial in ENTRIES for program in COMMANDS]
+        trials += [(trial, trial.first, True) for trial in chosen]
+    heaviest, slowest, fine, problems = 0, 0.0, 0, []
+    for number, (trial, program, real) in enumerate(trials):
         place = lay_out(folder / str(number))
         trial.make(place)
         try:
@@ -244,8 +248,9 @@ def hostile(folder: Path, count: int) -> str:
         except AssertionError as error:
             problems.append(f"{trial.name}: {error}")
     assert not problems, f"{len(problems)} of {len(trials)}:\n" + "\n".join(problems)
+    files = len({trial.name for trial, _, _ in trials})
     return (
-        f"{len(trials)} commands on {len(chosen)} files: {len(trials) - fine} refused in one line, {fine} harmless; "
+        f"{len(trials)} commands on {files} files: {len(trials) - fine} refused in one line, {fine} harmless; "
         f"at most {heaviest / 2**20:.0f} MiB and {slowest:.1f} s"
     )
 
@@ -283,8 +288,8 @@ CASES = (
     Case(
         "hostile checkpoints",
         "one clear line or a harmless success; nothing run, written or read elsewhere, less than 1 GiB and 20 s",
-        40,
-        len(COMMANDS) * len(ENTRIES),
+        SAMPLE,
+        len(COMMANDS) * len(ENTRIES) + SAMPLE,
         hostile,
     ),
 )

@@ -187,7 +187,7 @@ CASES = (
     Case(
         "kill -9 at any moment",
         "The latest checkpoint always loads; the same command with trainer.resume=auto ends bitwise equal.",
-        short=3,
+        short=2,
         long=200,
         run=kill,
     ),
@@ -209,14 +209,14 @@ CASES = (
         "newest checkpoint cut off",
         "The run goes on from the one before, says so, and ends bitwise equal.",
         short=1,
-        long=14,
+        long=6,
         run=truncate,
     ),
     Case(
         "one folder, two processes",
         "One trains, the other exits with 2 and touches nothing.",
-        short=1,
-        long=10,
+        short=0,
+        long=5,
         run=at_once,
     ),
 )
