@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "checks", "limits", "files"},
     {"config", "randomness", "schedules", "meta", "memory"},
     {"guidance", "diffusion", "timesteps"},
-    {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images"},
+    {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins"},
     {"sampling", "tasks", "inputs"},
     {"runs"},

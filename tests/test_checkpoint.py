@@ -205,7 +205,7 @@ def test_find(file: Path, tmp_path: Path) -> None:
     checkpoint.save(run / "checkpoints" / "best.safetensors", TENSORS, META)
     (run / "checkpoints" / "step_copy.safetensors").write_bytes(b"")
     names = [path.name for path in checkpoint.find(str(run))]
-    assert names == [f"{n}.safetensors" for n in ("step_12345678", "step_0000040", "step_0000005", "best")]
+    assert names == [f"{n}.safetensors" for n in ("step_12345678", "step_0000040", "best", "step_0000005")]
     assert checkpoint.find("latest", tmp_path / "outputs") == checkpoint.find(str(run / "checkpoints"))
     assert checkpoint.find(str(file)) == [file]
     (tmp_path / "old.pt").write_bytes(b"")

@@ -38,44 +38,107 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_a_folder_is_locked_until_its_holder_ends(tmp_path: Path) -> None:
-    held = run_folder.lock(tmp_path)
-    code = (
-        f"from pathlib import Path; from ddpm.cli import run_folder; run_folder.lock(Path({str(tmp_path)!r}))"
-    )
+    held = run_folder.claim(str(tmp_path), overwrite=False, fresh=True)
+    code = f"from ddpm.cli import run_folder; run_folder.claim({str(tmp_path)!r}, False, fresh=False)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is in use by another process" in other.stderr
     held.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-    run_folder.lock(tmp_path).release()  # the other process has ended
+    run_folder.claim(str(tmp_path), False, fresh=True).release()  # the other process has ended
 
 
-def test_what_is_there_is_not_overwritten(tmp_path: Path, run: Run) -> None:
-    mine = str(tmp_path / "mine")
+def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    run_folder.claim(str(tmp_path / "a" / "b"), False, fresh=True).release()
+    assert not (tmp_path / "a" / "b").exists()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty"):
+        run_folder.claim(str(tmp_path), False, fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "thesis.txt"}
+
+
+def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: Run) -> None:
+    mine = tmp_path / "mine"
     with pytest.raises(UserError, match="is not empty: overwrite=true replaces"):
-        run_folder.make(mine, overwrite=False, resumed=False, held=None)
-    folder, lock = run_folder.make(mine, overwrite=True, resumed=False, held=None)
-    lock.release()
-    assert [path.name for path in folder.iterdir()] == [".lock"]
-    (folder / "thesis.txt").write_text("years of work")
+        run_folder.claim(str(mine), overwrite=False, fresh=True)
+    (mine / "thesis.txt").write_text("years of work")
+    (mine / "checkpoints" / "epoch_3.ckpt").write_bytes(b"of another tool")
+    (mine / "samples").mkdir()
+    (mine / "samples" / "step_0000002.png").write_bytes(b"")
+    run_folder.claim(str(mine), overwrite=True, fresh=True).release()
+    run_folder.clear(mine)
+    left = {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()}
+    assert left == {".lock", "thesis.txt", "checkpoints/epoch_3.ckpt"} and not (mine / "samples").exists()
     with pytest.raises(UserError, match="other things than a run"):
-        run_folder.make(mine, overwrite=True, resumed=False, held=None)
+        run_folder.claim(str(mine), overwrite=True, fresh=True)
+
+
+def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path) -> None:
+    """Killed before the first checkpoint: the same command may start again; a stranger's folder is left alone."""
+    for part in ("checkpoints", "samples"):
+        (tmp_path / part).mkdir()
+    for name in ("train.log", "config.yaml", ".lock", "samples/step_0000003.png", ".a.7.0123abcd.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    assert run_folder.is_only_begun(tmp_path)
+    for name in ("checkpoints/epoch_3.ckpt", "samples/paper_figure.png", "thesis.txt", ".vimrc.tmp"):
+        (tmp_path / name).write_bytes(b"")
+        assert not run_folder.is_only_begun(tmp_path), name
+        (tmp_path / name).unlink()
+    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"")
+    assert not run_folder.is_only_begun(tmp_path)
 
 
 def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> None:
-    left = tmp_path / "mine" / "checkpoints" / ".step_0000007.safetensors.99.abcd.tmp"
+    left = tmp_path / "mine" / "checkpoints" / ".step_0000007.safetensors.99.0123abcd.tmp"
     left.write_bytes(b"half")
-    _, lock = run_folder.make(str(tmp_path / "mine"), overwrite=False, resumed=True, held=None)
-    lock.release()
-    assert not left.exists() and len(checkpoint.saved_steps(tmp_path / "mine")) == 2
+    (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
+    run_folder.sweep(tmp_path / "mine")
+    assert not left.exists() and (tmp_path / "mine" / ".notes.tmp").exists()
+    assert len(checkpoint.saved_steps(tmp_path / "mine")) == 2
 
 
 def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None:
-    (note,) = run_folder.set_aside(tmp_path / "mine", 2)
-    assert "step_0000005" in note and len(checkpoint.saved_steps(tmp_path / "mine")) == 1
-    assert (tmp_path / "mine" / "checkpoints" / "set_aside" / "step_0000005.safetensors").exists()
+    folder = tmp_path / "mine" / "checkpoints"
+    save(run, folder / "best.safetensors", {})  # of step 5
+    notes = run_folder.set_aside(tmp_path / "mine", 2)
+    assert len(notes) == 2 and "step_0000005" in notes[0] and "best" in notes[1]
+    save(run, folder / "step_0000005.safetensors", {})
+    run_folder.set_aside(tmp_path / "mine", 2)
+    names = {path.name for path in (folder / "set_aside").iterdir()}
+    assert names == {"step_0000005.safetensors", "step_0000005-2.safetensors", "best.safetensors"}
+    assert [path.name for path in folder.glob("*.safetensors")] == ["step_0000002.safetensors"]
 
 
-def test_a_run_goes_on_in_its_own_folder_or_a_new_one(tmp_path: Path, run: Run) -> None:
+def test_best_is_gone_on_from_where_it_is_the_newest(tmp_path: Path, run: Run) -> None:
+    run.step = 3
+    best = tmp_path / "mine" / "checkpoints" / "best.safetensors"
+    save(run, best, {})
+    order = [path.stem for path in checkpoint.of_run(tmp_path / "mine")]
+    assert order == ["step_0000005", "best", "step_0000002"]
+    run.step = 5
+    save(run, best, {})
+    assert [path.stem for path in checkpoint.of_run(tmp_path / "mine")][:2] == ["step_0000005", "best"]
+    best.write_bytes(b"broken")
+    assert [path.stem for path in checkpoint.of_run(tmp_path / "mine")][-1] == "best"
+
+
+def test_results_that_make_no_sense_are_none(tmp_path: Path) -> None:
+    for text in (
+        "[]",
+        "7",
+        "{",
+        '{"step": 1}',
+        '{"step": [], "val_eps_mse": 1, "val_eps_mse_error": 1}',
+        "[" * 9999,
+    ):
+        (tmp_path / "result.json").write_text(text)
+        assert run_folder.read_result(tmp_path) is None
+    (tmp_path / "result.json").write_text('{"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}')
+    assert run_folder.read_result(tmp_path) == {"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}
+
+
+def test_a_run_goes_on_in_its_own_folder_or_a_new_one(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, file = str(tmp_path / "mine"), tmp_path / "mine" / "checkpoints" / "step_0000002.safetensors"
     for wanted, folder, in_place in (
         ([f"trainer.resume={mine}"], mine, True),
@@ -85,10 +148,17 @@ def test_a_run_goes_on_in_its_own_folder_or_a_new_one(tmp_path: Path, run: Run) 
     ):
         place = resume.place(typed(*wanted))
         assert place.in_place == in_place and (folder is None or place.folder == folder)
+        assert place.files == ([] if wanted[0].endswith("mine") else [file])
     loose = tmp_path / "sent_by_a_colleague.safetensors"
     loose.write_bytes(file.read_bytes())
     place = resume.place(typed(f"trainer.resume={loose}"))
     assert place.folder is None and not place.in_place
+    monkeypatch.chdir(tmp_path)  # names that mean something else elsewhere
+    (tmp_path / "outputs" / "x").mkdir(parents=True)
+    (tmp_path / "mine").rename(tmp_path / "outputs" / "x" / "other")
+    for name in ("latest", "checkpoints"):
+        config = typed(*SMALL, "trainer.resume=auto", f"run_dir={name}")
+        assert resume.choose(resume.place(config), config) is None
 
 
 def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: Path, run: Run) -> None:
@@ -106,6 +176,20 @@ def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: 
     oldest.write_bytes(b"")
     with pytest.raises(CheckpointError, match="nor is any other of the 2"):
         auto("mine")
+
+
+def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: Run) -> None:
+    epochs = prepare(typed(*SMALL, "trainer.max_epochs=1"), tiny_data(), CPU)
+    save(epochs, tmp_path / "a.safetensors", {})
+    longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_steps=60").trainer
+    assert longer.max_steps == 60 and longer.max_epochs is None
+    longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_epochs=3").trainer
+    assert longer.max_epochs == 3
+    config = typed(f"trainer.resume={tmp_path}/mine", "trainer.max_steps=90")
+    source = resume.choose(resume.place(config), config)
+    assert source is not None
+    told = resume.notes(source, prepare(config, tiny_data(), CPU))
+    assert any("optimizer.decay=cosine to step 90" in note for note in told)
 
 
 def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run: Run) -> None:

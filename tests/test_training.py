@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import checkpoint, training
+from ddpm import checkpoint, metrics, training
 from ddpm.cli import hydra_app
 from ddpm.config import TrainConfig, check
 from ddpm.datasets.batches import Batches
@@ -177,9 +177,9 @@ def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
     lines = [f'{{"step": {step}, "loss": 1.5}}\n' for step in range(1, 5)]
     for end in ('{"step": 5, "lo', "[" * 100_000, '{"step": 5, "loss": NaN}\n', '{"step": 5}\n', "7\n", "\0"):
         file.write_text("".join(lines) + end)
-        training.cut_metrics(file, 9)
+        metrics.cut(file, 9)
         assert file.read_text() == "".join(lines), end
-    training.cut_metrics(file, 2)
+    metrics.cut(file, 2)
     assert file.read_text() == "".join(lines[:2])
 
 

@@ -89,6 +89,19 @@ def saved_steps(run: Path) -> list[Path]:
     return sorted(files, key=step_of)
 
 
+def of_run(run: Path) -> list[Path]:
+    """The checkpoints of a run, the one of the highest step first; `best`, if its header is broken, last."""
+    files, best = list(reversed(saved_steps(run))), run / "checkpoints" / "best.safetensors"
+    if not best.exists():
+        return files
+    try:
+        step = read_meta(best)[0].step
+    except CheckpointError:
+        return [*files, best]
+    newer = sum(step_of(file) >= step for file in files)
+    return [*files[:newer], best, *files[newer:]]
+
+
 def step_of(file: Path) -> int:
     """The step in a step file's name."""
     return int(file.stem.removeprefix("step_"))
@@ -97,7 +110,7 @@ def step_of(file: Path) -> int:
 def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
     """The files that `spec` may mean, best first: a file; or those of a run folder, or of the "latest" run.
 
-    Of a run these are its step files, newest first, then `best`. Raises CheckpointError if there is none.
+    Of a run these are those of `of_run`. Raises CheckpointError if there is none.
     """
     if spec == "latest":
         files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
@@ -105,10 +118,11 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
             raise CheckpointError(
                 f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
             )
-        return _of_run(max(files, key=lambda file: (file.stat().st_mtime_ns, file.name)).parent.parent)
+        return of_run(max(files, key=lambda file: (_age(file), file.name)).parent.parent)
     path = Path(spec)
     if path.is_dir():
-        files = _of_run(path if path.name != "checkpoints" else path.parent)
+        inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+        files = of_run(path.parent if inside else path)
         if not files:
             raise CheckpointError(f"{path} holds no checkpoint (checkpoints/step_….safetensors)")
         return files
@@ -154,9 +168,12 @@ def digest(tensors: Mapping[str, "Tensor"]) -> str:
     return sha.hexdigest()
 
 
-def _of_run(run: Path) -> list[Path]:
-    best = run / "checkpoints" / "best.safetensors"
-    return [*reversed(saved_steps(run)), *([best] if best.exists() else [])]
+def _age(file: Path) -> int:
+    """When it was written; a file that has just gone is the oldest."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @contextmanager

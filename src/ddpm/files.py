@@ -1,10 +1,13 @@
 """Files that are either whole or not there, and nothing but files."""
 
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
@@ -35,7 +38,7 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
 
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files of `write_atomically` in a folder, which a killed process could not take away."""
-    return list(folder.glob(".*.tmp"))
+    return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -75,7 +75,7 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
         scaler,
         device,
         max_steps,
-        environment(config, data.train, device),
+        environment(config, data, device),
         history=empty_history(schedule.num_timesteps, device),
         bad=torch.tensor([-1.0, 0.0, 0.0], device=device),
         loss_sum=torch.zeros((), device=device),
@@ -89,7 +89,7 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def environment(config: TrainConfig, train: Split, device: torch.device) -> dict[str, str]:
+def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
     """What a run is made with. Where two runs agree in `DECIDES_BITS`, they agree in every bit."""
     cuda = device.type == "cuda"
     return {
@@ -97,11 +97,25 @@ def environment(config: TrainConfig, train: Split, device: torch.device) -> dict
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
         "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
-        "data": hashlib.sha256(train.images.numpy().data).hexdigest()[:16],
+        "data": _fingerprint(data.train, data.val),
     }
+
+
+def _cpu() -> str:
+    """What decides in which order a CPU adds."""
+    return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _fingerprint(*splits: Split) -> str:
+    """Of images and labels."""
+    sha = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            sha.update(b"" if tensor is None else tensor.contiguous().numpy().data)
+    return sha.hexdigest()[:16]
 
 
 DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")
@@ -109,8 +123,13 @@ DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")
 
 def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     """The run as one checkpoint file. Raises CheckpointError if it cannot be written, or is not worth writing."""
-    for what, parameters in (("weights", run.network.parameters()), ("average", run.ema.parameters())):
-        if not _finite(parameters):
+    moments_now = [value for state in run.optimizer.state.values() for value in state.values()]
+    for what, numbers in (
+        ("weights", run.network.parameters()),
+        ("averaged weights", run.ema.parameters()),
+        ("optimizer's moments", moments_now),
+    ):
+        if not _finite(numbers):
             raise CheckpointError(
                 f"the {what} are not finite at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}): "
                 f"{path.name} was not written; try a smaller optimizer.lr"
@@ -134,7 +153,8 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
 
 def _finite(parameters: Iterable[Tensor]) -> bool:
     """One look at all of them on the device: the largest magnitude shows an inf, and carries a nan along."""
-    largest = torch._foreach_norm([p.detach() for p in parameters], float("inf"))
+    tensors = [tensor.detach() for tensor in parameters]
+    largest = torch._foreach_norm(tensors, float("inf")) if tensors else [torch.zeros(())]
     return bool(torch.stack(largest).isfinite().all())
 
 

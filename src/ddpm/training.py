@@ -4,7 +4,6 @@ Every random draw is a function of (seed, stream, step), so a run has no hidden 
 weights, their average, the optimizer's moments, a step number and the loss since the last line of the log.
 """
 
-import json
 import math
 import os
 import time
@@ -15,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpm import checkpoint, images
+from ddpm import checkpoint, images, metrics
 from ddpm.config import Choice
 from ddpm.config import Optimizer as OptimizerConfig
 from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset
 from ddpm.diffusion import losses
 from ddpm.errors import CheckpointError, UserError
-from ddpm.files import open_regular, write_atomically
 from ddpm.randomness import key, normal, uniform
 from ddpm.runs import Run, precision, save
 from ddpm.sampling import Guidance, Model, denoiser, draw, finite, labels, last
@@ -32,8 +30,6 @@ from ddpm.validation import Validation
 PREVIEWS = 36
 PREVIEW_STEPS = 20
 PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 1.0}
-VALIDATED = ("val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")  # in a line together
-MAX_METRICS = 1 << 28  # bytes of metrics.jsonl, a million lines
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 
 
@@ -55,7 +51,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
     validation = Validation(data.val, run.schedule, run.objective, run.device)
-    cut_metrics(run_dir / "metrics.jsonl", run.step)
+    metrics.cut(run_dir / "metrics.jsonl", run.step)
     best = _best_figure(run_dir, run.step)
     intervals = (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every)
     clock, counted = time.perf_counter(), run.step
@@ -63,7 +59,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     while run.step < run.max_steps:
         x_0, y = batches.batch(run.step)
         loss, grad_norm = train_step(run, x_0, y)
-        run.loss_sum += loss
+        run.loss_sum += torch.where(loss.isfinite(), loss, 0)  # fp16 may skip a step, all others stop
         run.step += 1
         step, done = run.step, run.step == run.max_steps
 
@@ -74,16 +70,19 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
         if any(due(every) for every in intervals):
             stop_if_not_finite(run)
             seconds = time.perf_counter() - clock
-            record = {
+            wanted = {
                 "step": step,
                 "loss": run.loss_sum.item() / (step - run.since),
                 "lr": learning_rate(config.optimizer, step - 1, run.max_steps),
                 "grad_norm": grad_norm.item(),
                 "images_per_second": (step - counted) * trainer.batch_size / seconds,
             }
+            record = {
+                name: value for name, value in wanted.items() if math.isfinite(value)
+            }  # of fp16, likewise
             if due(trainer.validate_every):
                 record |= _validate(run, validation)
-            _append(run_dir / "metrics.jsonl", record)
+            metrics.append(run_dir / "metrics.jsonl", record)
             run.loss_sum.zero_()
             run.since = step
             if due(trainer.sample_every):
@@ -250,47 +249,12 @@ def stop_if_not_finite(run: Run) -> None:
         )
 
 
-def _append(path: Path, record: Mapping[str, float]) -> None:
-    """Opened anew for each line and never created, so that a file that has gone is noticed."""
-    with open(path, "r+b") as file:
-        file.seek(0, os.SEEK_END)
-        file.write((json.dumps(record) + "\n").encode())
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Leave out what a resumed run writes again: lines past `step`, and all from one that makes no sense.
-
-    A killed process may have left half a line.
-    """
-    text = ""
-    if path.exists():
-        with open_regular(path) as file:
-            text = file.read(MAX_METRICS).decode(errors="replace")
-    kept = ""
-    for line in text.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not _is_record(record):
-            break
-        if record["step"] <= step:
-            kept += line
-    write_atomically(path, kept.encode())
-
-
-def _is_record(record: object) -> bool:
-    """Whether it may be a line of metrics.jsonl: finite numbers, those that belong together all there."""
-    if not isinstance(record, dict) or not all(type(value) in (int, float) for value in record.values()):
-        return False
-    needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
-    return needed <= record.keys() and all(abs(value) < math.inf for value in record.values())
-
-
 def _best_figure(run_dir: Path, step: int) -> float:
     """The figure to beat: that of `best`, unless it lies ahead of this step, or is broken."""
+    best = run_dir / "checkpoints" / "best.safetensors"
     try:
-        meta, _ = checkpoint.read_meta(run_dir / "checkpoints" / "best.safetensors")
+        checkpoint.verify(best)
+        meta, _ = checkpoint.read_meta(best)
     except CheckpointError:
         return math.inf
     return meta.figures.get("val_eps_mse", math.inf) if meta.step <= step else math.inf

@@ -11,6 +11,7 @@ MODULES = (damage, disk, downloads, hostile, kills, mutations, numbers, signals)
 CASES = [case for module in MODULES for case in module.CASES]
 
 
+@pytest.mark.xdist_group("faults")  # one process, which makes its undisturbed runs once
 @pytest.mark.parametrize("case", [case for case in CASES if case.short], ids=str)
 def test_promise(case: Case, tmp_path: Path) -> None:
     assert case.run(tmp_path, case.short)

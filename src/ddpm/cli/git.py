@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import ddpm
+from ddpm.files import open_regular
 
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-_REF = re.compile(r"ref: (refs/[\w./-]+)")
+_REF = re.compile(r"ref: (refs/[^\s\0]+)")
+MAX_BYTES = 1 << 24  # of packed-refs; a repository with 200,000 branches
 
 
 def commits() -> dict[str, str]:
@@ -18,7 +20,9 @@ def commits() -> dict[str, str]:
 def commit(folder: Path) -> str | None:
     """The commit that is checked out in the repository around a folder, if there is one."""
     for parent in (folder, *folder.parents):
-        if (parent / ".git").is_dir():
+        if (
+            parent / ".git"
+        ).exists():  # a file in a worktree or submodule, which leads elsewhere: not followed
             try:
                 return _head(parent / ".git")
             except (OSError, ValueError):
@@ -34,11 +38,15 @@ def _head(git: Path) -> str | None:
     if (git / ref[1]).is_file():
         loose = _line(git / ref[1])
         return loose if _HASH.fullmatch(loose) else None
-    with open(git / "packed-refs", encoding="utf-8") as file:
-        found = [line.split()[0] for line in file if line.rstrip().endswith(" " + ref[1])]
+    packed = _text(git / "packed-refs").splitlines()
+    found = [line.split()[0] for line in packed if line.endswith(" " + ref[1])]
     return found[0] if found and _HASH.fullmatch(found[0]) else None
 
 
 def _line(path: Path) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.readline(512).strip()
+    return _text(path).partition("\n")[0].strip()
+
+
+def _text(path: Path) -> str:
+    with open_regular(path) as file:
+        return file.read(MAX_BYTES).decode()

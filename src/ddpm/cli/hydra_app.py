@@ -16,6 +16,7 @@ from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
 from ddpm.errors import UserError, printable
+from ddpm.files import reason
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume")
@@ -55,6 +56,14 @@ def run(
     except BrokenPipeError:  # `ddpm-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a path too long, a folder of somebody else's
+        sys.exit(_failure(program, f"{reason(error)}: {error.filename or 'a file'}"))
+    except (RuntimeError, MemoryError) as error:
+        from ddpm.memory import is_exhausted
+
+        if not is_exhausted(error):
+            raise
+        sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}"))
 
 
 def read_overrides(arguments: list[str]) -> list[str]:
@@ -170,6 +179,8 @@ def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: li
     from ddpm.cli.sweep_table import sweep_table
 
     overrides = read_overrides(arguments)
+    if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
+        raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)

@@ -20,6 +20,11 @@ def info(config: InfoConfig) -> None:
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
     facts, length = meta.facts, trained.trainer
     size = facts["image_size"]
+    of = (
+        f"of {length.max_steps:,} steps"
+        if length.max_epochs is None
+        else f"steps of {length.max_epochs} epochs"
+    )
     rows = {
         "checkpoint": f"{path} ({path.stat().st_size / 2**20:.1f} MiB)",
         "data": f"{facts['name']}, {size}×{size}×{facts['channels']}, {facts['num_classes']} classes",
@@ -27,7 +32,7 @@ def info(config: InfoConfig) -> None:
         "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
         "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",
         "sampler": f"{trained.sampler.name} ({_flat(trained.sampler.params)})",
-        "trained": f"{meta.step:,} of {length.max_steps:,} steps, batch {length.batch_size}, seed {trained.seed}",
+        "trained": f"{meta.step:,} {of}, batch {length.batch_size}, seed {trained.seed}",
         "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
         "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
         "tensors": f"{len(tensors)}, SHA-256 {meta.sha256}",

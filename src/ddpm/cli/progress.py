@@ -1,9 +1,10 @@
 """What a training tells its user: lines for the screen and for train.log, and a bar on a terminal."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ddpm.config import CONFIG_DIR
 from ddpm.errors import printable
@@ -16,20 +17,19 @@ class Log:
     """Lines for the screen and for train.log; above the progress bar, if there is one."""
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError where there can be no such file, so that nothing else is written first."""
         self.path = path
+        self._open().close()
 
     def say(self, text: str) -> None:
-        """Raises OSError where train.log cannot be written; a screen that has gone is no reason to stop."""
-        from tqdm import tqdm
-
+        """Raises OSError where train.log cannot be written."""
         text = printable(text)
-        try:
-            tqdm.write(text)
-            sys.stdout.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+        tell(text)
+        with self._open() as file:
             file.write(text + "\n")
+
+    def _open(self) -> IO[str]:
+        return open(self.path, "a", encoding="utf-8", opener=_no_link)
 
     def bar(self, run: "Run") -> Any:
         """On a terminal; elsewhere it shows nothing."""
@@ -45,6 +45,22 @@ class Log:
         if bar.disable or "val_loss" in record:
             line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
             self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
+
+
+def tell(text: str) -> None:
+    """A line for the screen; a screen that has gone (`| head`, a closed terminal) is no reason to stop."""
+    from tqdm import tqdm
+
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def typed(folder: Path) -> str:
+    """A folder as a shell takes it; one that is called `latest` is not the latest run."""
+    return shlex.quote("./latest" if str(folder) == "latest" else str(folder))
 
 
 def _no_link(path: str, flags: int) -> int:

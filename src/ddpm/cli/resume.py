@@ -31,11 +31,11 @@ NO_MATTER = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is to live, and the checkpoints it may go on from, best first."""
+    """Where a run is to live, and what it is to go on from."""
 
     folder: str | None  # None: a new one
-    files: list[Path]
-    in_place: bool  # the files are those of the folder itself
+    in_place: bool  # go on with the run that is there
+    files: list[Path]  # checkpoints to go on from, best first; none in place: those that are there
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def before_typed(overrides: list[str]) -> list[str]:
             "itself: type dataset.path=…"
         )
     was["dataset"].pop("path", None)
+    if hydra_app.typed_value(overrides, "trainer.max_steps"):
+        was["trainer"]["max_epochs"] = None  # two ways to say one thing: the typed one counts
     new = (
         "run_dir",
         "overwrite",
@@ -74,28 +76,32 @@ def place(config: TrainConfig) -> Place:
     """Raises UserError where there is nothing to go on from."""
     wanted = config.trainer.resume
     if wanted is None:
-        return Place(config.run_dir, [], False)
+        return Place(config.run_dir, False, [])
     if wanted == "auto":
         if config.run_dir is None:
             raise UserError("trainer.resume=auto needs run_dir=…, to know which run to go on with")
-        there = any((Path(config.run_dir) / "checkpoints").glob("*.safetensors"))
-        return Place(config.run_dir, checkpoint.find(config.run_dir) if there else [], True)
+        return Place(config.run_dir, True, [])
     files = checkpoint.find(wanted)
     home = files[0].parent.parent if files[0].parent.name == "checkpoints" else None
-    if config.run_dir is not None:
-        return Place(
-            config.run_dir, files, home is not None and home.resolve() == Path(config.run_dir).resolve()
-        )
-    return Place(None if home is None else str(home), files, home is not None)
+    folder = config.run_dir or (None if home is None else str(home))
+    in_place = home is not None and folder is not None and home.resolve() == Path(folder).resolve()
+    a_run = wanted == "latest" or Path(wanted).is_dir()
+    return Place(folder, in_place, [] if in_place and a_run else files)
 
 
 def choose(place: Place, config: TrainConfig) -> Source | None:
-    """The newest whole one of the files. Raises CheckpointError if there is none, or if it was another run's."""
+    """The newest whole one of the files, or of the folder's, listed only now that it is locked.
+
+    Raises CheckpointError if there is none, or if it was another run's.
+    """
     from ddpm import build
 
-    if not place.files:
+    files = place.files
+    if place.in_place and not files:
+        files = checkpoint.of_run(Path(str(place.folder)))
+    if not files:
         return None
-    path, notes = checkpoint.newest_good(place.files, check=build.examine)
+    path, notes = checkpoint.newest_good(files, check=build.examine)
     meta, _ = checkpoint.read_meta(path)
     stored = checkpoint.config(path, meta)
     differ = [
@@ -116,6 +122,12 @@ def notes(source: Source, run: "Run") -> list[str]:
         f"changed since: {key} was {_brief(was)}, is {_brief(now)}"
         for key, was, now in _changes(source.config, run.config)
     ]
+    was, is_now = source.config.trainer, run.config.trainer
+    longer = (was.max_steps, was.max_epochs) != (is_now.max_steps, is_now.max_epochs)
+    if longer and run.config.optimizer.decay != "constant":
+        changed.append(
+            f"the learning rate follows optimizer.decay={run.config.optimizer.decay} to step {run.max_steps:,}"
+        )
     then, now = source.meta.versions, run.environment
     other = [
         f"{key} was {then.get(key, 'unknown')}, is {now[key]}"

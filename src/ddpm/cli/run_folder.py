@@ -1,13 +1,17 @@
 """The folder of a run: nobody else's, never overwritten by accident, and swept of what a killed process left."""
 
+import json
+import re
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ddpm.cli import hydra_app
 from ddpm.errors import UserError
-from ddpm.files import leftovers, reason
+from ddpm.files import leftovers, open_regular, reason
 
 RUN_FILES = (
     "config.yaml",
@@ -21,63 +25,118 @@ RUN_FILES = (
 )
 RUN_FOLDERS = ("checkpoints", "samples")
 LOCK = ".lock"
+_OURS = re.compile(r"((step_\d+|best)\.safetensors|step_\d+\.png)")  # in RUN_FOLDERS
 
 
-def lock(folder: Path) -> FileLock:
-    """Held until it is released or the process ends, however it ends. Raises UserError where another holds it."""
+@dataclass
+class Claim:
+    """A folder that is locked for this process."""
+
+    path: Path
+    lock: FileLock
+    made: bool  # for this claim: goes again if nothing comes of it
+
+    def release(self) -> None:
+        """Leave a folder that was made in vain as if it had never been."""
+        if self.made and {path.name for path in self.path.iterdir()} <= {LOCK}:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.release()
+
+
+def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
+    """Lock a folder before anything in it is relied upon. Raises UserError where something is in the way.
+
+    `fresh`: for a new run, which may not find anything there but, with `overwrite`, a run.
+    """
+    path = Path(name)
+    try:
+        made = not path.exists()
+        if fresh and not made:
+            _check_free(path, overwrite)  # before even a lock is put there
+        path.mkdir(parents=True, exist_ok=True)
+        held = Claim(path, _lock(path), made)
+    except OSError as error:
+        raise UserError(f"cannot use run_dir={path}: {reason(error)}") from None
+    try:
+        if fresh:
+            _check_free(path, overwrite)  # once more: another process may have been faster
+    except BaseException:
+        held.release()
+        raise
+    return held
+
+
+def claim_new() -> Claim:
+    """A new folder under outputs/train."""
+    folder = hydra_app.run_folder("outputs/train")
+    return Claim(folder, _lock(folder), made=True)
+
+
+def is_only_begun(folder: Path) -> bool:
+    """Whether all that is there is what a run leaves that was killed before its first checkpoint."""
+    return not any(folder.glob("checkpoints/*.safetensors")) and not _strangers(folder)
+
+
+def clear(folder: Path) -> None:
+    """Take away what a run makes, and nothing else; last the file that shows it to be one. Raises OSError."""
+    for part in RUN_FOLDERS:
+        if not (folder / part).exists():
+            continue
+        for file in [*(folder / part).iterdir(), *(folder / part / "set_aside").glob("*.safetensors")]:
+            if _OURS.fullmatch(file.name):
+                file.unlink()
+        for emptied in (folder / part / "set_aside", folder / part):
+            with suppress(OSError):  # strangers' files stay, and so does their folder
+                emptied.rmdir()
+    for name in reversed(RUN_FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Take away temporary files of processes that were killed. Raises OSError."""
+    for part in (folder, *(folder / name for name in RUN_FOLDERS)):
+        for file in leftovers(part):
+            file.unlink()
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Move checkpoints that lie ahead of this step out of the way, broken or not; a line about each."""
+    from ddpm import checkpoint
+
+    ahead = [file for file in checkpoint.saved_steps(folder) if checkpoint.step_of(file) > step]
+    best = folder / "checkpoints" / "best.safetensors"
+    if best.exists():
+        with suppress(UserError):
+            ahead += [best] if checkpoint.read_meta(best)[0].step > step else []
+    notes, aside = [], folder / "checkpoints" / "set_aside"
+    for file in ahead:
+        aside.mkdir(exist_ok=True)
+        copies = len(list(aside.glob(f"{file.stem}*")))
+        file.rename(aside / (f"{file.stem}-{copies + 1}{file.suffix}" if copies else file.name))
+        notes.append(f"{file} lies ahead of step {step}: moved to {aside}")
+    return notes
+
+
+def read_result(folder: Path) -> dict[str, float] | None:
+    """result.json of a finished run; None if it is absent or makes no sense."""
+    try:
+        with open_regular(folder / "result.json") as file:
+            result = json.loads(file.read(1 << 16))
+        return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held until it is released or the process ends, however it ends."""
     taken = FileLock(folder / LOCK)
     try:
         taken.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
-    except (OSError, NotImplementedError) as error:
+    except NotImplementedError as error:
         raise UserError(f"cannot lock {folder}: {error}") from None
     return taken
-
-
-def lock_if_there(name: str | None) -> FileLock | None:
-    """Before anything is read from a run's folder that another process may be writing to."""
-    folder = Path(name) if name is not None else None
-    return (
-        lock(folder)
-        if folder and any((folder / part).exists() for part in (*RUN_FILES, *RUN_FOLDERS))
-        else None
-    )
-
-
-def make(name: str | None, overwrite: bool, resumed: bool, held: FileLock | None) -> tuple[Path, FileLock]:
-    """The folder, ready to be written to, and its lock. Raises UserError where something is in the way."""
-    if name is None:
-        folder = hydra_app.run_folder("outputs/train")
-        return folder, lock(folder)
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            _check_free(folder, overwrite)
-        held = held or lock(folder)
-        if not resumed:
-            _check_free(folder, overwrite)  # once more: another process may have been faster
-            _clear(folder)
-        for part in (folder, *(folder / name for name in RUN_FOLDERS)):
-            for file in leftovers(part):
-                file.unlink()
-    except OSError as error:
-        raise UserError(f"cannot use run_dir={folder}: {reason(error)}") from None
-    return folder, held
-
-
-def set_aside(folder: Path, step: int) -> list[str]:
-    """Move step files that lie ahead of this step out of the way, broken or not; a line about each."""
-    from ddpm.checkpoint import saved_steps, step_of
-
-    notes, aside = [], folder / "checkpoints" / "set_aside"
-    for file in saved_steps(folder):
-        if step_of(file) > step:
-            aside.mkdir(exist_ok=True)
-            file.rename(aside / file.name)
-            notes.append(f"{file} lies ahead of step {step}: moved to {aside}")
-    return notes
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -88,14 +147,15 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(
             f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it"
         )
-    if "config.yaml" not in there:
+    if "config.yaml" not in there and not is_only_begun(folder):
         raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
 
 
-def _clear(folder: Path) -> None:
-    """Only what a run makes; last the file that shows it to be one, in case this is cut short."""
-    for part in RUN_FOLDERS:
-        if (folder / part).exists():
-            shutil.rmtree(folder / part)
-    for file in reversed(RUN_FILES):
-        (folder / file).unlink(missing_ok=True)
+def _strangers(folder: Path) -> list[Path]:
+    """What lies there and was not made by a run."""
+    known = {LOCK, *RUN_FILES, *RUN_FOLDERS}
+    found = [path for path in folder.iterdir() if path.name not in known and path not in leftovers(folder)]
+    for part in (folder / name for name in RUN_FOLDERS if (folder / name).exists()):
+        inside = set(part.iterdir()) - set(leftovers(part)) - {part / "set_aside"}
+        found += [path for path in inside if not _OURS.fullmatch(path.name)]
+    return found

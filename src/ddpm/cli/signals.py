@@ -4,6 +4,8 @@ Without `patient()` a request takes effect where the program stands, as Stopped;
 the training loop to finish its step and save.
 """
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 _stop: int | None = None
 _save = False
 _patient = False
+_begun = False
 
 
 @contextmanager
@@ -33,6 +36,7 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
     """
     global _patient
     try:
+        _keep_the_screen()
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
                 signal.signal(number, _on_stop)
@@ -49,9 +53,18 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
         _patient = True  # on the way out there is nothing left to stop
 
 
+def _keep_the_screen() -> None:
+    """What a terminal cannot show is spelled out, and one that is not there is no reason to fail."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+        if isinstance(terminal := getattr(sys, stream), io.TextIOWrapper):
+            terminal.reconfigure(errors="backslashreplace")
+
+
 def _leave(program: str, number: int, said: bool) -> None:
     if not said:
-        before = " before the first step" if program == "train" else ""
+        before = " before the first step" if program == "train" and not _begun else ""
         print(f"ddpm-{program}: stopped by {name(number)}{before}", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -75,11 +88,12 @@ def save_requested() -> bool:
 @contextmanager
 def patient() -> Iterator[None]:
     """Requests are noted and nothing else. One that came before, but got lost in foreign code, is raised here."""
-    global _patient
+    global _patient, _begun
     _patient = True
     try:
         if _stop is not None:
             raise Stopped(_stop)
+        _begun = True
         yield
     finally:
         _patient = False
@@ -90,7 +104,8 @@ def _on_stop(number: int, frame: FrameType | None) -> None:
     _stop = number
     for other in STOPPING:  # now the system itself acts, even where Python cannot
         if signal.getsignal(other) is _on_stop:
-            signal.signal(other, signal.SIG_DFL)
+            hangup = other not in (signal.SIGTERM, signal.SIGINT)  # which some send beside the first
+            signal.signal(other, signal.SIG_IGN if hangup else signal.SIG_DFL)
     if not _patient:
         raise Stopped(number)
 

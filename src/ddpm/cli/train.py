@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.cli import git, hydra_app, signals
-from ddpm.cli.progress import Log, duration, estimate, figures
+from ddpm.cli.progress import Log, duration, estimate, figures, tell, typed
 from ddpm.config import TrainConfig, check, to_dict
 from ddpm.errors import UserError
-from ddpm.files import open_regular, reason, write_atomically
+from ddpm.files import reason, write_atomically
 
 if TYPE_CHECKING:
+    import torch
+
     from ddpm.cli import resume
     from ddpm.datasets.types import Dataset
     from ddpm.runs import Run
@@ -24,46 +26,80 @@ def main() -> None:
 
 def train(config: TrainConfig) -> float:
     """The whole command for one checked config; returns the last val_eps_mse."""
-    from ddpm import build, runs
+    from ddpm import build
     from ddpm.cli import resume, run_folder
 
     started = time.perf_counter()
     _set_up_torch(config.trainer.deterministic)
     device = build.device(config.device)
     place = resume.place(config)
-    lock = run_folder.lock_if_there(place.folder)
+    claim = None
+    if place.folder is not None:
+        claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
     try:
         source = resume.choose(place, config)
-        run = runs.prepare(config, data := build.dataset(config.dataset, config.data_root), device)
-        if source is not None:
-            if source.meta.step >= run.max_steps and (done := _finished(source, run)) is not None:
-                return done
-            runs.restore(run, source.path)
-        run.environment.update(git.commits())
-        in_place = source is not None and place.in_place
-        unfinished = config.trainer.resume == "auto" and source is None  # killed before its first checkpoint
-        run_dir, lock = run_folder.make(place.folder, config.overwrite or unfinished, in_place, lock)
-        log = Log(run_dir / "train.log")
-        try:
-            for note in [data.notice] * bool(data.notice) + (resume.notes(source, run) if source else []):
-                log.say(note)
-            for note in run_folder.set_aside(run_dir, run.step) if in_place else []:
-                log.say(note)
-            with signals.patient():
-                _write_start(run, data, run_dir, log)
-                _follow(run, data, run_dir, log)
-                figure = _write_end(run, run_dir, log, time.perf_counter() - started)
-        except OSError as error:
-            raise UserError(f"cannot write to {run_dir}: {reason(error)}{_last_good(run_dir)}") from None
-        except UserError as error:
-            raise UserError(f"{error}{_last_good(run_dir)}") from None
-        number = signals.stop_requested()
-        if number is not None:  # too late for this run, but a sweep must not go on
-            raise signals.Stopped(number, said=True)
-        return figure
+        if (
+            claim is not None
+            and place.in_place
+            and source is None
+            and not run_folder.is_only_begun(claim.path)
+        ):
+            raise UserError(
+                f"{claim.path} holds no checkpoint, but other things than a run: nothing to go on with"
+            )
+        data = build.dataset(config.dataset, config.data_root)
+        run = _prepare(config, data, device, source)
+        if source is not None and run.step >= run.max_steps:
+            result = run_folder.read_result(source.path.parent.parent) if place.in_place else None
+            if not place.in_place or (result is not None and result["step"] == run.step):
+                return _done_already(source.path, run, result)
+        claim = claim or run_folder.claim_new()
+        return _train_in(claim.path, run, data, source, place.in_place, started)
     finally:
-        if lock is not None:
-            lock.release()
+        if claim is not None:
+            claim.release()
+
+
+def _prepare(
+    config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None"
+) -> "Run":
+    from ddpm import runs
+
+    run = runs.prepare(config, data, device)
+    if source is not None:
+        runs.restore(run, source.path)
+    run.environment.update(git.commits())
+    return run
+
+
+def _train_in(
+    run_dir: Path, run: "Run", data: "Dataset", source: "resume.Source | None", in_place: bool, started: float
+) -> float:
+    """All that is written is written here."""
+    from ddpm.cli import resume, run_folder
+
+    try:
+        with signals.patient():
+            if source is None or not in_place:
+                run_folder.clear(run_dir)
+            run_folder.sweep(run_dir)
+            (run_dir / "result.json").unlink(missing_ok=True)  # it is of a shorter run
+            log = _write_start(run, data, run_dir)
+            for note in resume.notes(source, run) if source else []:
+                log.say(note)
+            for note in run_folder.set_aside(run_dir, run.step) if source and in_place else []:
+                log.say(note)
+            _follow(run, data, run_dir, log)
+            figure = _write_end(run, run_dir, log, time.perf_counter() - started)
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {reason(error)}{_last_good(run_dir)}") from None
+    except UserError as error:
+        raise UserError(f"{error}{_last_good(run_dir)}") from None
+    number = signals.stop_requested()
+    if number is not None:  # too late for this run, but a sweep must not go on
+        log.say(f"{signals.name(number)} came when all was done")
+        raise signals.Stopped(number, said=True)
+    return figure
 
 
 def _sweep_job(raw: Any) -> float:
@@ -75,7 +111,7 @@ def _sweep_job(raw: Any) -> float:
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
     hydra = HydraConfig.get()
-    print(f"\njob {hydra.job.num}: {hydra.job.override_dirname or 'defaults'}", flush=True)
+    tell(f"\njob {hydra.job.num}: {hydra.job.override_dirname or 'defaults'}")
     try:
         return train(check(TrainConfig, {**settings, "run_dir": hydra.runtime.output_dir}))
     except UserError as error:
@@ -111,42 +147,35 @@ def _set_up_torch(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def _finished(source: "resume.Source", run: "Run") -> float | None:
-    """The figure of a run that has done all its steps; None if it was killed before it could write its end."""
-    steps, run_dir = source.meta.step, source.path.parent.parent
-    if run.config.trainer.resume != "auto":
-        raise UserError(
-            f"{source.path} has done its {steps} steps already: give trainer.max_steps a larger number"
-        )
-    try:
-        with open_regular(run_dir / "result.json") as file:
-            result = json.loads(file.read(1 << 16))
-        figure = float(result["val_eps_mse"])
-        if result["step"] != steps:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    print(f"{run_dir}: done already, {steps:,} steps, val_eps_mse {figure:.4f}", flush=True)
-    return figure
+def _done_already(source: Path, run: "Run", result: dict[str, float] | None) -> float:
+    """With auto, that is fine; a checkpoint that is named was meant to go on."""
+    if run.config.trainer.resume != "auto" or result is None:
+        key = "max_epochs" if run.config.trainer.max_epochs is not None else "max_steps"
+        raise UserError(f"{source} has done its {run.step} steps already: give trainer.{key} a larger number")
+    tell(f"{source.parent.parent}: done already, {run.step:,} steps, val_eps_mse {result['val_eps_mse']:.4f}")
+    return result["val_eps_mse"]
 
 
 def _last_good(run_dir: Path) -> str:
     from ddpm import checkpoint
 
-    files = checkpoint.saved_steps(run_dir)
-    return f"; the last checkpoint is {files[-1]}" if files else ""
+    files = checkpoint.of_run(run_dir)
+    return f"; the last checkpoint is {files[0]}" if files else ""
 
 
-def _write_start(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
+def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
     from ddpm import plots
     from ddpm.schedules import is_noise
 
+    log = Log(run_dir / "train.log")
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(run.config)).encode())
     about = {**run.environment, "seed": run.config.seed}
     write_atomically(run_dir / "environment.json", json.dumps(about, indent=2).encode())
     plots.draw_forward(data.train.images[:8], run.schedule, run_dir / "forward.png")
+    if data.notice:
+        log.say(data.notice)
     facts, parameters = run.facts, sum(p.numel() for p in run.network.parameters())
     log.say(
         f"{facts.name}: {len(data.train.images):,} training and {len(data.val.images):,} validation images, "
@@ -160,6 +189,7 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
             f"warning: alpha_T is {noisiest.alpha:.2f}: the noisiest images still show the data, so sampling "
             "from pure noise will be off; raise schedule.num_timesteps or take another schedule"
         )
+    return log
 
 
 def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
@@ -188,7 +218,7 @@ def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
                     keep(run, run_dir, progress.record or {})
                     log.say(
                         f"stopped by {signals.name(number)} at step {progress.step}; go on with: "
-                        f"ddpm-train trainer.resume={run_dir}"
+                        f"ddpm-train trainer.resume={typed(run_dir)}"
                     )
                     raise signals.Stopped(number, said=True)
     except (RuntimeError, MemoryError) as error:
@@ -224,13 +254,13 @@ def _out_of_memory(run: "Run") -> str:
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
     from ddpm import plots
-    from ddpm.checkpoint import read_meta, saved_steps
+    from ddpm.checkpoint import of_run, read_meta
     from ddpm.cli.run_folder import RUN_FILES
-    from ddpm.training import VALIDATED
+    from ddpm.metrics import VALIDATED
 
     plots.plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     plots.plot_schedule(run.schedule, run_dir / "schedule.png")
-    final = saved_steps(run_dir)[-1]
+    final = of_run(run_dir)[0]
     last = read_meta(final)[0].figures
     if not last.keys() >= set(VALIDATED):
         raise UserError(f"{final} holds no figures of its last step: give trainer.max_steps a larger number")
@@ -238,5 +268,5 @@ def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     write_atomically(run_dir / "result.json", json.dumps(result).encode())
     log.say(f"done in {duration(seconds)}: {figures(last)}")
     log.say(f"{run_dir}: {' '.join(RUN_FILES)} samples/ checkpoints/")
-    log.say(f"next: ddpm-sample ckpt={run_dir}")
+    log.say(f"next: ddpm-sample ckpt={typed(run_dir)}")
     return last["val_eps_mse"]
