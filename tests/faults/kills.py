@@ -1,5 +1,6 @@
 """Killed at any moment, a run goes on as if nothing had happened: bit for bit, not merely about as good."""
 
+import functools
 import random
 import shutil
 import signal
@@ -26,10 +27,12 @@ from tests.faults.processes import (
 )
 
 KILLS_IN_A_CHAIN = 10
-VARIANTS = (
+PLAIN = (  # two parts of one case, for two cores
     (),
     ("trainer.accumulate=2",),
     ("objective.timesteps=loss_aware", "model.conditional=true", "schedule.num_timesteps=50"),
+)
+OTHER = (
     ("model.dropout=0.1",),
     ("trainer.precision=bf16",),
     ("trainer.keep=1",),
@@ -53,12 +56,12 @@ CHANGES = (
 )
 
 
-def kill(folder: Path, count: int) -> str:
+def kill(variants: tuple[tuple[str, ...], ...], folder: Path, count: int) -> str:
     """The same command killed and given again up to ten times, then left alone; and another such chain, and so on."""
     kills = inside = chains = 0
     while kills < count:
         chosen = random.Random(chains)
-        settings = (*QUICK, *VARIANTS[chains % len(VARIANTS)])
+        settings = (*QUICK, *variants[chains % len(variants)])
         whole = reference(*settings)
         run_dir = folder / f"chain-{chains}"
         for _ in range(min(KILLS_IN_A_CHAIN, count - kills)):
@@ -184,12 +187,18 @@ def at_once(folder: Path, count: int) -> str:
 
 
 CASES = (
-    Case(
-        "kill -9 at any moment",
-        "The latest checkpoint always loads; the same command with trainer.resume=auto ends bitwise equal.",
-        short=2,
-        long=200,
-        run=kill,
+    *(
+        Case(
+            f"kill -9 at any moment ({name})",
+            "The latest checkpoint always loads; the same command with trainer.resume=auto ends bitwise equal.",
+            short=short,
+            long=100,
+            run=functools.partial(kill, variants),
+        )
+        for name, variants, short in (
+            ("plain, accumulate, loss-aware", PLAIN, 2),
+            ("dropout, bf16, keep=1", OTHER, 0),
+        )
     ),
     Case(
         "going on from any checkpoint",

@@ -35,7 +35,13 @@ from tests.faults.processes import (
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 LONG_STEPS = ("trainer.batch_size=4096", "trainer.max_steps=50")  # of two seconds and more
 PREVIEWS = (*QUICK, "trainer.max_steps=12", "trainer.sample_every=1")
-COMPILED = (*QUICK, "trainer.max_steps=4", "trainer.compile=true")
+COMPILED = (  # a network that compiles in seconds
+    *(setting for setting in QUICK if not setting.startswith("model.")),
+    "model=mlp",
+    "model.hidden=32",
+    "trainer.max_steps=4",
+    "trainer.compile=true",
+)
 
 
 @dataclass(frozen=True)
