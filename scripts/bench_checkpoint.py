@@ -12,11 +12,10 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import seconds
 
 from ddpm import checkpoint
 from ddpm.cli.hydra_app import compose
@@ -85,14 +84,6 @@ def make_run(recipe: str, device: torch.device) -> Run:
     size, channels = RECIPES[recipe]
     split = Split(torch.zeros(8, channels, size, size, dtype=torch.uint8), None)
     return prepare(config, Dataset(Facts(recipe, channels, size, 0, (), 256), split, split, split), device)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

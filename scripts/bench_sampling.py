@@ -9,10 +9,9 @@ ratios is printed, and at the end what a step's random numbers cost, which belon
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from timing import seconds
 
 from ddpm.build import network, schedule
 from ddpm.cli.hydra_app import compose
@@ -82,14 +81,6 @@ def evaluations(model: Model, index: torch.Tensor) -> float:
     denoise = denoiser(model, model.config.sampler, None, Guidance())
     last(draw(model, model.config.sampler, denoise, index[:1], 0))
     return denoise.evaluations
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ turns; medians and the median of the pairwise ratios are printed. Needs the extr
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from timing import seconds
 from torch.nn import functional as F
 
 from ddpm.cli.hydra_app import compose
@@ -110,14 +110,6 @@ def make_steps(
                 mean.lerp_(parameter, 0.001)
 
     return ours, theirs, difference
-
-
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A run's folder: locked, never overwritten by accident, swept of leftovers; and where a run may go on."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,24 @@ def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         run_folder.claim(str(tmp_path), False, fresh=True)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "thesis.txt"}
+
+
+def test_a_folder_that_has_gone_is_released_without_a_word(tmp_path: Path) -> None:
+    held = run_folder.claim(str(tmp_path / "a"), False, fresh=True)
+    (tmp_path / "a" / ".lock").unlink()
+    (tmp_path / "a").rmdir()
+    held.release()
+
+
+def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft lock in its place would outlive a process that is killed."""
+
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot use run_dir=.*: Function not implemented"):
+        run_folder.claim(str(tmp_path / "a"), False, fresh=True)
 
 
 def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: Run) -> None:

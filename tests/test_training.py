@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
             restore(other, file)
 
 
-def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
+def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}, "loss": 1.5}}\n' for step in range(1, 5)]
     for end in ('{"step": 5, "lo', "[" * 100_000, '{"step": 5, "loss": NaN}\n', '{"step": 5}\n', "7\n", "\0"):
@@ -180,6 +180,10 @@ def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
         metrics.cut(file, 9)
         assert file.read_text() == "".join(lines), end
     metrics.cut(file, 2)
+    assert file.read_text() == "".join(lines[:2])
+    monkeypatch.setattr(metrics, "MAX_BYTES", 30)
+    with pytest.raises(OSError, match="more than 30 bytes"):
+        metrics.cut(file, 2)
     assert file.read_text() == "".join(lines[:2])
 
 

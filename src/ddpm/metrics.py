@@ -1,5 +1,6 @@
 """metrics.jsonl: a line of figures for each step that was logged, each step once, whatever stops a run."""
 
+import errno
 import json
 import math
 import os
@@ -22,23 +23,25 @@ def append(path: Path, record: Mapping[str, float]) -> None:
 def cut(path: Path, step: int) -> None:
     """Leave out what a resumed run writes again: lines past `step`, and all from one that makes no sense.
 
-    A killed process may have left half a line.
+    A killed process may have left half a line. Raises OSError, also for a file of more than MAX_BYTES.
     """
-    text = ""
+    data = b""
     if path.exists():
         with open_regular(path) as file:
-            text = file.read(MAX_BYTES).decode(errors="replace")
-    kept = ""
-    for line in text.splitlines(keepends=True):
+            data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{path.name} has more than {MAX_BYTES} bytes")
+    kept = b""
+    for line in data.splitlines(keepends=True):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not (_is_record(record) and line.endswith("\n")):
+        if not (_is_record(record) and line.endswith(b"\n")):
             break
         if record["step"] <= step:
             kept += line
-    write_atomically(path, kept.encode())
+    write_atomically(path, kept)
 
 
 def _is_record(record: object) -> bool:

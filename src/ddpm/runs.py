@@ -89,6 +89,9 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")  # of the environment
+
+
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
     """What a run is made with. Where two runs agree in `DECIDES_BITS`, they agree in every bit."""
     cuda = device.type == "cuda"
@@ -118,16 +121,13 @@ def _fingerprint(*splits: Split) -> str:
     return sha.hexdigest()[:16]
 
 
-DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")
-
-
 def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     """The run as one checkpoint file. Raises CheckpointError if it cannot be written, or is not worth writing."""
-    moments_now = [value for state in run.optimizer.state.values() for value in state.values()]
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
     for what, numbers in (
         ("weights", run.network.parameters()),
         ("averaged weights", run.ema.parameters()),
-        ("optimizer's moments", moments_now),
+        ("optimizer's moments", moments),
     ):
         if not _finite(numbers):
             raise CheckpointError(
@@ -137,8 +137,8 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in run.network.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.state_dict().items()}
     for name, parameter in run.network.named_parameters():
-        moments = run.optimizer.state.get(parameter, {})
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+        state = run.optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     tensors |= {
         f"scaler.{key}": torch.tensor(value, dtype=torch.float64)
         for key, value in run.scaler.state_dict().items()
@@ -151,9 +151,9 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
     checkpoint.save(path, tensors, Meta(to_dict(run.config), facts, run.step, figures, run.environment, ""))
 
 
-def _finite(parameters: Iterable[Tensor]) -> bool:
+def _finite(numbers: Iterable[Tensor]) -> bool:
     """One look at all of them on the device: the largest magnitude shows an inf, and carries a nan along."""
-    tensors = [tensor.detach() for tensor in parameters]
+    tensors = [tensor.detach() for tensor in numbers]
     largest = torch._foreach_norm(tensors, float("inf")) if tensors else [torch.zeros(())]
     return bool(torch.stack(largest).isfinite().all())
 

@@ -77,9 +77,8 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
                 "grad_norm": grad_norm.item(),
                 "images_per_second": (step - counted) * trainer.batch_size / seconds,
             }
-            record = {
-                name: value for name, value in wanted.items() if math.isfinite(value)
-            }  # of fp16, likewise
+            # a step that fp16 skipped has no finite gradient norm
+            record = {name: value for name, value in wanted.items() if math.isfinite(value)}
             if due(trainer.validate_every):
                 record |= _validate(run, validation)
             metrics.append(run_dir / "metrics.jsonl", record)
@@ -87,9 +86,8 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             run.since = step
             if due(trainer.sample_every):
                 _preview(run, run_dir / "samples")
-            if (
-                record.get("val_eps_mse", math.inf) < best
-            ):  # before the step file: killed in between, it comes again
+            if record.get("val_eps_mse", math.inf) < best:
+                # before the step file: where a process is killed in between, this comes again
                 best = record["val_eps_mse"]
                 save(run, run_dir / "checkpoints" / "best.safetensors", record)
             if due(trainer.checkpoint_every):
@@ -153,10 +151,8 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
 def trial(run: Run, n: int) -> None:
     """Forward and backward for n images, without an update: what it takes is what they need."""
     c, size = run.facts.channels, run.facts.image_size
-    x_0, t = (
-        torch.zeros(n, c, size, size, device=run.device),
-        torch.zeros(n, dtype=torch.int64, device=run.device),
-    )
+    x_0 = torch.zeros(n, c, size, size, device=run.device)
+    t = torch.zeros(n, dtype=torch.int64, device=run.device)
     with torch.autocast(run.device.type, *_autocast(run.config.trainer.precision, run.device)):
         clean = _layout(x_0, run.config.trainer.channels_last)
         loss = losses(run.network, run.objective, clean, t, torch.zeros_like(x_0), None)

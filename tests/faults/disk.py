@@ -223,14 +223,14 @@ CASES = (
         "a file that cannot grow",
         "Exit 2 with one line, no temporary file, earlier checkpoints load; going on is bitwise equal.",
         short=0,
-        long=6,
+        long=4,
         run=no_longer_files,
     ),
     Case(
         "a full disk",
         "Exit 2 with one line, no temporary file, checkpoints load; with room made, going on is bitwise equal.",
         short=0,
-        long=4,
+        long=3,
         run=full_disk,
     ),
     Case(

@@ -218,7 +218,7 @@ CASES = (
         "newest checkpoint cut off",
         "The run goes on from the one before, says so, and ends bitwise equal.",
         short=1,
-        long=6,
+        long=4,
         run=truncate,
     ),
     Case(

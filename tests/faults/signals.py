@@ -262,7 +262,7 @@ CASES = (
         "a signal while training",
         "SIGTERM and SIGINT: the step is finished, a checkpoint saved, status 143 or 130; going on is bitwise equal.",
         short=1,
-        long=12,
+        long=8,
         run=stop,
     ),
     Case(
@@ -283,7 +283,7 @@ CASES = (
         "SIGUSR1 while training",
         "A checkpoint is saved, a line says so, and the run is the same as without.",
         short=0,
-        long=6,
+        long=4,
         run=save_now,
     ),
     Case(

@@ -38,8 +38,9 @@ class Claim:
 
     def release(self) -> None:
         """Leave a folder that was made in vain as if it had never been."""
-        if self.made and {path.name for path in self.path.iterdir()} <= {LOCK}:
-            shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # it may be gone already
+            if self.made and {path.name for path in self.path.iterdir()} <= {LOCK}:
+                shutil.rmtree(self.path)
         self.lock.release()
 
 
@@ -70,6 +71,12 @@ def claim_new() -> Claim:
     """A new folder under outputs/train."""
     folder = hydra_app.run_folder("outputs/train")
     return Claim(folder, _lock(folder), made=True)
+
+
+def check_begun(folder: Path) -> None:
+    """Raises UserError where there is no checkpoint to go on from, and something else that must not be lost."""
+    if not is_only_begun(folder):
+        raise UserError(f"{folder} holds no checkpoint, but other things than a run: nothing to go on with")
 
 
 def is_only_begun(folder: Path) -> bool:
@@ -129,13 +136,11 @@ def read_result(folder: Path) -> dict[str, float] | None:
 
 def _lock(folder: Path) -> FileLock:
     """Held until it is released or the process ends, however it ends."""
-    taken = FileLock(folder / LOCK)
+    taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         taken.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
-    except NotImplementedError as error:
-        raise UserError(f"cannot lock {folder}: {error}") from None
     return taken
 
 
@@ -153,8 +158,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 def _strangers(folder: Path) -> list[Path]:
     """What lies there and was not made by a run."""
-    known = {LOCK, *RUN_FILES, *RUN_FOLDERS}
-    found = [path for path in folder.iterdir() if path.name not in known and path not in leftovers(folder)]
+    known = {LOCK, *RUN_FILES, *RUN_FOLDERS, *(path.name for path in leftovers(folder))}
+    found = [path for path in folder.iterdir() if path.name not in known]
     for part in (folder / name for name in RUN_FOLDERS if (folder / name).exists()):
         inside = set(part.iterdir()) - set(leftovers(part)) - {part / "set_aside"}
         found += [path for path in inside if not _OURS.fullmatch(path.name)]

@@ -42,10 +42,8 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
     check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
     path, _ = checkpoint.newest_good(checkpoint.find(ckpt), check=checkpoint.read_meta)
     trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
-    if hydra_app.typed_value(overrides, "task") in (
-        "reconstruct",
-        "interpolate",
-    ):  # these want no fresh noise
+    # these two want no fresh noise
+    if hydra_app.typed_value(overrides, "task") in ("reconstruct", "interpolate"):
         return ["sampler=ddim", "sampler.spacing=logsnr"]
     sampler = trained.sampler.to_dict()
     if sampler["num_steps"] is not None:  # written for many timesteps; this model may have few

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.cli import git, hydra_app, signals
 from ddpm.cli.progress import Log, duration, estimate, figures, tell, typed
 from ddpm.config import TrainConfig, check, to_dict
-from ddpm.errors import UserError
+from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
 
 if TYPE_CHECKING:
@@ -38,15 +38,8 @@ def train(config: TrainConfig) -> float:
         claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
     try:
         source = resume.choose(place, config)
-        if (
-            claim is not None
-            and place.in_place
-            and source is None
-            and not run_folder.is_only_begun(claim.path)
-        ):
-            raise UserError(
-                f"{claim.path} holds no checkpoint, but other things than a run: nothing to go on with"
-            )
+        if claim is not None and place.in_place and source is None:
+            run_folder.check_begun(claim.path)
         data = build.dataset(config.dataset, config.data_root)
         run = _prepare(config, data, device, source)
         if source is not None and run.step >= run.max_steps:
@@ -115,12 +108,14 @@ def _sweep_job(raw: Any) -> float:
     try:
         return train(check(TrainConfig, {**settings, "run_dir": hydra.runtime.output_dir}))
     except UserError as error:
-        print(f"ddpm-train: {error}", file=sys.stderr, flush=True)
+        print(f"ddpm-train: {printable(str(error))}", file=sys.stderr, flush=True)
         raise hydra_app.JobFailed(str(error)) from None
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
+    from ddpm.cli import resume
+
     typed_lengths = [
         hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")
     ]
@@ -128,8 +123,6 @@ def _before_typed(overrides: list[str]) -> list[str]:
         raise UserError(
             "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
         )
-    from ddpm.cli import resume
-
     return resume.before_typed(overrides)
 
 
@@ -140,9 +133,8 @@ def _set_up_torch(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    if (
-        torch.are_deterministic_algorithms_enabled() != deterministic
-    ):  # to set it imports the compiler: a second
+    # only where it is a change: to set it imports the compiler, which takes a second
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
@@ -203,10 +195,8 @@ def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
         with log.bar(run) as bar:
             for progress in fit(run, data, run_dir):
                 bar.update()
-                if progress.step == first + 1:
-                    clock = (
-                        time.perf_counter()
-                    )  # the first step also compiles, allocates and picks algorithms
+                if progress.step == first + 1:  # which also compiled, allocated and picked algorithms
+                    clock = time.perf_counter()
                 elif progress.step == first + 4:
                     log.say(estimate(run, (time.perf_counter() - clock) / 3))
                 if progress.record:
