@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ddpm.config import TrainConfig, check
+from ddpm.config import TrainConfig, brought_up_to_date, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.files import open_regular, reason, write_atomically
 from ddpm.meta import DTYPES, MAX_HEADER, Entry, Meta, parse_header, to_metadata
@@ -55,7 +55,7 @@ def config(path: Path, meta: Meta) -> TrainConfig:
             f"{path} cannot be used: its config holds '${{', and only plain values are read"
         )
     try:
-        return check(TrainConfig, meta.config)  # type: ignore[no-any-return]
+        return check(TrainConfig, brought_up_to_date(meta.config))  # type: ignore[no-any-return]
     except UserError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 

@@ -88,6 +88,9 @@ class TrainConfig:
     data_root: str
     run_dir: str | None
     overwrite: bool
+    gpus: str | None
+    jobs_per_gpu: int
+    minimize: str
     dataset: Choice
     model: Choice
     schedule: Choice
@@ -134,6 +137,21 @@ class InfoConfig:
 
 
 MAX_ITEMS = 4096  # in a list
+
+# Keys that configs in older checkpoints do not have, by full key.
+ADDED_LATER: dict[str, Any] = {"gpus": None, "jobs_per_gpu": 1, "minimize": "val_eps_mse"}
+
+
+def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config from a checkpoint with the keys that came after it."""
+    config = dict(stored)
+    for key, value in ADDED_LATER.items():
+        part, _, name = key.rpartition(".")
+        if not part:
+            config.setdefault(name, value)
+        elif isinstance(config.get(part), Mapping):
+            config[part] = {name: value, **config[part]}
+    return config
 
 
 def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:

@@ -31,6 +31,8 @@ _PART = Between(0, 1)
 
 LIMITS: dict[str, Allowed] = {
     "seed": Between(0, 2**63 - 1),
+    "jobs_per_gpu": Between(1, 64),
+    "minimize": ("val_eps_mse", "val_loss"),
     "dataset.image_size": Between(4, 256),
     "model.channels": Between(1, 2048),
     "model.num_blocks": Between(1, 16),

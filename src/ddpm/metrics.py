@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm.files import open_regular, write_atomically
@@ -50,3 +51,19 @@ def _is_record(record: object) -> bool:
         return False
     needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
     return needed <= record.keys() and all(abs(value) < math.inf for value in record.values())
+
+
+def lowest(path: Path, key: str) -> float | None:
+    """The lowest of the figures `key` in the lines that make sense; None if there is none, or no such file."""
+    found = []
+    try:
+        with open_regular(path) as file:
+            lines = file.read(MAX_BYTES).splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if _is_record(record) and key in record:
+                found.append(float(record[key]))
+    return min(found, default=None)

@@ -19,35 +19,35 @@ from ddpm.errors import UserError, printable
 from ddpm.files import reason
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume")
+# gpus=0,2,3 is one value, too.
+PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume", "gpus")
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 
-class JobFailed(Exception):
-    """A user's error in one job of a sweep, which leaves the others running; SystemExit would end them, too."""
+FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason
 
 
 def run(
     program: str,
     schema: type,
     task: Callable[[Any], object],
-    sweep_task: Callable[[Any], Any] | None = None,
+    sweep: Callable[[list[str]], object] | None = None,
     defaults: Callable[[list[str]], list[str]] = lambda overrides: [],
 ) -> None:
     """The whole of a command: read sys.argv, compose configs/<program>.yaml, check it against `schema`, run `task`.
 
-    `defaults` gives overrides that come before the user's own; `sweep_task` runs the jobs of a multirun.
+    `defaults` gives overrides that come before the user's own; `sweep` takes those of a multirun.
     """
     try:
         arguments = load_plugins(sys.argv[1:])
         if any(argument in ("-h", "--help") for argument in arguments):
             show_help(program)
         elif any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-            _enter_hydra(program, arguments, lambda config: None)
+            enter_hydra(program, arguments, lambda config: None)
         elif "-m" in arguments or "--multirun" in arguments:
-            if sweep_task is None:
+            if sweep is None:
                 raise UserError(f"ddpm-{program} has no multirun")
-            _sweep(program, schema, sweep_task, [a for a in arguments if a not in ("-m", "--multirun")])
+            sweep(read_overrides([a for a in arguments if a not in ("-m", "--multirun")]))
         else:
             overrides = read_overrides(arguments)
             task(check(schema, compose(program, defaults(overrides) + overrides)))
@@ -73,11 +73,26 @@ def read_overrides(arguments: list[str]) -> list[str]:
             raise UserError(f"unknown flag '{argument}'; see ddpm-… --help (settings are written key=value)")
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"'{argument}': settings are written key=value")
-    return [_quote_path(argument) for argument in arguments]
+    return [quote_path(argument) for argument in arguments]
 
 
 def compose(program: str, overrides: list[str]) -> dict[str, Any]:
     """configs/<program>.yaml with the overrides as plain data, interpolations resolved. Raises UserError."""
+    plain = _composed(program, overrides)
+    missing = [key for key, value in _flat(plain) if value == "???"]
+    if missing:
+        raise UserError(f"{missing[0]} is needed: {missing[0]}=…")
+    return plain
+
+
+def hydra_settings(program: str, overrides: list[str]) -> dict[str, Any]:
+    """What Hydra itself is told: its launcher, its sweeper. Raises UserError."""
+    settings = _composed(program, overrides, of_hydra=True)["hydra"]
+    assert isinstance(settings, dict)
+    return settings
+
+
+def _composed(program: str, overrides: list[str], of_hydra: bool = False) -> dict[str, Any]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -88,16 +103,13 @@ def compose(program: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            config = hydra_compose(program, overrides)
-        plain = OmegaConf.to_container(config, resolve=True)
+            config = hydra_compose(program, overrides, return_hydra_config=of_hydra)
+        plain = OmegaConf.to_container(config, resolve=not of_hydra)
     except MissingConfigException as error:
         raise UserError(_missing_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, program)) from None
+        raise UserError(one_line(error, program)) from None
     assert isinstance(plain, dict)
-    missing = [key for key, value in _flat(plain) if value == "???"]
-    if missing:
-        raise UserError(f"{missing[0]} is needed: {missing[0]}=…")
     return {str(key): value for key, value in plain.items()}
 
 
@@ -170,40 +182,7 @@ def new_folder(stem: Path, first: str) -> Path:
     raise UserError(f"no free folder name beside {stem}")
 
 
-def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: list[str]) -> None:
-    """Every job composed and checked, then Hydra's launcher, then a table of what came out."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    from ddpm.cli.sweep_table import sweep_table
-
-    overrides = read_overrides(arguments)
-    if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
-        raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except HydraException as error:
-        raise UserError(_one_line(error, program)) from None
-    checked = [check(schema, compose(program, [o for o in job if not o.startswith("hydra")])) for job in jobs]
-    run_dirs = {config.run_dir for config in checked}
-    if len(run_dirs) > 1:
-        raise UserError("run_dir names the folder of the whole sweep: give one value")
-    run_dir = run_dirs.pop()
-    folder = Path(run_dir) if run_dir else run_folder("outputs/multirun")
-    print(f"{len(jobs)} jobs in {folder}", flush=True)
-    failed = False
-    try:
-        _enter_hydra(program, ["-m", *overrides, _quote_path(f"hydra.sweep.dir={folder}", always=True)], task)
-    except JobFailed:  # its own line is printed already; Hydra passes on the first of them after all jobs
-        failed = True
-    print(sweep_table(folder, len(jobs)))
-    if failed:
-        raise UserError("not all jobs finished")
-
-
-def _enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
+def enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
     """Hydra's own main, told to raise what it would print."""
     import hydra
     from hydra.errors import HydraException, MissingConfigException
@@ -216,10 +195,11 @@ def _enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any])
     except MissingConfigException as error:
         raise UserError(_missing_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, program)) from None
+        raise UserError(one_line(error, program)) from None
 
 
-def _quote_path(override: str, always: bool = False) -> str:
+def quote_path(override: str, always: bool = False) -> str:
+    """The override with its value in quotes, if it is a path."""
     key, equals, value = override.partition("=")
     bare = key.lstrip("+")
     if not (always or bare in PATH_KEYS) or not equals or value in ("null", "") or value[0] in "'\"":
@@ -239,12 +219,17 @@ def _missing_choice(error: Any) -> str:
     options = [str(option) for option in error.options or []]
     if not group or not options:
         return str(error).splitlines()[0]
+    if group == "hydra/launcher" or group == "hydra/sweeper":
+        options = [option for option in options if option != "manual_launcher"]
+        extra = "optuna" if group == "hydra/sweeper" else "sweep"
+        more = f'; more come with: pip install "ddpm[{extra}]"'
+        return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options) or more}"
     if group == "recipe":
         return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"
     return f"{group}={name}: must be one of {', '.join(options)}{plugin_hint(group)}{nearest(name, options)}"
 
 
-def _one_line(error: Exception, program: str) -> str:
+def one_line(error: Exception, program: str) -> str:
     """What Hydra or OmegaConf said, in one line, with the nearest key where a key is unknown."""
     text = str(error)
     if match := re.search(r"(?:Could not override|not at|Could not delete from config\.) '([^']+)'", text):
@@ -285,5 +270,8 @@ def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _failure(program: str, message: str) -> int:
-    print(f"ddpm-{program}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    line = printable(" ".join(message.split()))
+    print(f"ddpm-{program}: {line}", file=sys.stderr)
+    if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
+        Path(file).write_text(line)
     return 2

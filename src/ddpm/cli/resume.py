@@ -23,6 +23,9 @@ NO_MATTER = (
     "run_dir",
     "overwrite",
     "device",
+    "gpus",
+    "jobs_per_gpu",
+    "minimize",
     "trainer.resume",
     "trainer.max_steps",
     "trainer.max_epochs",
@@ -112,6 +115,20 @@ def choose(place: Place, config: TrainConfig) -> Source | None:
     if differ:
         raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ))
     return Source(path, meta, stored, notes)
+
+
+def same_run(folder: Path, config: TrainConfig) -> bool:
+    """Whether the newest checkpoint of a run was made, to its last step, with just these settings."""
+    files = checkpoint.saved_steps(folder)
+    if not files:
+        return False
+    try:
+        meta, _ = checkpoint.read_meta(files[-1])
+        stored = checkpoint.config(files[-1], meta)
+    except CheckpointError:
+        return False
+    lengths = [(c.trainer.max_steps, c.trainer.max_epochs) for c in (stored, config)]
+    return lengths[0] == lengths[1] and not any(_changes(stored, config))
 
 
 def notes(source: Source, run: "Run") -> list[str]:

@@ -19,11 +19,13 @@ RUN_FILES = (
     "metrics.jsonl",
     "train.log",
     "result.json",
+    "failed.txt",
     "loss.png",
     "forward.png",
     "schedule.png",
 )
 RUN_FOLDERS = ("checkpoints", "samples")
+FAILED = "failed.txt"  # of a job of a sweep: why
 LOCK = ".lock"
 _OURS = re.compile(r"((step_\d+|best)\.safetensors|step_\d+\.png)")  # in RUN_FOLDERS
 
@@ -134,11 +136,33 @@ def read_result(folder: Path) -> dict[str, float] | None:
         return None
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the folder's lock, which it does as long as it works there."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def lock(folder: Path) -> FileLock:
+    """A folder, made if need be, locked for this process. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _lock(folder)
+    except OSError as error:
+        raise UserError(f"cannot use run_dir={folder}: {reason(error)}") from None
+
+
 def _lock(folder: Path) -> FileLock:
     """Held until it is released or the process ends, however it ends."""
     taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        taken.acquire(timeout=0)
+        taken.acquire(timeout=0.5, poll_interval=0.05)  # `is_running` may look at this very moment
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
     return taken

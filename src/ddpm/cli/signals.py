@@ -8,6 +8,8 @@ import io
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +24,9 @@ class Stopped(BaseException):
 
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+FORWARDED = getattr(signal, "SIGHUP", signal.SIGTERM)  # from a sweep to its jobs: never the second signal
+PARENT = "DDPM_PARENT_PID"  # environment: whom a job of a sweep does not outlive
+GRACE = 10  # seconds to save, then
 _stop: int | None = None
 _save = False
 _patient = False
@@ -42,6 +47,8 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
                 signal.signal(number, _on_stop)
         if save and hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, _on_save)
+        if (parent := os.environ.pop(PARENT, "")).isdecimal():
+            threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
         yield
     except Stopped as stopped:
         _leave(program, stopped.number, stopped.said)
@@ -51,6 +58,24 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
         _leave(program, _stop, said=False)  # other people's code turned our Stopped into an error of its own
     finally:
         _patient = True  # on the way out there is nothing left to stop
+
+
+def pass_over() -> None:
+    """For whoever only watches jobs of a sweep: a signal to the whole group is not for it.
+
+    A handler, and not "ignored", which its jobs would inherit.
+    """
+    for number in STOPPING:
+        signal.signal(number, lambda *_: None)
+
+
+def _end_with(parent: int) -> None:
+    """Save and end when that process is gone: nobody waits for the result any more."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), FORWARDED)
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 def _keep_the_screen() -> None:

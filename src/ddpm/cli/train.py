@@ -1,15 +1,14 @@
 """ddpm-train: compose and check a config, prepare the run's folder, train, and say where everything is."""
 
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ddpm.cli import git, hydra_app, signals
+from ddpm.cli import git, hydra_app, leases, signals
 from ddpm.cli.progress import Log, duration, estimate, figures, tell, typed
-from ddpm.config import TrainConfig, check, to_dict
-from ddpm.errors import UserError, printable
+from ddpm.config import TrainConfig, to_dict
+from ddpm.errors import UserError
 from ddpm.files import reason, write_atomically
 
 if TYPE_CHECKING:
@@ -21,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    hydra_app.run("train", TrainConfig, train, sweep_task=_sweep_job, defaults=_before_typed)
+    hydra_app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
+
+
+def _sweep(overrides: list[str]) -> None:
+    from ddpm.cli.sweep import sweep
+
+    sweep(overrides)
 
 
 def train(config: TrainConfig) -> float:
@@ -31,8 +36,9 @@ def train(config: TrainConfig) -> float:
 
     started = time.perf_counter()
     _set_up_torch(config.trainer.deterministic)
-    device = build.device(config.device)
     place = resume.place(config)
+    lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
+    device = build.device(lease.device if lease else config.device)
     claim = None
     if place.folder is not None:
         claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
@@ -76,7 +82,8 @@ def _train_in(
             if source is None or not in_place:
                 run_folder.clear(run_dir)
             run_folder.sweep(run_dir)
-            (run_dir / "result.json").unlink(missing_ok=True)  # it is of a shorter run
+            for ended in ("result.json", run_folder.FAILED):  # what they say is of a shorter run
+                (run_dir / ended).unlink(missing_ok=True)
             log = _write_start(run, data, run_dir)
             for note in resume.notes(source, run) if source else []:
                 log.say(note)
@@ -93,23 +100,6 @@ def _train_in(
         log.say(f"{signals.name(number)} came when all was done")
         raise signals.Stopped(number, said=True)
     return figure
-
-
-def _sweep_job(raw: Any) -> float:
-    """One job of a multirun, in the folder that Hydra made for it."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(raw, resolve=True)
-    assert isinstance(plain, dict)
-    settings = {str(key): value for key, value in plain.items()}
-    hydra = HydraConfig.get()
-    tell(f"\njob {hydra.job.num}: {hydra.job.override_dirname or 'defaults'}")
-    try:
-        return train(check(TrainConfig, {**settings, "run_dir": hydra.runtime.output_dir}))
-    except UserError as error:
-        print(f"ddpm-train: {printable(str(error))}", file=sys.stderr, flush=True)
-        raise hydra_app.JobFailed(str(error)) from None
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
