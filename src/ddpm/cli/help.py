@@ -30,12 +30,15 @@ _GROUPS = {
     "sample": ("sampler",),
     "info": (),
 }
-_NOTES = {
+NOTES = {
     "seed": "every random number follows from it",
     "device": "auto, cpu, cuda, cuda:1",
     "data_root": "folder of the datasets (default: $DDPM_DATA, else data)",
     "run_dir": "the run's folder (default: a new outputs/train/<date>/<time>)",
     "overwrite": "replace a run that is there already",
+    "gpus": "take a free GPU, no other run's: auto, or 0,2,3 to choose among; a sweep's default is auto",
+    "jobs_per_gpu": "how many may share one; all of them must say so",
+    "minimize": "what a sweep's jobs return and its table is sorted by: the lowest of a run",
     "ckpt": "a checkpoint file, a run folder, or latest",
     "n": "how many images: 64; of each input: 1; from end to end of an interpolation: 8",
     "index": "only this image of the seed (or a list; of the input): the same whatever n is",
@@ -72,7 +75,7 @@ def show_help(program: str) -> None:
         + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else "")
     )
     for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
-        print(f"  {key + '=' + value:<26} {_NOTES.get(key, '')}")
+        print(f"  {key + '=' + value:<26} {NOTES.get(key, '')}")
     print("\nflags\n  -m  multirun: a,b makes a job each      --cfg job  print the composed config and stop")
     print("  plugins=my_module  imports schedules, samplers and datasets of your own first")
 

@@ -31,7 +31,7 @@ def main() -> int:
     except UserError as error:
         return _say(str(error))
     except Exception as error:  # of a launcher or a sweeper, of which there are many
-        print(said.getvalue(), file=sys.stderr)
+        print(said.getvalue(), end="", file=sys.stderr)
         return _say(f"{type(error).__name__}: {error}")
     return 0
 

@@ -1,0 +1,71 @@
+"""How the commands behave to people, terminals and shells."""
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm.config import CONFIG_DIR
+from tests.conftest import run_script
+
+COMMANDS = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
+BIN = Path(sys.executable).parent
+QUICK = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=3", "trainer.batch_size=8"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_three_examples(command: str, tmp_path: Path) -> None:
+    lines = run_script(command, "--help", cwd=tmp_path).stdout.splitlines()
+    assert lines[0].startswith(f"ddpm-{command}: ") and lines[1] == ""
+    assert all(line.startswith(f"  ddpm-{command}") for line in lines[2:5])
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_tab_completes_commands_groups_and_keys(tmp_path: Path) -> None:
+    """As docs/quickstart.md says to install it."""
+    (line,) = re.findall(r"^for .*-sc install=bash.*$", (Path(__file__).parents[1] / "docs/quickstart.md").read_text(), re.M)
+    script = line + "\n" + "\n".join(
+        f'COMP_LINE="{typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=({typed}); COMP_CWORD=1; '
+        "hydra_bash_completion; echo ${COMPREPLY[@]}"
+        for typed in ("ddpm-train schedule=", "ddpm-train trainer.m", "ddpm-sample sampler=d", "ddpm-info ck")
+    )  # fmt: skip
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [
+        "schedule=cosine schedule=linear schedule=sigmoid schedule=straight",
+        "trainer.max_epochs= trainer.max_steps=",
+        "sampler=ddim sampler=ddpm sampler=dpmpp_2m sampler=dpmpp_2m_sde",
+        "ckpt=",
+    ], result.stderr
+
+
+def test_plain_lines_where_the_output_is_no_terminal(tmp_path: Path) -> None:
+    result = run_script("train", *QUICK, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout + result.stderr
+    assert "\r" not in text and "\x1b" not in text and re.search(r"^step +3/3 ", text, re.M)
+
+
+def test_a_bar_and_no_colours_on_a_terminal(tmp_path: Path) -> None:
+    """With NO_COLOR (https://no-color.org) or without: nothing is ever coloured."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [BIN / "ddpm-train", *QUICK], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            text += (more := os.read(ours, 65536))
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not more:
+            break
+    os.close(ours)
+    assert child.wait() == 0
+    assert b"step/s" in text and not re.search(rb"\x1b\[[0-9;]*m", text)
