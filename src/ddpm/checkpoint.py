@@ -55,7 +55,8 @@ def config(path: Path, meta: Meta) -> TrainConfig:
             f"{path} cannot be used: its config holds '${{', and only plain values are read"
         )
     try:
-        return check(TrainConfig, meta.config)  # type: ignore[no-any-return]
+        # older files know of no logger
+        return check(TrainConfig, {"logger": "files", **meta.config})  # type: ignore[no-any-return]
     except UserError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 

@@ -88,6 +88,7 @@ class TrainConfig:
     data_root: str
     run_dir: str | None
     overwrite: bool
+    logger: str
     dataset: Choice
     model: Choice
     schedule: Choice
@@ -131,6 +132,18 @@ class SampleConfig:
 @dataclass(frozen=True)
 class InfoConfig:
     ckpt: str
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    folder: list[str]
+    figure: str
+    contact: bool
+    n: int
+    seed: int
+    sampler: Choice | None  # None: each run's own
+    device: str
+    out: str | None
 
 
 MAX_ITEMS = 4096  # in a list

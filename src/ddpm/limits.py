@@ -30,6 +30,7 @@ _OFTEN = Between(0, 10**9)
 _PART = Between(0, 1)
 
 LIMITS: dict[str, Allowed] = {
+    "logger": ("files", "tensorboard"),
     "seed": Between(0, 2**63 - 1),
     "dataset.image_size": Between(4, 256),
     "model.channels": Between(1, 2048),
@@ -99,6 +100,7 @@ LIMITS: dict[str, Allowed] = {
     "seeds": Between(0, 2**63 - 1),
     "batch_size": Between(1, 2**20),
     "nrow": Between(1, 10**6),
+    "figure": ("val_eps_mse", "val_loss"),
     "save": ("grid", "images", "npz", "trajectory"),
 }
 

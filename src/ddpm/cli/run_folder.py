@@ -23,9 +23,12 @@ RUN_FILES = (
     "forward.png",
     "schedule.png",
 )
-RUN_FOLDERS = ("checkpoints", "samples")
+RUN_FOLDERS = ("checkpoints", "samples", "tensorboard")
 LOCK = ".lock"
-_OURS = re.compile(r"((step_\d+|best)\.safetensors|step_\d+\.png)")  # in RUN_FOLDERS
+LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
+_OURS = re.compile(
+    r"((step_\d+|best)\.safetensors|step_\d+\.png|events\.out\.tfevents\..+)"
+)  # in RUN_FOLDERS
 
 
 @dataclass
@@ -134,11 +137,25 @@ def read_result(folder: Path) -> dict[str, float] | None:
         return None
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in the folder. Nothing is written, and those who ask do not see one another."""
+    import fcntl  # which Windows has not
+
+    try:
+        with open_regular(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go where the file is closed
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever there, or it may not be looked at
+        return False
+    return False
+
+
 def _lock(folder: Path) -> FileLock:
     """Held until it is released or the process ends, however it ends."""
     taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        taken.acquire(timeout=0)
+        taken.acquire(timeout=LOCK_WAIT)
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
     return taken
