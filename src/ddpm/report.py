@@ -206,7 +206,7 @@ def _outline(path: Path) -> _Outline:
                 break
             file, notes = checkpoint.newest_good(files, check=checkpoint.read_meta)
             meta, tensors = checkpoint.read_meta(file)
-            stored = _settings(checkpoint.config(file, meta))
+            stored = settings_of(checkpoint.config(file, meta))
         except UserError as error:
             wrong = brief(str(error), path)
         except OSError as error:
@@ -231,7 +231,7 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
         raw = yaml.safe_load(content)
         if not isinstance(raw, dict):
             return {}, "config.yaml: is no set of keys"
-        return _settings(check(TrainConfig, {"logger": "files", **raw})), ""
+        return settings_of(check(TrainConfig, {"logger": "files", **raw})), ""
     except FileNotFoundError:
         return {}, ""
     except OSError as error:
@@ -242,7 +242,7 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
         return {}, "config.yaml: is no YAML that can be read"
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Flat, and the name of a choice under its group, as it is typed."""
     flat: dict[str, Any] = {}
     for key, value in to_dict(config).items():

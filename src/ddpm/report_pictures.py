@@ -28,10 +28,10 @@ def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     compared = [row for row in rows if row.best(figure)]
-    keys = varying(compared)[:PANELS]
+    keys = sorted(varying(compared), key=lambda key: key == "seed")[:PANELS]
     named = [row for row in rows if row.loss or row.figures[figure]][:NAMED]
     names = _names(named, figure, varying(rows))
-    columns = max(1, min(4, len(names), 165 // (max(map(len, names)) + 6)))
+    columns = max(1, min(4, len(names), 176 // (max(map(len, names)) + 6)))
     across = len(keys) if len(keys) <= 3 else 2 if len(keys) == 4 else 3
     heights = [PANEL_HEIGHT] * (math.ceil(len(keys) / across) if keys else 0)
     heights += [CURVES_HEIGHT, NAME_HEIGHT * math.ceil(len(names) / columns) + 0.4]
@@ -54,9 +54,13 @@ def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
 
 
 def _names(rows: Sequence[RunRow], figure: str, keys: Sequence[str]) -> list[str]:
-    return [
-        _plain(f"{measured(row, figure) or row.status}   {shortened(label(row, keys), 64)}") for row in rows
-    ]
+    room = 64 if len(rows) <= 10 else 52
+    names = []
+    for row in rows:
+        unfinished = "" if row.status == "done" else f" ({row.status})"
+        figures = measured(row, figure) or f"no {figure} yet"
+        names.append(_plain(f"{figures}   {shortened(label(row, keys), room)}{unfinished}"))
+    return names
 
 
 def _plain(name: str) -> str:
@@ -91,18 +95,27 @@ def _panel(axes: Any, rows: Sequence[RunRow], key: str, figure: str) -> None:
     numbers = key != "seed" and all(type(row.settings[key]) in (int, float) for row in rows)
     place = _number_axis(axes, rows, key) if numbers else _category_axis(axes, rows, key)
     for number, (name, group) in enumerate(alike.items()):
-        shift = 0.0 if numbers else 0.12 * (number - (len(alike) - 1) / 2)
+        style = {"color": COLOURS[number], "alpha": 0.85 if len(rows) <= 30 else 0.5}
         at: dict[float, list[float]] = {}
         for row in group:
             best = row.best(figure)
             assert best is not None
-            x = place[text(row.settings[key])] + shift
+            x = place[text(row.settings[key])]
             at.setdefault(x, []).append(best.value)
-            axes.errorbar(x, best.value, best.error, fmt="o", ms=4.5, lw=1, capsize=2, color=COLOURS[number])
+            # side by side, where runs are at one place: groups apart, and each group in five lanes
+            beside = 0.12 * (number - (len(alike) - 1) / 2) + (
+                0.05 * ((len(at[x]) + 1) % 5 - 2) if len(rows) > 30 else 0
+            )
+            axes.errorbar(
+                x if numbers else x + beside, best.value, best.error, fmt="o", ms=4, lw=1, capsize=2, **style
+            )
         if numbers and readable and len(at) > 1:
-            xs = sorted(at)
-            axes.plot(xs, [statistics.fmean(at[x]) for x in xs], lw=1, alpha=0.6, color=COLOURS[number])
-        axes.plot([], [], "o", ms=4.5, color=COLOURS[number], label=_plain(shortened(name, 40)))
+            axes.plot(sorted(at), [statistics.fmean(at[x]) for x in sorted(at)], lw=1, **style)
+        axes.plot([], [], "o", ms=4, color=COLOURS[number], label=_plain(shortened(name, 40)))
+        if not numbers and not readable:  # a bar at the median
+            axes.scatter(
+                list(at), [statistics.median(v) for v in at.values()], 900, "0.2", "_", linewidths=1.2
+            )
     if len(alike) > 1:
         axes.legend(fontsize=7, framealpha=0.7)
     best_values = [point.value for row in rows if (point := row.best(figure))]

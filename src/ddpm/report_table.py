@@ -70,7 +70,10 @@ def label(row: RunRow, keys: Sequence[str]) -> str:
 
 def setting(row: RunRow, key: str) -> str:
     """As it is typed, shortened; a dash where the run has no such setting."""
-    return shortened(text(row.settings[key]).replace(", ", ","), MAX_CELL) if key in row.settings else "–"
+    if key not in row.settings:
+        return "–"
+    value = row.settings[key]
+    return shortened(f"{value:.6g}" if isinstance(value, float) else text(value).replace(", ", ","), MAX_CELL)
 
 
 def measured(row: RunRow, figure: str) -> str:
