@@ -23,6 +23,7 @@ from ddpm.files import open_regular, reason
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000
 MAX_TEXT = 1 << 16  # bytes of a config, a result or a reason
+MAX_DEPTH = 8  # of a config
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
 _PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
@@ -152,7 +153,9 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
     A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
     that differs because another choice brings another default says no more than the choice itself.
     """
-    keys = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
+    found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
+    groups = list(dict.fromkeys(map(_group, found)))
+    keys = sorted(found, key=lambda key: groups.index(_group(key)))
     different = [
         key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
     ]
@@ -226,8 +229,13 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
     """config.yaml, which may be anybody's: small, plain data, without aliases; and what is wrong with it."""
     try:
         content = _read_text(path / "config.yaml")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
-            return {}, "config.yaml: has YAML aliases, which ddpm does not write"
+        depth = 0
+        for event in yaml.parse(
+            content, Loader=yaml.SafeLoader
+        ):  # one by one: both can make a small file large
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                return {}, "config.yaml: has aliases or is nested, which no config of ddpm is"
         raw = yaml.safe_load(content)
         if not isinstance(raw, dict):
             return {}, "config.yaml: is no set of keys"

@@ -97,24 +97,29 @@ def _panel(axes: Any, rows: Sequence[RunRow], key: str, figure: str) -> None:
     for number, (name, group) in enumerate(alike.items()):
         style = {"color": COLOURS[number], "alpha": 0.85 if len(rows) <= 30 else 0.5}
         at: dict[float, list[float]] = {}
+        points = []
         for row in group:
             best = row.best(figure)
             assert best is not None
             x = place[text(row.settings[key])]
-            at.setdefault(x, []).append(best.value)
-            # side by side, where runs are at one place: groups apart, and each group in five lanes
-            beside = 0.12 * (number - (len(alike) - 1) / 2) + (
-                0.05 * ((len(at[x]) + 1) % 5 - 2) if len(rows) > 30 else 0
-            )
-            axes.errorbar(
-                x if numbers else x + beside, best.value, best.error, fmt="o", ms=4, lw=1, capsize=2, **style
-            )
+            beside = at.setdefault(x, [])
+            beside.append(best.value)
+            if not numbers:  # side by side: groups apart, and each of many in five lanes
+                x += 0.12 * (number - (len(alike) - 1) / 2)
+                x += 0.05 * ((len(beside) + 1) % 5 - 2) if len(rows) > 30 else 0
+            points.append((x, best.value, best.error))
+        axes.errorbar(*zip(*points, strict=True), fmt="o", ms=4, lw=1, capsize=2, **style)
         if numbers and readable and len(at) > 1:
             axes.plot(sorted(at), [statistics.fmean(at[x]) for x in sorted(at)], lw=1, **style)
         axes.plot([], [], "o", ms=4, color=COLOURS[number], label=_plain(shortened(name, 40)))
         if not numbers and not readable:  # a bar at the median
             axes.scatter(
-                list(at), [statistics.median(v) for v in at.values()], 900, "0.2", "_", linewidths=1.2
+                list(at),
+                [statistics.median(v) for v in at.values()],
+                s=900,
+                color="0.2",
+                marker="_",
+                linewidths=1.2,
             )
     if len(alike) > 1:
         axes.legend(fontsize=7, framealpha=0.7)
