@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "randomness", "schedules", "meta", "memory"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
-    {"plots", "validation", "build", "plugins", "report"},
+    {"plots", "validation", "build", "plugins", "report", "report_table"},
     {"sampling", "tasks", "inputs", "report_pictures"},
     {"contact"},
     {"runs"},

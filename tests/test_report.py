@@ -115,12 +115,12 @@ def test_only_settings_that_say_something_are_columns(sweep: Path) -> None:
     """schedule.s is cosine's alone, and linear's schedule.beta_end is but the other side of schedule=linear."""
     rows = rows_of(sweep)
     digits = [rows[name] for name in ("linear", "cosine", "stopped")]
-    assert report.varying(digits) == ["schedule", "optimizer.lr"]
+    assert report_table.varying(digits) == ["schedule", "optimizer.lr"]
     other = dataclasses.replace(
         rows["cosine"], settings={**rows["cosine"].settings, "schedule.s": 0.03, "schedule.num_timesteps": 7}
     )
-    assert report.varying([*digits, other])[:3] == ["schedule", "schedule.num_timesteps", "schedule.s"]
-    assert report.varying([rows["linear"]]) == []
+    assert report_table.varying([*digits, other])[:3] == ["schedule", "schedule.num_timesteps", "schedule.s"]
+    assert report_table.varying([rows["linear"]]) == []
 
 
 def test_report_writes_table_csv_and_pictures(sweep: Path, tmp_path: Path) -> None:

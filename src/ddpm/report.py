@@ -3,7 +3,6 @@
 The folders may be anybody's, and their runs may train while they are read: files change, and go.
 """
 
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from ddpm import checkpoint, metrics
-from ddpm.config import TrainConfig, check, choices, to_dict
+from ddpm.config import TrainConfig, check, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import open_regular, reason
 
@@ -145,47 +144,6 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
 def ranked(rows: Iterable[RunRow], figure: str) -> list[RunRow]:
     """Best first; those without the figure last."""
     return sorted(rows, key=lambda row: point.value if (point := row.best(figure)) else math.inf)
-
-
-def varying(rows: Sequence[RunRow]) -> list[str]:
-    """The settings that differ between runs, in the config's order.
-
-    A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
-    that differs because another choice brings another default says no more than the choice itself.
-    """
-    found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
-    groups = list(dict.fromkeys(map(_group, found)))
-    keys = sorted(found, key=lambda key: groups.index(_group(key)))
-    different = [
-        key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
-    ]
-    return [key for key in different if not (_group(key) in different and _is_default(key, rows))]
-
-
-def text(value: Any) -> str:
-    """A setting as it would be typed."""
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return str(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _group(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
-    """Whether every choice has one value in all runs, and that of one of its files."""
-    group, _, parameter = key.partition(".")
-    values: dict[str, set[str]] = {}
-    for row in rows:
-        if key in row.settings:
-            values.setdefault(row.settings[group], set()).add(text(row.settings[key]))
-    defaults = {
-        (content["name"], text(content[parameter]))
-        for content in choices(group).values()
-        if parameter in content
-    }
-    return all(len(own) == 1 and (name, *own) in defaults for name, own in values.items())
 
 
 @dataclass(frozen=True)

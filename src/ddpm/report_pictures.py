@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.files import write_atomically
-from ddpm.report import RunRow, text, varying
-from ddpm.report_table import label, measured, shortened
+from ddpm.report import RunRow
+from ddpm.report_table import label, measured, shortened, text, varying
 
 PANELS = 6  # of settings, at most
 LINES = 6  # in a panel; more cannot be told apart

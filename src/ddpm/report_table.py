@@ -2,10 +2,14 @@
 
 import csv
 import io
+import itertools
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ddpm.config import choices
 from ddpm.errors import printable
-from ddpm.report import FIGURES, RunRow, ranked, text, varying
+from ddpm.report import FIGURES, RunRow, ranked
 
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
 MAX_CELL = 24
@@ -68,6 +72,28 @@ def label(row: RunRow, keys: Sequence[str]) -> str:
     return printable("  ".join(named)) or shortened(row.name, MAX_NAME)
 
 
+def varying(rows: Sequence[RunRow]) -> list[str]:
+    """The settings that differ between runs, in the config's order.
+
+    A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
+    that differs because another choice brings another default says no more than the choice itself.
+    """
+    found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
+    groups = list(dict.fromkeys(map(_group, found)))
+    keys = sorted(found, key=lambda key: groups.index(_group(key)))
+    different = [
+        key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
+    ]
+    return [key for key in different if not (_group(key) in different and _is_default(key, rows))]
+
+
+def text(value: Any) -> str:
+    """A setting as it would be typed."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
 def setting(row: RunRow, key: str) -> str:
     """As it is typed, shortened; a dash where the run has no such setting."""
     if key not in row.settings:
@@ -109,3 +135,22 @@ def _steps(row: RunRow) -> str:
 
 def _is_number(cell: str) -> bool:
     return not cell.strip("0123456789.e+-/ ±–")
+
+
+def _group(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
+    """Whether every choice has one value in all runs, and that of one of its files."""
+    group, _, parameter = key.partition(".")
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        if key in row.settings:
+            values.setdefault(row.settings[group], set()).add(text(row.settings[key]))
+    defaults = {
+        (content["name"], text(content[parameter]))
+        for content in choices(group).values()
+        if parameter in content
+    }
+    return all(len(own) == 1 and (name, *own) in defaults for name, own in values.items())

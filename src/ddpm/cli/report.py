@@ -99,9 +99,9 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
 
     from ddpm import build, contact, report_table
     from ddpm.images import save_png
-    from ddpm.report import brief, varying
+    from ddpm.report import brief
 
-    device, keys = build.device(config.device), varying(rows)
+    device, keys = build.device(config.device), report_table.varying(rows)
     sampler = "each run's own sampler" if config.sampler is None else config.sampler.name
     title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
     strips: list[contact.Strip] = []
