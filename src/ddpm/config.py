@@ -134,18 +134,6 @@ class InfoConfig:
     ckpt: str
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    folder: list[str]
-    figure: str
-    contact: bool
-    n: int
-    seed: int
-    sampler: Choice | None  # None: each run's own
-    device: str
-    out: str | None
-
-
 MAX_ITEMS = 4096  # in a list
 
 

@@ -1,11 +1,12 @@
 """ddpm-report: the runs of a sweep, or any others, side by side: a table, CSV and pictures."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import hydra_app
-from ddpm.config import ReportConfig
+from ddpm.config import Choice
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
 
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 64  # of each run in contact.png,
 MAX_ROWS = 100  # runs in it
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    folder: list[str]
+    figure: str
+    contact: bool
+    n: int
+    seed: int
+    sampler: Choice | None  # None: each run's own
+    device: str
+    out: str | None
 
 
 def main() -> None:
