@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -386,6 +387,30 @@ def test_pictures_of_any_number_of_runs_are_of_a_sane_size(tmp_path: Path, count
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape[1] == 1320 and 500 < pixels.shape[0] < 1900 and (pixels < 128).mean() > 0.005
     assert (pixels[0] == 255).all() and (pixels[-1] == 255).all()  # nothing is cut off
+
+
+def test_pictures_stand_any_number_and_any_letter(tmp_path: Path) -> None:
+    """What a file may hold and metrics.read lets through; a warning would be an error here."""
+    huge = [(0.1, 0.0), (1e299, 1e299), (-1e299, 0.5), (0.0, -1.0), (1e-299, 0.0)]
+    for number, (value, error) in enumerate(huge):
+        run = tmp_path / f"ران \U0001f600 $x^{number}"
+        run.mkdir()
+        record = {"step": 10**12 - number, "loss": value, **dict.fromkeys(metrics.VALIDATED, abs(error))}
+        record |= {"val_eps_mse": value, "val_eps_mse_error": error, "images_per_second": value}
+        (run / "metrics.jsonl").write_text(
+            json.dumps({**record, "step": 0}) + "\n" + json.dumps(record) + "\n"
+        )
+    rows = report.ranked(report.read_all([tmp_path], run_folder.is_running), "val_eps_mse")
+    assert [row.last("val_eps_mse") is not None and row.reason == "" for row in rows] == [True] * 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_pictures.draw(rows, "val_eps_mse", tmp_path / "a.png")
+        settings = [
+            {"optimizer.lr": lr, "model.channels": [number]} for number, lr in enumerate((0.0, 1e300, 1e-300))
+        ]
+        rows = [dataclasses.replace(row, settings=s) for row, s in zip(rows[:3], settings, strict=True)]
+        report_pictures.draw(rows, "val_eps_mse", tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
 def test_long_names_and_values_are_shortened_but_stay_apart() -> None:

@@ -71,5 +71,8 @@ def _is_record(record: object) -> TypeGuard[dict[str, float]]:
     if not isinstance(record, dict) or not all(type(value) in (int, float) for value in record.values()):
         return False
     needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
+    step = record.get("step")
+    if not isinstance(step, int) or not 0 <= step <= 10**12:
+        return False
     # a whole number may also be too long to be a float at all
     return needed <= record.keys() and all(abs(value) < 1e300 for value in record.values())

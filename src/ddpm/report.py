@@ -249,7 +249,7 @@ def _read_text(path: Path) -> str:
 def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float] | None) -> None:
     for figure, points in figures.items():
         if record and figure in record and f"{figure}_error" in record:
-            points.append(Point(step, record[figure], record[f"{figure}_error"]))
+            points.append(Point(step, record[figure], abs(record[f"{figure}_error"])))
 
 
 def brief(message: str, path: Path) -> str:

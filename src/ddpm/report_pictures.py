@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
     _curves(right, "loss (training)", trained, len(named))
     _legend(page.add_subplot(parts[-1]), names, columns, len(others))
     data = io.BytesIO()
-    page.savefig(data, dpi=110)
+    with warnings.catch_warnings():  # a letter that the font has not becomes a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        page.savefig(data, dpi=110)
     write_atomically(picture, data.getvalue(), durable=False)
 
 
@@ -112,7 +115,7 @@ def _panel(axes: Any, rows: Sequence[RunRow], key: str, figure: str) -> None:
         if numbers and readable and len(at) > 1:
             axes.plot(sorted(at), [statistics.fmean(at[x]) for x in sorted(at)], lw=1, **style)
         axes.plot([], [], "o", ms=4, color=COLOURS[number], label=_plain(shortened(name, 40)))
-        if not numbers and not readable:  # a bar at the median
+        if not numbers and not readable and max(map(len, at.values())) > 2:  # a bar at the median
             axes.scatter(
                 list(at),
                 [statistics.median(v) for v in at.values()],

@@ -14,6 +14,10 @@ from ddpm.report import FIGURES, RunRow, ranked
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
 MAX_CELL = 24
 MAX_NAME = 48
+# How often something is written and how much is kept, which changes no image.
+HOUSEKEEPING = {f"trainer.{key}_every" for key in ("log", "validate", "sample", "checkpoint")} | {
+    "trainer.keep"
+}
 
 
 def table(rows: Iterable[RunRow], figure: str) -> str:
@@ -80,7 +84,9 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
     """
     found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
     groups = list(dict.fromkeys(map(_group, found)))
-    keys = sorted(found, key=lambda key: groups.index(_group(key)))
+    keys = sorted(
+        found.keys() - HOUSEKEEPING, key=lambda key: (groups.index(_group(key)), [*found].index(key))
+    )
     different = [
         key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
     ]

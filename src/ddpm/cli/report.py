@@ -110,7 +110,7 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     """contact.png, with a bar on a terminal; a run that cannot be drawn from says why."""
     from tqdm import tqdm
 
-    from ddpm import build, contact, report_table
+    from ddpm import build, checkpoint, contact, report_table
     from ddpm.images import save_png
     from ddpm.report import brief
 
@@ -119,9 +119,10 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
     strips: list[contact.Strip] = []
     left_out: list[str] = []
-    for row in tqdm(rows, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    begun = [row for row in rows if checkpoint.of_run(row.path)]
+    for row in tqdm(begun, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if len(strips) == MAX_ROWS:
-            left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(rows)}")
+            left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(begun)}")
             break
         head = report_table.measured(row, config.figure) or f"no {config.figure}"
         try:
@@ -130,7 +131,9 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
             left_out.append(f"no images of {row.name}: {brief(str(error), row.path)}")
             continue
         strips.append(
-            contact.Strip(head, report_table.label(row, keys), f"{row.status}, step {step}", images)
+            contact.Strip(
+                head, report_table.label(row, keys), f"{row.status}, step {step}: {row.name}", images
+            )
         )
     for line in left_out:
         print(printable(line))
