@@ -346,7 +346,7 @@ def test_asking_whether_a_run_is_running_disturbs_nobody(tmp_path: Path) -> None
     assert not run_folder.is_running(tmp_path)
     code = (
         f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}); fcntl.flock(file, fcntl.LOCK_SH)\n"
-        "print(flush=True); time.sleep(0.2)"
+        "print(flush=True); time.sleep(0.15); fcntl.flock(file, fcntl.LOCK_UN)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as asking:
         assert asking.stdout is not None and asking.stdout.readline()
@@ -393,7 +393,7 @@ def test_pictures_stand_any_number_and_any_letter(tmp_path: Path) -> None:
     """What a file may hold and metrics.read lets through; a warning would be an error here."""
     huge = [(0.1, 0.0), (1e299, 1e299), (-1e299, 0.5), (0.0, -1.0), (1e-299, 0.0)]
     for number, (value, error) in enumerate(huge):
-        run = tmp_path / f"ران \U0001f600 $x^{number}"
+        run = tmp_path / f"ران 漢字 $x^{number}"
         run.mkdir()
         record = {"step": 10**12 - number, "loss": value, **dict.fromkeys(metrics.VALIDATED, abs(error))}
         record |= {"val_eps_mse": value, "val_eps_mse_error": error, "images_per_second": value}

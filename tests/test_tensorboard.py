@@ -1,5 +1,6 @@
 """logger=tensorboard, read back by TensorBoard's own reader."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm import checkpoint
 from ddpm.cli import hydra_app, resume, run_folder, tensorboard
 from ddpm.cli import train as train_command
 from ddpm.config import TrainConfig, check
@@ -172,3 +174,11 @@ def test_another_logger_is_one_line(command: Command, tmp_path: Path) -> None:
     result = command("train", "logger=wandb")
     assert result.returncode == 2 and "logger=wandb: must be one of files, tensorboard" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_from_before_there_was_a_logger_are_read(runs: Path) -> None:
+    path = runs / "linear" / "checkpoints" / "step_0000008.safetensors"
+    meta, _ = checkpoint.read_meta(path)
+    older = {key: value for key, value in meta.config.items() if key != "logger"}
+    assert meta.config["logger"] == "tensorboard" and checkpoint.config(path, meta).logger == "tensorboard"
+    assert checkpoint.config(path, dataclasses.replace(meta, config=older)).logger == "files"
