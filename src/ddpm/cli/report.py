@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 64  # of each run in contact.png,
 MAX_ROWS = 100  # runs in it
+MAX_NAME = 28
 
 
 @dataclass(frozen=True)
@@ -119,22 +120,21 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
     strips: list[contact.Strip] = []
     left_out: list[str] = []
-    begun = [row for row in rows if checkpoint.of_run(row.path)]
-    for row in tqdm(begun, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    for row in tqdm(rows, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if len(strips) == MAX_ROWS:
-            left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(begun)}")
+            left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(rows)}")
             break
         head = report_table.measured(row, config.figure) or f"no {config.figure}"
         try:
+            if not checkpoint.of_run(row.path):  # the table says what is the matter
+                continue
             images, step = contact.drawn(row.path, config.n, config.seed, config.sampler, device)
         except (UserError, OSError) as error:
             left_out.append(f"no images of {row.name}: {brief(str(error), row.path)}")
             continue
-        strips.append(
-            contact.Strip(
-                head, report_table.label(row, keys), f"{row.status}, step {step}: {row.name}", images
-            )
-        )
+        named = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name says the settings again
+        foot = f"{row.status}, step {step}{named}"
+        strips.append(contact.Strip(head, report_table.label(row, keys), foot, images))
     for line in left_out:
         print(printable(line))
     if not strips:
