@@ -76,7 +76,7 @@ def test_absent_dataset_without_network(command: Command, tmp_path: Path) -> Non
 
 
 def test_help_is_answered_without_torch_or_hydra(command: Command) -> None:
-    for program in ("train", "sample", "info"):
+    for program in ("train", "sample", "info", "report"):
         result = command(program, "--help", PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}

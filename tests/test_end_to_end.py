@@ -178,8 +178,9 @@ def test_multirun_makes_a_folder_a_job_and_a_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (sweep,) = (tmp_path / "outputs" / "multirun").glob("*/*")
     assert len(list(sweep.glob("*/checkpoints/step_0000004.safetensors"))) == 2
-    table = result.stdout[result.stdout.index("val_eps_mse  job") :]
-    assert "schedule=linear" in table and "schedule=cosine" in table and "failed" not in table
+    first, second = (line.split() for line in result.stdout.splitlines() if " done  " in line)
+    assert {first[0], second[0]} == {"linear", "cosine"} and float(first[1]) < float(second[1])
+    assert result.stdout.splitlines()[-1] == f"pictures and CSV: ddpm-report {sweep.relative_to(tmp_path)}"
 
 
 def test_multirun_with_a_failing_job_runs_the_others_and_fails(tmp_path: Path) -> None:

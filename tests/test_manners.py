@@ -28,14 +28,18 @@ def test_help_begins_with_three_examples(command: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_tab_completes_commands_groups_and_keys(tmp_path: Path) -> None:
     """As docs/quickstart.md says to install it."""
-    (line,) = re.findall(r"^for .*-sc install=bash.*$", (Path(__file__).parents[1] / "docs/quickstart.md").read_text(), re.M)
+    (line,) = re.findall(
+        r"^for .*-sc install=bash.*$", (Path(__file__).parents[1] / "docs/quickstart.md").read_text(), re.M
+    )
     script = line + "\n" + "\n".join(
         f'COMP_LINE="{typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=({typed}); COMP_CWORD=1; '
         "hydra_bash_completion; echo ${COMPREPLY[@]}"
         for typed in ("ddpm-train schedule=", "ddpm-train trainer.m", "ddpm-sample sampler=d", "ddpm-info ck")
     )  # fmt: skip
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert result.stdout.splitlines() == [
         "schedule=cosine schedule=linear schedule=sigmoid schedule=straight",
         "trainer.max_epochs= trainer.max_steps=",

@@ -91,6 +91,7 @@ class TrainConfig:
     gpus: str | None
     jobs_per_gpu: int
     minimize: str
+    logger: str
     dataset: Choice
     model: Choice
     schedule: Choice
@@ -139,7 +140,12 @@ class InfoConfig:
 MAX_ITEMS = 4096  # in a list
 
 # Keys that configs in older checkpoints do not have, by full key.
-ADDED_LATER: dict[str, Any] = {"gpus": None, "jobs_per_gpu": 1, "minimize": "val_eps_mse"}
+ADDED_LATER: dict[str, Any] = {
+    "gpus": None,
+    "jobs_per_gpu": 1,
+    "minimize": "val_eps_mse",
+    "logger": "files",
+}
 
 
 def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:

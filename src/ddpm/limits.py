@@ -30,6 +30,7 @@ _OFTEN = Between(0, 10**9)
 _PART = Between(0, 1)
 
 LIMITS: dict[str, Allowed] = {
+    "logger": ("files", "tensorboard"),
     "seed": Between(0, 2**63 - 1),
     "jobs_per_gpu": Between(1, 64),
     "minimize": ("val_eps_mse", "val_loss"),
@@ -101,6 +102,7 @@ LIMITS: dict[str, Allowed] = {
     "seeds": Between(0, 2**63 - 1),
     "batch_size": Between(1, 2**20),
     "nrow": Between(1, 10**6),
+    "figure": ("val_eps_mse", "val_loss"),
     "save": ("grid", "images", "npz", "trajectory"),
 }
 

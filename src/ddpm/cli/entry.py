@@ -25,3 +25,11 @@ def info() -> None:
         from ddpm.cli.info import main
 
         main()
+
+
+def report() -> None:
+    """ddpm-report"""
+    with signals.heeded("report"):
+        from ddpm.cli.report import main
+
+        main()

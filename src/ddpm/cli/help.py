@@ -24,17 +24,25 @@ _HEAD = {
   ddpm-info ckpt=outputs/train/2026-01-31/12-00-00
   ddpm-info ckpt=outputs/train/2026-01-31/12-00-00/checkpoints/best.safetensors
 """,
+    "report": """ddpm-report: what came of a sweep, or of any runs: a table, report.csv, report.png and contact.png
+
+  ddpm-report outputs/multirun/2026-01-31/12-00-00       also while the sweep is running
+  ddpm-report runs/a runs/b out=comparison
+  ddpm-report outputs/multirun/lr figure=val_loss sampler=ddim sampler.num_steps=20 n=16
+""",
 }
 _GROUPS = {
     "train": ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"),
     "sample": ("sampler",),
     "info": (),
+    "report": ("sampler",),
 }
 NOTES = {
     "seed": "every random number follows from it",
     "device": "auto, cpu, cuda, cuda:1",
     "data_root": "folder of the datasets (default: $DDPM_DATA, else data)",
     "run_dir": "the run's folder (default: a new outputs/train/<date>/<time>)",
+    "logger": "files, or tensorboard as well: event files in the run's folder",
     "overwrite": "replace a run that is there already",
     "gpus": "take a free GPU, no other run's: auto, or 0,2,3 to choose among; a sweep's default is auto",
     "jobs_per_gpu": "how many may share one; all of them must say so",
@@ -58,6 +66,12 @@ NOTES = {
     "save": "any of grid, images, npz, trajectory",
     "out": "folder for the results (default: a new one under the run's)",
     "nrow": "images in a row of the grid",
+    "report.folder": "a sweep, a run, or a folder of them; or a list; the key itself need not be typed",
+    "report.figure": "what runs are ranked by, at its best over each run: val_eps_mse or val_loss",
+    "report.contact": "false: no contact.png, which takes the longest",
+    "report.n": "images of each run in contact.png, 1 to 64: the same noise for all",
+    "report.sampler": "one for all runs (default: each run's own)",
+    "report.out": "folder for the files (default: the folder itself; for several a new one)",
 }
 
 
@@ -75,7 +89,7 @@ def show_help(program: str) -> None:
         + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else "")
     )
     for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
-        print(f"  {key + '=' + value:<26} {NOTES.get(key, '')}")
+        print(f"  {key + '=' + value:<26} {NOTES.get(f'{program}.{key}', NOTES.get(key, ''))}")
     print("\nflags\n  -m  multirun: a,b makes a job each      --cfg job  print the composed config and stop")
     print("  plugins=my_module  imports schedules, samplers and datasets of your own first")
 

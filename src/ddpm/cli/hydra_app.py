@@ -147,7 +147,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         if "${" in value:
             raise UserError(f"'{value}': a stored config holds plain values only")
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, list):
         return "[" + ",".join(_literal(item) for item in value) + "]"
     return (
@@ -204,10 +204,10 @@ def quote_path(override: str, always: bool = False) -> str:
     bare = key.lstrip("+")
     if not (always or bare in PATH_KEYS) or not equals or value in ("null", "") or value[0] in "'\"":
         return override
-    return f"{key}={_quoted(value)}"
+    return f"{key}={quoted(value)}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """In quotes; only backslashes in front of a quote mean anything to Hydra."""
     return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'") + "'"
 

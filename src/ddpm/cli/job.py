@@ -19,6 +19,7 @@ from ddpm.config import TrainConfig, check
 from ddpm.errors import printable
 from ddpm.files import open_regular
 from ddpm.metrics import lowest
+from ddpm.report import FAILED
 
 STOP = ".stop"  # in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
@@ -61,7 +62,7 @@ def run(raw: Any) -> float:
         return figure(folder, config.minimize)
     tell(f"job {number}: begins: {folder}")
     folder.mkdir(exist_ok=True)
-    (folder / run_folder.FAILED).unlink(missing_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
     in_line = "basic" in str(hydra.launcher._target_).lower()
     plugins = [f"plugins={value}"] if (value := os.environ.get("DDPM_PLUGINS")) else []
@@ -114,7 +115,7 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
     environment = {
         **os.environ,
         signals.PARENT: str(os.getpid()),
-        hydra_app.FAILED_FILE: str(folder / run_folder.FAILED),
+        hydra_app.FAILED_FILE: str(folder / FAILED),
     }
     signals.pass_over()
     with tempfile.TemporaryFile() as errors:
@@ -169,10 +170,10 @@ def _why(folder: Path, status: int) -> str:
     if status - 128 in signals.STOPPING:
         return "stopped"
     why = ""
-    with suppress(OSError, UnicodeDecodeError), open_regular(folder / run_folder.FAILED) as file:
+    with suppress(OSError, UnicodeDecodeError), open_regular(folder / FAILED) as file:
         why = file.read(4096).decode()
     if not why:
         why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
         with suppress(OSError):
-            (folder / run_folder.FAILED).write_text(why)
+            (folder / FAILED).write_text(why)
     return f"failed: {printable(why)}"

@@ -26,6 +26,7 @@ NO_MATTER = (
     "gpus",
     "jobs_per_gpu",
     "minimize",
+    "logger",
     "trainer.resume",
     "trainer.max_steps",
     "trainer.max_epochs",

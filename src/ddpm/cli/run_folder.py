@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from ddpm.cli import hydra_app
 from ddpm.errors import UserError
 from ddpm.files import leftovers, open_regular, reason
+from ddpm.report import FAILED
 
 RUN_FILES = (
     "config.yaml",
@@ -19,15 +20,17 @@ RUN_FILES = (
     "metrics.jsonl",
     "train.log",
     "result.json",
-    "failed.txt",
+    FAILED,
     "loss.png",
     "forward.png",
     "schedule.png",
 )
-RUN_FOLDERS = ("checkpoints", "samples")
-FAILED = "failed.txt"  # of a job of a sweep: why
+RUN_FOLDERS = ("checkpoints", "samples", "tensorboard")
 LOCK = ".lock"
-_OURS = re.compile(r"((step_\d+|best)\.safetensors|step_\d+\.png)")  # in RUN_FOLDERS
+LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
+_OURS = re.compile(
+    r"((step_\d+|best)\.safetensors|step_\d+\.png|events\.out\.tfevents\..+)"
+)  # in RUN_FOLDERS
 
 
 @dataclass
@@ -137,15 +140,16 @@ def read_result(folder: Path) -> dict[str, float] | None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the folder's lock, which it does as long as it works there."""
-    if not (folder / LOCK).is_file():
-        return False
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)
+    """Whether a process trains in the folder. Nothing is written, and those who ask do not see one another."""
+    import fcntl  # which Windows has not
+
     try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):
+        with open_regular(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go where the file is closed
+    except BlockingIOError:
         return True
-    lock.release()
+    except OSError:  # no lock was ever there, or it may not be looked at
+        return False
     return False
 
 
@@ -162,7 +166,7 @@ def _lock(folder: Path) -> FileLock:
     """Held until it is released or the process ends, however it ends."""
     taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        taken.acquire(timeout=0.5, poll_interval=0.05)  # `is_running` may look at this very moment
+        taken.acquire(timeout=LOCK_WAIT, poll_interval=0.05)
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
     return taken

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm.cli import hydra_app, job, leases, run_folder, signals
+from ddpm import report, report_table
+from ddpm.cli import hydra_app, job, leases, run_folder, signals, tensorboard
 from ddpm.cli.progress import tell, typed
-from ddpm.cli.sweep_table import sweep_table
 from ddpm.config import TrainConfig, check
 from ddpm.errors import UserError
 
@@ -43,8 +43,7 @@ def sweep(overrides: list[str]) -> None:
         limits, environment = _shares(of_hydra, of_jobs, choice["hydra/launcher"], settings, len(jobs))
         where = hydra_app.quote_path(f"hydra.sweep.dir={folder}", always=True)
         status = _launch(["-m", *of_hydra, *of_jobs, *limits, where], environment, folder)
-        names = [job.name(overrides) for overrides in jobs]
-        tell(sweep_table(folder, names))
+        _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
     finally:
         lock.release()
     if (number := signals.stop_requested()) is not None:
@@ -82,8 +81,19 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
 
 def _check(overrides: list[str]) -> None:
     config: TrainConfig = check(TrainConfig, hydra_app.compose("train", overrides))
+    tensorboard.check(config)
     if config.gpus is not None:
         leases.allowed(config.gpus, config.device, sys.maxsize)
+
+
+def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
+    """The table of what is there, and what looks closer."""
+    figure = hydra_app.typed_value(of_jobs, "minimize") or "val_eps_mse"
+    with suppress(UserError):  # no run at all
+        tell(report_table.table(report.read_all([folder], run_folder.is_running), figure))
+    if missing := sum(not (folder / name).is_dir() for name in planned):
+        tell(f"{missing} of {len(planned)} jobs were not begun")
+    tell(f"pictures and CSV: ddpm-report {typed(folder)}")
 
 
 def _claim(run_dir: str | None) -> tuple[Path, Any]:

@@ -10,6 +10,7 @@ from ddpm.cli.progress import Log, duration, estimate, figures, tell, typed
 from ddpm.config import TrainConfig, to_dict
 from ddpm.errors import UserError
 from ddpm.files import reason, write_atomically
+from ddpm.report import FAILED
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,9 @@ def _sweep(overrides: list[str]) -> None:
 def train(config: TrainConfig) -> float:
     """The whole command for one checked config; returns the last val_eps_mse."""
     from ddpm import build
-    from ddpm.cli import resume, run_folder
+    from ddpm.cli import resume, run_folder, tensorboard
 
+    tensorboard.check(config)
     started = time.perf_counter()
     _set_up_torch(config.trainer.deterministic)
     place = resume.place(config)
@@ -82,7 +84,7 @@ def _train_in(
             if source is None or not in_place:
                 run_folder.clear(run_dir)
             run_folder.sweep(run_dir)
-            for ended in ("result.json", run_folder.FAILED):  # what they say is of a shorter run
+            for ended in ("result.json", FAILED):  # what they say is of a shorter run
                 (run_dir / ended).unlink(missing_ok=True)
             log = _write_start(run, data, run_dir)
             for note in resume.notes(source, run) if source else []:
@@ -177,12 +179,13 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
 def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     """The training, with its bar or plain lines; what signals ask for is done between two steps."""
     from ddpm import memory
+    from ddpm.cli import tensorboard
     from ddpm.training import fit, keep
 
     first, clock = run.step, time.perf_counter()
     exhausted = False
     try:
-        with log.bar(run) as bar:
+        with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
             for progress in fit(run, data, run_dir):
                 bar.update()
                 if progress.step == first + 1:  # which also compiled, allocated and picked algorithms
@@ -191,6 +194,7 @@ def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
                     log.say(estimate(run, (time.perf_counter() - clock) / 3))
                 if progress.record:
                     log.record(progress.record, run.max_steps, bar)
+                    mirror(progress.record)
                 if signals.save_requested():
                     path = keep(run, run_dir, progress.record or {})
                     log.say(f"saved {path.relative_to(run_dir)} (SIGUSR1)")

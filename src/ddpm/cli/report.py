@@ -1,0 +1,144 @@
+"""ddpm-report: the runs of a sweep, or any others, side by side: a table, CSV and pictures."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddpm.cli import hydra_app
+from ddpm.config import Choice
+from ddpm.errors import UserError, printable
+from ddpm.files import reason, write_atomically
+
+if TYPE_CHECKING:
+    from ddpm.report import RunRow
+
+MAX_IMAGES = 64  # of each run in contact.png,
+MAX_ROWS = 100  # runs in it
+MAX_NAME = 28
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    folder: list[str]
+    figure: str
+    contact: bool
+    n: int
+    seed: int
+    sampler: Choice | None  # None: each run's own
+    device: str
+    out: str | None
+
+
+def main() -> None:
+    sys.argv[1:] = _with_folders(sys.argv[1:])
+    hydra_app.run("report", ReportConfig, report, defaults=_before_typed)
+
+
+def _with_folders(arguments: list[str]) -> list[str]:
+    """Bare arguments, and those of folder=…, as one list in Hydra's grammar. A job's folder may hold a `=` itself."""
+    folders, others = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "folder" and equals:
+            folders += value[1:-1].split(",") if value[:1] == "[" and value[-1:] == "]" else [value]
+        elif argument[:1] not in ("-", "~", "") and (not equals or "/" in key):
+            folders.append(argument)
+        else:
+            others.append(argument)
+    quoted = ",".join(hydra_app.quoted(folder.strip(" '\"")) for folder in folders if folder)
+    return [*others, f"folder=[{quoted}]"] if quoted else others
+
+
+def _before_typed(overrides: list[str]) -> list[str]:
+    """Nothing, but a parameter of a sampler needs the sampler."""
+    parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
+    if parameters and hydra_app.typed_value(overrides, "sampler") is None:
+        raise UserError(f"{parameters[0]}: name the sampler, too (sampler=ddim {parameters[0]})")
+    return []
+
+
+def report(config: ReportConfig) -> None:
+    """The whole command for one checked config."""
+    from ddpm import report, report_table
+    from ddpm.cli import run_folder
+
+    if config.n > MAX_IMAGES:
+        raise UserError(f"n={config.n}: must be a number from 1 to {MAX_IMAGES}")
+    if config.contact:
+        _check_device(config.device)
+    folders = [Path(folder) for folder in config.folder]
+    rows = report.ranked(report.read_all(folders, run_folder.is_running), config.figure)
+    print(report_table.table(rows, config.figure), flush=True)
+    out = _out(config, folders, rows)
+    try:
+        write_atomically(out / "report.csv", report_table.csv_text(rows, config.figure).encode())
+        print(printable(str(out / "report.csv")), flush=True)
+        if any(row.best(config.figure) for row in rows):
+            from ddpm import report_pictures
+
+            report_pictures.draw(rows, config.figure, out / "report.png")
+            print(printable(str(out / "report.png")), flush=True)
+        else:
+            print(f"no run has a {config.figure} yet: no report.png")
+        if config.contact:
+            _contact(config, rows, out / "contact.png")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
+
+
+def _check_device(name: str) -> None:
+    """A mistake comes before all else; that `auto` and `cpu` are none is known without torch."""
+    if name not in ("auto", "cpu"):
+        from ddpm import build
+
+        build.device(name)
+
+
+def _out(config: ReportConfig, folders: list[Path], rows: "list[RunRow]") -> Path:
+    """Beside the runs of one folder; a run's own folder is not written to."""
+    if config.out is None:
+        alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
+        return folders[0] if alone else hydra_app.run_folder("outputs/report")
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make out={config.out}: {reason(error)}") from None
+    return Path(config.out)
+
+
+def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
+    """contact.png, with a bar on a terminal; a run that cannot be drawn from says why."""
+    from tqdm import tqdm
+
+    from ddpm import build, checkpoint, contact, report_table
+    from ddpm.images import save_png
+    from ddpm.report import brief
+
+    device, keys = build.device(config.device), report_table.varying(rows)
+    sampler = "each run's own sampler" if config.sampler is None else config.sampler.name
+    title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
+    strips: list[contact.Strip] = []
+    left_out: list[str] = []
+    for row in tqdm(rows, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+        if len(strips) == MAX_ROWS:
+            left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(rows)}")
+            break
+        head = report_table.measured(row, config.figure) or f"no {config.figure}"
+        try:
+            if not checkpoint.of_run(row.path):  # the table says what is the matter
+                continue
+            images, step = contact.drawn(row.path, config.n, config.seed, config.sampler, device)
+        except (UserError, OSError) as error:
+            left_out.append(f"no images of {row.name}: {brief(str(error), row.path)}")
+            continue
+        named = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name says the settings again
+        foot = f"{row.status}, step {step}{named}"
+        strips.append(contact.Strip(head, report_table.label(row, keys), foot, images))
+    for line in left_out:
+        print(printable(line))
+    if not strips:
+        print(f"nothing to draw from: no {picture.name}")
+        return
+    save_png(picture, contact.sheet(title, strips))
+    print(printable(str(picture)))
