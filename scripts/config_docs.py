@@ -58,7 +58,10 @@ def _top_keys(command: str) -> list[tuple[str, str, str, str]]:
     content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{command}.yaml"))
     assert isinstance(content, dict)
     keys = [str(key) for key in content if key not in ("defaults", "hydra")]
-    return [(key, _shown(content[key]), _allowed(key, command), NOTES[key]) for key in keys]
+    return [
+        (key, _shown(content[key]), _allowed(key, command), NOTES.get(f"{command}.{key}") or NOTES[key])
+        for key in keys
+    ]
 
 
 def _defaults(group: str, key: str) -> str:
