@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddpm.config import TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # reading a header needs no torch
     from torch import Tensor
 
 _STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
+# Keys that configs had not yet when some checkpoints were written, and what they meant by leaving them out.
+ADDED_LATER: dict[str, Any] = {"trainer.init_from": None}
 CHUNK = 1 << 20  # bytes read at a time of tensors that are not wanted
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
@@ -55,9 +57,20 @@ def config(path: Path, meta: Meta) -> TrainConfig:
             f"{path} cannot be used: its config holds '${{', and only plain values are read"
         )
     try:
-        return check(TrainConfig, meta.config)  # type: ignore[no-any-return]
+        return check(TrainConfig, _with_added(meta.config))  # type: ignore[no-any-return]
     except UserError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def _with_added(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with every key of ADDED_LATER; where a whole part is missing, `check` will say so."""
+    filled = dict(raw)
+    for key, default in ADDED_LATER.items():
+        group, _, name = key.rpartition(".")
+        part = filled.get(group) if group else filled
+        if isinstance(part, Mapping) and name not in part:
+            filled = {**filled, group: {**part, name: default}} if group else {**filled, name: default}
+    return filled
 
 
 def verify(path: Path) -> None:

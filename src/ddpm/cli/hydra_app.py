@@ -14,12 +14,14 @@ from typing import Any
 
 from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
-from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
+from ddpm.config import CONFIG_DIR, check, choices, plugin_hint
 from ddpm.errors import UserError, printable
 from ddpm.files import reason
+from ddpm.values import nearest
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume")
+PATH_KEYS: tuple[str, ...] = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path")
+PATH_KEYS += ("trainer.resume", "trainer.init_from")
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 
@@ -187,6 +189,8 @@ def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: li
     except HydraException as error:
         raise UserError(_one_line(error, program)) from None
     checked = [check(schema, compose(program, [o for o in job if not o.startswith("hydra")])) for job in jobs]
+    if len({config.trainer.init_from for config in checked}) > 1:
+        raise UserError("trainer.init_from is not in the names of a sweep's folders: give one value")
     run_dirs = {config.run_dir for config in checked}
     if len(run_dirs) > 1:
         raise UserError("run_dir names the folder of the whole sweep: give one value")
