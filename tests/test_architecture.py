@@ -15,6 +15,7 @@ LAYERS = [
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins"},
     {"sampling", "tasks", "inputs"},
+    {"library"},
     {"runs"},
     {"training"},
     {"cli"},

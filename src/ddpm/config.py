@@ -128,6 +128,18 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class DrawConfig:
+    """What `Model.sample` takes beside a sampler."""
+
+    n: int
+    seed: int
+    index: Several | None
+    label: Several | None
+    guidance_scale: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     ckpt: str
 
@@ -137,14 +149,29 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
 
     Raises UserError with one line: the full key, the value, and what is allowed.
     """
-    _check_keys(raw, typing.get_type_hints(schema), path)
-    return schema(**check_values(schema, raw, path))
+    fields = typing.get_type_hints(schema)
+    _check_keys(raw, fields, path)
+    return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
 
 
-def check_values(schema: type, raw: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Some of the schema's keys, each as `check` would have it. Raises UserError."""
-    hints = typing.get_type_hints(schema)
-    return {key: _value(hints[key], value, path + key) for key, value in raw.items()}
+def trained_sampler(config: TrainConfig) -> Choice:
+    """The sampler a model was trained with, in no more steps than the model has timesteps."""
+    params = dict(config.sampler.params)
+    if params["num_steps"] is not None:  # written for many timesteps; this model may have few
+        params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
+    return Choice(config.sampler.name, params)
+
+
+def choose_sampler(config: TrainConfig, name: str | None, settings: Mapping[str, Any]) -> Choice:
+    """A sampler by its file's name (None: the one of the training), with these settings. Raises UserError."""
+    if name is None:
+        base = trained_sampler(config).to_dict()
+    elif name in (known := choices("sampler")):
+        base = known[name]
+    else:
+        hint = plugin_hint("sampler") + nearest(str(name), known)
+        raise UserError(f"sampler={name}: must be one of {', '.join(known)}{hint}")
+    return check_choice("sampler", {**base, **settings})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
