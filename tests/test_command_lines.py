@@ -45,6 +45,10 @@ WRONG = [
     ("sample", ["ckpt=no.safetensors"], "no.safetensors does not exist"),
     ("sample", ["ckpt=latest", "n=-5"], "n=-5"),
     ("sample", ["m=5"], "unknown key 'm'"),
+    ("export", ["ckpt=latest"], "out is needed: out=…"),
+    ("export", ["ckpt=none", "out=a"], "none does not exist"),
+    ("export", ["ckpt=none", "out=a", "format=onnx"], "format=onnx: must be one of diffusers, safetensors"),
+    ("export", ["ckpt=none", "out=a", "emma=true"], "unknown key 'emma'; did you mean 'ema'?"),
     ("info", ["ckpt=a.pt"], "a.pt does not exist"),
 ]
 
@@ -76,7 +80,7 @@ def test_absent_dataset_without_network(command: Command, tmp_path: Path) -> Non
 
 
 def test_help_is_answered_without_torch_or_hydra(command: Command) -> None:
-    for program in ("train", "sample", "info"):
+    for program in ("train", "sample", "export", "info"):
         result = command(program, "--help", PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}

@@ -140,6 +140,14 @@ class DrawConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    ckpt: str
+    format: str
+    out: str
+    ema: bool
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     ckpt: str
 

@@ -99,6 +99,7 @@ LIMITS: dict[str, Allowed] = {
     "seeds": Between(0, 2**63 - 1),
     "batch_size": Between(1, 2**20),
     "nrow": Between(1, 10**6),
+    "format": ("diffusers", "safetensors"),
     "save": ("grid", "images", "npz", "trajectory"),
 }
 
