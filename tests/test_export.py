@@ -126,7 +126,8 @@ def test_ancestral_sampling_is_the_same(
     feed = iter([drawn[20], *drawn])
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *a, **k: next(feed))
-    theirs = pipeline(batch_size=2, num_inference_steps=20, output_type="pt").images * 2 - 1
+    images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     path = sampling.levels(model, model.config.sampler)
     denoise = sampling.denoiser(model, model.config.sampler, None, sampling.Guidance())
     steps = SAMPLERS["ddpm"](denoise, path, drawn[20], lambda k: drawn[k], variance=variance)

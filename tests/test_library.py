@@ -82,6 +82,7 @@ def test_all_that_is_offered_is_there_and_documented() -> None:
     assert set(ddpm.library.__all__) < set(ddpm.__all__)
 
 
+@pytest.mark.slow
 def test_mypy_sees_the_types(tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(
         "import ddpm\nreveal_type(ddpm.load('latest').sample(4))\nddpm.load('a').sample('four')\nddpm.lead\n"

@@ -52,9 +52,9 @@ def _theirs(diffusers: Any, model: Model, folder: Path, noise: Tensor, labels: T
             generator=torch.Generator().manual_seed(0),
             num_inference_steps=steps,
             use_clipped_model_output=True,
-            output_type="pt",
+            output_type="np",  # "pt" is not the same in all versions
         ).images
-        return torch.as_tensor(images) * 2 - 1
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **local)
     assert unet.config.num_class_embeds == unet_config(model)["num_class_embeds"]
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)

@@ -263,6 +263,6 @@ def draw_all(
 
 def _plain(value: Any) -> Any:
     """Sequences and numbers of other libraries as config checks know them."""
-    if isinstance(value, Sequence | range) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
