@@ -9,12 +9,14 @@ PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
     {"errors", "checks", "limits", "files"},
+    {"values"},
     {"config", "randomness", "schedules", "meta", "memory"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins", "report", "report_table"},
     {"sampling", "tasks", "inputs", "report_pictures"},
-    {"contact"},
+    {"library", "export", "contact"},
+    {"card", "crosscheck"},
     {"runs"},
     {"training"},
     {"cli"},

@@ -35,6 +35,8 @@ WRONG = [
     ("train", ["dataset=folder", "dataset.path=missing"], "missing"),
     ("train", ["trainer.resume=auto"], "trainer.resume=auto needs run_dir"),
     ("train", ["trainer.resume=no/such/run"], "no/such/run does not exist"),
+    ("train", ["trainer.resume=a", "trainer.init_from=b"], "leave one of them out"),
+    ("train", ["trainer.init_from=no/such/run"], "no/such/run does not exist"),
     ("train", ["run_dir"], "settings are written key=value"),
     ("train", ["--resume"], "unknown flag '--resume'"),
     ("train", ["--experimental-rerun=x"], "unknown flag"),
@@ -45,6 +47,10 @@ WRONG = [
     ("sample", ["ckpt=no.safetensors"], "no.safetensors does not exist"),
     ("sample", ["ckpt=latest", "n=-5"], "n=-5"),
     ("sample", ["m=5"], "unknown key 'm'"),
+    ("export", ["ckpt=latest"], "out is needed: out=…"),
+    ("export", ["ckpt=none", "out=a"], "none does not exist"),
+    ("export", ["ckpt=none", "out=a", "format=onnx"], "format=onnx: must be one of diffusers, safetensors"),
+    ("export", ["ckpt=none", "out=a", "emma=true"], "unknown key 'emma'; did you mean 'ema'?"),
     ("info", ["ckpt=a.pt"], "a.pt does not exist"),
 ]
 
@@ -76,7 +82,7 @@ def test_absent_dataset_without_network(command: Command, tmp_path: Path) -> Non
 
 
 def test_help_is_answered_without_torch_or_hydra(command: Command) -> None:
-    for program in ("train", "sample", "info", "report"):
+    for program in ("train", "sample", "info", "report", "export"):
         result = command(program, "--help", PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}

@@ -1,6 +1,25 @@
-"""Train, sample and judge denoising diffusion models on small images."""
+"""Train, sample and judge denoising diffusion models on small images; `ddpm.library` says what is offered here."""
 
+from typing import TYPE_CHECKING, Any
+
+from ddpm.errors import UserError
 from ddpm.plugins import register
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from ddpm.library import Model, load, save_grid, to_uint8
+
+__all__ = ["Model", "UserError", "load", "register", "save_grid", "to_uint8"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
+    from ddpm import library
+
+    return getattr(library, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

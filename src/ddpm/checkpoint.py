@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ddpm.config import TrainConfig, brought_up_to_date, check
+from ddpm.config import TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.files import open_regular, reason, write_atomically
-from ddpm.meta import DTYPES, MAX_HEADER, Entry, Meta, parse_header, to_metadata
+from ddpm.meta import DTYPES, MAX_HEADER, Entry, Meta, brought_up_to_date, parse_header, to_metadata
 
 if TYPE_CHECKING:  # reading a header needs no torch
     from torch import Tensor

@@ -6,8 +6,6 @@ configs stored in checkpoints pass through here.
 """
 
 import dataclasses
-import difflib
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,8 +16,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ddpm.errors import UserError, is_plain
-from ddpm.limits import LIMITS, Between, describe
+from ddpm.errors import UserError
+from ddpm.values import like, nearest
 
 _PACKAGED = Path(__file__).parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -78,6 +76,7 @@ class Trainer:
     checkpoint_every: int
     keep: int
     resume: str | None
+    init_from: str | None
     deterministic: bool
 
 
@@ -133,31 +132,28 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class DrawConfig:
+    """What `Model.sample` takes beside a sampler."""
+
+    n: int
+    seed: int
+    index: Several | None
+    label: Several | None
+    guidance_scale: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    ckpt: str
+    format: str
+    out: str
+    ema: bool
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     ckpt: str
-
-
-MAX_ITEMS = 4096  # in a list
-
-# Keys that configs in older checkpoints do not have, by full key.
-ADDED_LATER: dict[str, Any] = {
-    "gpus": None,
-    "jobs_per_gpu": 1,
-    "minimize": "val_eps_mse",
-    "logger": "files",
-}
-
-
-def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A config from a checkpoint with the keys that came after it."""
-    config = dict(stored)
-    for key, value in ADDED_LATER.items():
-        part, _, name = key.rpartition(".")
-        if not part:
-            config.setdefault(name, value)
-        elif isinstance(config.get(part), Mapping):
-            config[part] = {name: value, **config[part]}
-    return config
 
 
 def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
@@ -170,6 +166,26 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
     return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
 
 
+def trained_sampler(config: TrainConfig) -> Choice:
+    """The sampler a model was trained with, in no more steps than the model has timesteps."""
+    params = dict(config.sampler.params)
+    if params["num_steps"] is not None:  # written for many timesteps; this model may have few
+        params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
+    return Choice(config.sampler.name, params)
+
+
+def choose_sampler(config: TrainConfig, name: str | None, settings: Mapping[str, Any]) -> Choice:
+    """A sampler by its file's name (None: the one of the training), with these settings. Raises UserError."""
+    if name is None:
+        base = trained_sampler(config).to_dict()
+    elif name in (known := choices("sampler")):
+        base = known[name]
+    else:
+        hint = plugin_hint("sampler") + nearest(str(name), known)
+        raise UserError(f"sampler={name}: must be one of {', '.join(known)}{hint}")
+    return check_choice("sampler", {**base, **settings})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A checked config as plain data, the inverse of `check`."""
 
@@ -179,12 +195,6 @@ def to_dict(config: Any) -> dict[str, Any]:
         return vars(part) if dataclasses.is_dataclass(part) else part
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint "; did you mean …?" or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 ADDED: dict[str, dict[str, dict[str, Any]]] = {}  # choices without a file, by group and name
@@ -230,7 +240,7 @@ def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     if hint is Choice:
-        return _choice(value, path)
+        return check_choice(path, value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{path}={value!r}: must be a set of keys")
@@ -241,13 +251,14 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             return None
         return str(value) if str in kinds[1:] and isinstance(value, str) else _value(kinds[0], value, path)
     if hint is Several:
-        return Several(_like([0], value if isinstance(value, list) else [value], path))
+        return Several(like([0], value if isinstance(value, list) else [value], path))
     if typing.get_origin(hint) is list:
-        return _like([typing.get_args(hint)[0]()], value, path)
-    return _like(hint(), value, path)
+        return like([typing.get_args(hint)[0]()], value, path)
+    return like(hint(), value, path)
 
 
-def _choice(raw: Any, path: str) -> Choice:
+def check_choice(path: str, raw: Any) -> Choice:
+    """What `path`, a group, is to be: a name and all of its keys. Raises UserError."""
     names = {content["name"] for content in choices(path).values()}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         raise UserError(
@@ -273,46 +284,5 @@ def _like_any(examples: list[Any], value: Any, path: str) -> Any:
     if value is None and None in examples:
         return None
     if path == "sampler.spacing" and isinstance(value, list):
-        return _like([0.0], value, path)
-    return _like(next((example for example in examples if example is not None), None), value, path)
-
-
-def _like(example: Any, value: Any, path: str) -> Any:
-    """`value`, if it is of the example's type and within the limits of its key."""
-    match example:
-        case None:
-            result, kind = value, "plain data"
-            fits = value is None or isinstance(value, str | int | float | bool | list)
-        case bool():
-            result, kind, fits = value, "true or false", isinstance(value, bool)
-        case int():
-            result, kind = value, "a whole number"
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        case float():
-            fits, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
-            result = float(value) if fits and abs(value) < 1e300 else value
-        case str():
-            result, kind = value, "a text without control characters"
-            fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
-        case list():
-            if not isinstance(value, list | tuple) or len(value) > MAX_ITEMS:
-                raise UserError(f"{path}={value!r}: must be a list such as [1, 2]")
-            item = example[0] if example else 0
-            return [_like(item, each, path) for each in value]
-        case _:
-            raise AssertionError(f"{path}: a config holds plain values and lists of them")
-    allowed = LIMITS.get(path)
-    if not fits:
-        raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
-    if allowed and value is not None and not isinstance(value, list) and result not in allowed:
-        words = () if isinstance(allowed, Between) or not isinstance(value, str) else allowed
-        hint = nearest(value, words) if words else ""
-        raise UserError(f"{path}={_show(value)}: must be {describe(allowed)}{hint}")
-    if isinstance(result, float) and not math.isfinite(result):
-        raise UserError(f"{path}={_show(value)}: must be a finite number")
-    return result
-
-
-def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) < 80 else text[:77] + "…"
+        return like([0.0], value, path)
+    return like(next((example for example in examples if example is not None), None), value, path)

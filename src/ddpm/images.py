@@ -56,6 +56,11 @@ def save_png(path: Path, image: Pixels) -> None:
     write_atomically(path, data.getvalue(), durable=False)
 
 
+def save_grid(images: Tensor, path: str | Path, nrow: int | None = None) -> None:
+    """(N, C, H, W) in [-1, 1], C 1 or 3, as one PNG, `nrow` in a row; whole or not there. Raises OSError."""
+    save_png(Path(path), grid(to_uint8(images), nrow))
+
+
 def save_gif(path: Path, frames: Sequence[Pixels], milliseconds: int = 60) -> None:
     """Frames (H, W, C) as a looping film that rests on its last frame, whole or not there. Raises OSError."""
     first, *rest = [_pillow(frame) for frame in frames]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ddpm import build
-from ddpm.config import Choice, choices, nearest
+from ddpm.config import Choice, choices
 from ddpm.datasets.folder import SUFFIXES, is_image, read_image
 from ddpm.datasets.reading import reason, user_path
 from ddpm.datasets.types import Dataset, Facts
 from ddpm.errors import DataError, UserError
 from ddpm.randomness import uniform
+from ddpm.values import nearest
 
 MAX_INPUTS = 4_096
 UNKNOWN_SHARE = 0.75  # of the pixels under mask=random

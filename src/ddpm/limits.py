@@ -103,6 +103,7 @@ LIMITS: dict[str, Allowed] = {
     "batch_size": Between(1, 2**20),
     "nrow": Between(1, 10**6),
     "figure": ("val_eps_mse", "val_loss"),
+    "format": ("diffusers", "safetensors"),
     "save": ("grid", "images", "npz", "trajectory"),
 }
 

@@ -8,6 +8,7 @@ text; the text holds the hash of the tensors. So every byte that means something
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,3 +178,25 @@ def _entry(name: str, fields: Any) -> Entry:
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
         raise wrong
     return Entry(dtype, tuple(shape), *offsets)
+
+
+# Keys that configs in older checkpoints do not have, by full key.
+ADDED_LATER: dict[str, Any] = {
+    "gpus": None,
+    "jobs_per_gpu": 1,
+    "minimize": "val_eps_mse",
+    "logger": "files",
+    "trainer.init_from": None,
+}
+
+
+def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config from a checkpoint with the keys that came after it."""
+    config = dict(stored)
+    for key, value in ADDED_LATER.items():
+        part, _, name = key.rpartition(".")
+        if not part:
+            config.setdefault(name, value)
+        elif isinstance(config.get(part), Mapping):
+            config[part] = {name: value, **config[part]}
+    return config

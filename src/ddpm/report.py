@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from ddpm import checkpoint, metrics
-from ddpm.config import TrainConfig, brought_up_to_date, check, to_dict
+from ddpm.config import TrainConfig, check, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import open_regular, reason
+from ddpm.meta import brought_up_to_date
 
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000

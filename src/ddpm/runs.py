@@ -5,7 +5,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ddpm import __version__, build, checkpoint
 from ddpm.config import TrainConfig, to_dict
 from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.diffusion import Objective
-from ddpm.errors import CheckpointError
+from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Entry, Meta
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
@@ -41,6 +41,7 @@ class Run:
     loss_sum: Tensor  # of the steps since the last line of metrics.jsonl,
     since: int = 0  # which was written at this step
     step: int = 0
+    notes: list[str] = field(default_factory=list)  # for the user, of how it began
 
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
@@ -191,6 +192,37 @@ def restore(run: Run, path: Path) -> None:
     if log := checkpoint.part(tensors, "log"):
         run.loss_sum, run.since = log["loss_sum"].to(run.device), min(int(log["since"]), meta.step)
     run.step = meta.step
+
+
+LISTED = 6  # tensors in a note
+
+
+def init_from(run: Run, ckpt: str) -> list[str]:
+    """Begin with another run's averaged weights: what has the same name and shape goes into network and average.
+
+    `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
+    and which of the run's tensors stay as they are. Raises UserError if nothing fits, or nothing there is whole.
+    """
+    path, notes = checkpoint.newest_good(checkpoint.find(ckpt), check=build.examine)
+    meta, tensors = checkpoint.load(path, "ema")
+    found, own = checkpoint.part(tensors, "ema"), run.network.state_dict()
+    fits = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    new = [
+        f"{name} {_shape(own[name])}, there {_shape(found[name]) if name in found else 'is none'}"
+        for name in own
+        if name not in fits
+    ]
+    listed = "; ".join(new[:LISTED]) + (f"; and {len(new) - LISTED} more" if len(new) > LISTED else "")
+    if not fits:
+        raise UserError(f"trainer.init_from={ckpt}: no tensor of {path} fits this network: {listed}")
+    for network in (run.network, run.ema):
+        build.load_weights(path, network, {**network.state_dict(), **fits})
+    notes.append(f"begins with {len(fits)} of {len(own)} tensors from step {meta.step:,} of {path}")
+    return [*notes, f"new: {listed}"] if new else notes
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
 
 
 def _check_complete(path: Path, run: Run, table: Mapping[str, Entry]) -> None:

@@ -1,14 +1,16 @@
 """From a checkpoint to images: the model in it, rebuilt, and the sampler a config names, run on images by index."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm import build, checkpoint
-from ddpm.config import Choice, TrainConfig
+from ddpm import build, checkpoint, memory
+from ddpm.config import Choice, DrawConfig, TrainConfig, check, choose_sampler
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Denoiser
 from ddpm.errors import UserError
@@ -25,8 +27,10 @@ class Model:
     network: nn.Module
     schedule: NoiseSchedule
     config: TrainConfig
-    facts: Facts
+    facts: Facts  # of the images it was trained on
     device: torch.device
+    step: int = 0  # of the training
+    figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
 
     @property
     def conditional(self) -> bool:
@@ -35,6 +39,42 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.facts.channels, self.facts.image_size, self.facts.image_size
+
+    def sample(
+        self,
+        n: int = 64,
+        *,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+        label: int | Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        sampler: str | None = None,
+        batch_size: int = 256,
+        **settings: Any,
+    ) -> Tensor:
+        """New images, float32 (n, C, H, W) in [-1, 1] on the CPU: those that ddpm-sample draws for the same values.
+
+        Image i of a seed is the same whatever n, batch_size or the others are; `index` names the images, instead
+        of 0 … n-1. Image i has the class label[i mod K], of all classes where none is given. `sampler` is that of
+        the training or, by name, another one with its own defaults; `settings` are its keys, such as num_steps,
+        spacing, clip, eta. Raises UserError, with the key, for what is out of range or does not fit the model.
+        """
+        typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
+        typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
+        todo: DrawConfig = check(DrawConfig, typed)
+        chosen = choose_sampler(self.config, sampler, {key: _plain(value) for key, value in settings.items()})
+        numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
+        guidance = Guidance(todo.guidance_scale)
+        y = labels(self, todo.label, numbers, guidance)
+
+        def halved(left: int, size: int) -> None:
+            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
+
+        steps = generation(self, chosen, numbers, todo.seed)
+        x, _ = draw_all(
+            self, chosen, guidance, y, len(numbers), steps, todo.batch_size, lambda places, step: None, halved
+        )
+        return x.clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +95,8 @@ def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Met
     network.to(device).eval()
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
-    return Model(network, build.schedule(config.schedule), config, build.facts(meta.facts), device), meta
+    schedule, facts = build.schedule(config.schedule), build.facts(meta.facts)
+    return Model(network, schedule, config, facts, device, meta.step, meta.figures), meta
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
@@ -166,3 +207,62 @@ def last(steps: Iterator[Step]) -> Tensor:
     for step in steps:
         x = step.x
     return x
+
+
+Steps = Callable[
+    [Denoiser, Tensor], Iterator[Step]
+]  # those that draw the results at some places (k,) of 0 … n-1
+
+
+def generation(model: Model, sampler: Choice, index: Tensor, seed: int) -> Steps:
+    """From pure noise: result i is image index[i] of the seed."""
+    return lambda denoise, places: draw(model, sampler, denoise, index[places].to(model.device), seed)
+
+
+def draw_all(
+    model: Model,
+    sampler: Choice,
+    guidance: Guidance,
+    y: Tensor | None,
+    n: int,
+    steps: Steps,
+    batch_size: int,
+    watch: Callable[[Tensor, Step], object],
+    halved: Callable[[int, int], object],
+) -> tuple[Tensor, int]:
+    """All n results of the classes y (n,), (n, C, H, W) on the CPU, and the network's evaluations for each of them.
+
+    In chunks of batch_size, or of half of it where memory does not suffice, and so on: `halved` gets how many
+    results are left, and the new size. `watch` sees each step, with the places. Raises UserError.
+    """
+    images: list[Tensor] = []
+    evaluations, size = 0, batch_size
+    while (done := sum(len(x) for x in images)) < n:
+        places = torch.arange(done, min(done + size, n))
+        try:
+            with torch.inference_mode():
+                labels = None if y is None else y[places].to(model.device)
+                denoise = denoiser(model, sampler, labels, guidance)
+                for step in finite(steps(denoise, places), places):
+                    watch(places, step)
+                images.append(step.x.cpu())
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+        else:
+            evaluations = denoise.evaluations
+            continue
+        if size == 1:  # what filled the memory is free only now that the error itself is gone
+            raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
+        size = max(1, len(places) // 2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halved(n - done, size)
+    return torch.cat(images), evaluations  # a tensor like any other, as it is made outside inference mode
+
+
+def _plain(value: Any) -> Any:
+    """Sequences and numbers of other libraries as config checks know them."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -131,6 +131,7 @@ ENTRIES = (
     Entry("a dataset's folder outside", at("../canary"), "train", UNTRAINED),
     Entry("a dataset's folder outside, absolute", at("{canary}"), "train", UNTRAINED),
     Entry("resume outside, in the config", fields(config__trainer__resume="{canary}"), "train", ALL),
+    Entry("init_from outside, in the config", fields(config__trainer__init_from="{canary}"), "train", ALL),
     # sizes
     Entry("a network of 10^10 parameters", key("", "model", UNET), "train", INFO),
     Entry("a hidden layer of 65,536", fields(config__model__hidden=65_536, facts__image_size=1024), fine=INFO),

@@ -19,6 +19,14 @@ def sample() -> None:
         main()
 
 
+def export() -> None:
+    """ddpm-export"""
+    with signals.heeded("export"):
+        from ddpm.cli.export import main
+
+        main()
+
+
 def info() -> None:
     """ddpm-info"""
     with signals.heeded("info"):

@@ -18,6 +18,12 @@ _HEAD = {
   ddpm-sample ckpt=latest task=inpaint input=my.png mask=left n=4
   ddpm-sample ckpt=latest task=variation input=mnist:test:0-7 strength=0.5
 """,
+    "export": """ddpm-export: a checkpoint as a folder that other tools load, with a model card
+
+  ddpm-export ckpt=latest out=my-model                       a pipeline of diffusers, ready to upload
+  ddpm-export ckpt=outputs/train/2026-01-31/12-00-00 out=my-model ema=false
+  ddpm-export ckpt=latest format=safetensors out=my-weights  weights and config alone
+""",
     "info": """ddpm-info: what a checkpoint is, read from its header alone
 
   ddpm-info ckpt=latest
@@ -34,6 +40,7 @@ _HEAD = {
 _GROUPS = {
     "train": ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"),
     "sample": ("sampler",),
+    "export": (),
     "info": (),
     "report": ("sampler",),
 }
@@ -64,7 +71,8 @@ NOTES = {
     "seeds": "interpolate: the two ends (default: seed and seed+1); with input: every two images",
     "ema": "averaged weights; false: the last ones",
     "save": "any of grid, images, npz, trajectory",
-    "out": "folder for the results (default: a new one under the run's)",
+    "out": "folder for the results (of ddpm-sample by default a new one under the run's)",
+    "format": "diffusers or safetensors",
     "nrow": "images in a row of the grid",
     "report.folder": "a sweep, a run, or a folder of them; or a list; the key itself need not be typed",
     "report.figure": "what runs are ranked by, at its best over each run: val_eps_mse or val_loss",

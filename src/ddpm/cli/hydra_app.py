@@ -14,13 +14,14 @@ from typing import Any
 
 from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
-from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
+from ddpm.config import CONFIG_DIR, check, choices, plugin_hint
 from ddpm.errors import UserError, printable
 from ddpm.files import reason
+from ddpm.values import nearest
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-# gpus=0,2,3 is one value, too.
-PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume", "gpus")
+PATH_KEYS: tuple[str, ...] = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path")
+PATH_KEYS += ("trainer.resume", "trainer.init_from", "gpus")  # gpus=0,2,3 is one value, too
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 

@@ -17,7 +17,7 @@ from ddpm.errors import UserError
 from ddpm.images import Pixels
 from ddpm.randomness import normal
 from ddpm.samplers import Step
-from ddpm.sampling import Model, denoiser, draw, labels, levels, run
+from ddpm.sampling import Model, Steps, denoiser, generation, labels, levels, run
 from ddpm.schedules import Level
 
 GENERATED = 64  # images, where n is not typed
@@ -34,7 +34,7 @@ class Plan:
     y: Tensor | None  # (n,)
     sampler: Choice  # as it is run
     num_steps: int
-    steps: Callable[[Denoiser, Tensor], Iterator[Step]]
+    steps: Steps
     rows: int | None = None  # of the grid; None: as in any grid
     left: list[Pixels] = field(default_factory=list)  # columns beside the results, an image for each row
     right: list[Pixels] = field(default_factory=list)
@@ -77,10 +77,7 @@ _HOW = {
 def _generate(config: SampleConfig, model: Model) -> Plan:
     index = torch.tensor(config.index) if config.index else torch.arange(config.n or GENERATED)
     y = labels(model, wanted(config), index, guidance(config))
-
-    def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
-        return draw(model, config.sampler, denoise, index[places].to(model.device), config.seed)
-
+    steps = generation(model, config.sampler, index, config.seed)
     return Plan(len(index), y, config.sampler, len(levels(model, config.sampler)) - 1, steps)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
 # What is not followed because a file says so: a checkpoint may come from anywhere.
-PATHS = ("data_root", "dataset.path")
+PATHS = ("data_root", "dataset.path", "trainer.init_from")
 NO_MATTER = (
     *PATHS,
     "run_dir",
@@ -57,6 +57,11 @@ def before_typed(overrides: list[str]) -> list[str]:
     typed = hydra_app.typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []
+    if hydra_app.typed_value(overrides, "trainer.init_from") not in (None, "null"):
+        raise UserError(
+            f"trainer.resume={typed} goes on with the weights of that run; trainer.init_from begins a new one: "
+            "leave one of them out"
+        )
     path, _ = checkpoint.newest_good(checkpoint.find(str(typed)), check=checkpoint.read_meta)
     was = to_dict(checkpoint.config(path, checkpoint.read_meta(path)[0]))
     if "path" in was["dataset"] and hydra_app.typed_value(overrides, "dataset.path") is None:
@@ -65,6 +70,7 @@ def before_typed(overrides: list[str]) -> list[str]:
             "itself: type dataset.path=…"
         )
     was["dataset"].pop("path", None)
+    was["trainer"]["init_from"] = None  # done long ago
     if hydra_app.typed_value(overrides, "trainer.max_steps"):
         was["trainer"]["max_epochs"] = None  # two ways to say one thing: the typed one counts
     new = (

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ddpm.cli import hydra_app
-from ddpm.config import SampleConfig, check, to_dict
+from ddpm.config import SampleConfig, check, to_dict, trained_sampler
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
 
@@ -45,10 +45,7 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
     # these two want no fresh noise
     if hydra_app.typed_value(overrides, "task") in ("reconstruct", "interpolate"):
         return ["sampler=ddim", "sampler.spacing=logsnr"]
-    sampler = trained.sampler.to_dict()
-    if sampler["num_steps"] is not None:  # written for many timesteps; this model may have few
-        sampler["num_steps"] = min(sampler["num_steps"], trained.schedule.params["num_timesteps"])
-    return hydra_app.as_overrides({"sampler": sampler})
+    return hydra_app.as_overrides({"sampler": trained_sampler(trained).to_dict()})
 
 
 def sample(config: SampleConfig) -> None:
@@ -94,56 +91,44 @@ class Drawn:
 
 
 def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
-    """All images, in chunks of batch_size, or of half of it where memory does not suffice, and so on."""
-    import torch
+    """All images, with a bar on a terminal."""
     from torch import Tensor
     from tqdm import tqdm
 
-    from ddpm import memory
-
-    images: list[Tensor] = []
-    film: list[Tensor] = []
-    evaluations, size = 0.0, config.batch_size
-    with (
-        torch.inference_mode(),
-        tqdm(unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar,
-    ):
-        while (done := sum(len(x) for x in images)) < todo.n:
-            bar.total = bar.n + todo.num_steps * -(-(todo.n - done) // size)
-            places = torch.arange(done, min(done + size, todo.n))
-            try:
-                x, frames, evaluations = _chunk(config, model, todo, places, bar)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_exhausted(error):
-                    raise
-            else:
-                images.append(x)
-                film = film or frames
-                continue
-            if size == 1:
-                raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
-            size = max(1, len(places) // 2)
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: going on with batch_size={size}, which changes no image")
-    return Drawn(torch.cat(images), todo.y, film, evaluations)
-
-
-def _chunk(
-    config: SampleConfig, model: "Model", todo: "Plan", places: "Tensor", bar: Any
-) -> "tuple[Tensor, list[Tensor], float]":
-    """The results at some places, the first of them after each step if they are wanted, and the network's calls."""
     from ddpm.cli.brought import guidance
-    from ddpm.sampling import denoiser, finite
+    from ddpm.samplers import Step
+    from ddpm.sampling import draw_all
 
-    film = []
-    y = None if todo.y is None else todo.y[places].to(model.device)
-    denoise = denoiser(model, todo.sampler, y, guidance(config))
-    for step in finite(todo.steps(denoise, places), places):
-        bar.update()
-        if places[0] == 0 and "trajectory" in config.save:
-            film.append(step.x[:FILM_IMAGES].cpu())
-    return step.x.cpu(), film, denoise.evaluations
+    film: list[Tensor] = []
+    with tqdm(unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+
+        def count(left: int, size: int) -> None:
+            bar.total = bar.n + todo.num_steps * -(-left // size)
+
+        def watch(places: Tensor, step: Step) -> None:
+            bar.update()
+            if places[0] == 0 and "trajectory" in config.save:
+                film.append(step.x[:FILM_IMAGES].cpu())
+
+        def halved(left: int, size: int) -> None:
+            if left == todo.n:
+                film.clear()
+            count(left, size)
+            tqdm.write(f"out of memory: going on with batch_size={size}, which changes no image")
+
+        count(todo.n, config.batch_size)
+        x, evaluations = draw_all(
+            model,
+            todo.sampler,
+            guidance(config),
+            todo.y,
+            todo.n,
+            todo.steps,
+            config.batch_size,
+            watch,
+            halved,
+        )
+    return Drawn(x, todo.y, film, evaluations)
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def _prepare(
     run = runs.prepare(config, data, device)
     if source is not None:
         runs.restore(run, source.path)
+    elif config.trainer.init_from is not None:
+        run.notes += runs.init_from(run, config.trainer.init_from)
     run.environment.update(git.commits())
     return run
 
@@ -87,7 +89,7 @@ def _train_in(
             for ended in ("result.json", FAILED):  # what they say is of a shorter run
                 (run_dir / ended).unlink(missing_ok=True)
             log = _write_start(run, data, run_dir)
-            for note in resume.notes(source, run) if source else []:
+            for note in [*run.notes, *(resume.notes(source, run) if source else [])]:
                 log.say(note)
             for note in run_folder.set_aside(run_dir, run.step) if source and in_place else []:
                 log.say(note)
