@@ -1,11 +1,14 @@
 """How the commands behave to people, terminals and shells."""
 
+import fcntl
 import os
 import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,7 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path: Path) -> None:
 def test_a_bar_and_no_colours_on_a_terminal(tmp_path: Path) -> None:
     """With NO_COLOR (https://no-color.org) or without: nothing is ever coloured."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows, columns
     child = subprocess.Popen(
         [BIN / "ddpm-train", *QUICK], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
     )
