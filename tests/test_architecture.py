@@ -9,7 +9,7 @@ PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
     {"errors", "checks", "limits", "files"},
-    {"config", "randomness", "schedules", "meta", "memory"},
+    {"config", "randomness", "schedules", "meta", "memory", "world", "distributed"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins"},

@@ -15,8 +15,9 @@ from typing import Any
 from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.config import CONFIG_DIR, check, choices, nearest, plugin_hint
-from ddpm.errors import UserError, printable
+from ddpm.errors import RankError, UserError, printable
 from ddpm.files import reason
+from ddpm.world import world, world_for_errors
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 PATH_KEYS = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path", "trainer.resume")
@@ -52,18 +53,22 @@ def run(
             overrides = read_overrides(arguments)
             task(check(schema, compose(program, defaults(overrides) + overrides)))
     except UserError as error:
-        sys.exit(_failure(program, str(error)))
+        sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
     except BrokenPipeError:  # `ddpm-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a path too long, a folder of somebody else's
         sys.exit(_failure(program, f"{reason(error)}: {error.filename or 'a file'}"))
     except (RuntimeError, MemoryError) as error:
+        from ddpm.distributed import is_lost
         from ddpm.memory import is_exhausted
 
+        if is_lost(error):
+            _failure(program, "another process of this run has ended: see what it, or torchrun, says")
+            sys.exit(1)
         if not is_exhausted(error):
             raise
-        sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}"))
+        sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
 
 
 def read_overrides(arguments: list[str]) -> list[str]:
@@ -178,6 +183,8 @@ def _sweep(program: str, schema: type, task: Callable[[Any], Any], arguments: li
 
     from ddpm.cli.sweep_table import sweep_table
 
+    if world().size > 1:
+        raise UserError("-m makes several runs: start torchrun for each, or leave torchrun out")
     overrides = read_overrides(arguments)
     if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
@@ -284,6 +291,10 @@ def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
         yield path, node
 
 
-def _failure(program: str, message: str) -> int:
-    print(f"ddpm-{program}: {printable(' '.join(message.split()))}", file=sys.stderr)
+def _failure(program: str, message: str, alone: bool = False) -> int:
+    """Of several processes that all fail alike one on each machine says so; `alone`: this is only this one's."""
+    own = world_for_errors()
+    if alone or own.speaks:
+        text = printable(" ".join(message.split()))
+        print(f"ddpm-{program}: {own.name * alone}{text}", file=sys.stderr)
     return 2
