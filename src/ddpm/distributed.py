@@ -19,7 +19,9 @@ from ddpm.memory import is_exhausted
 from ddpm.world import World
 
 T = TypeVar("T")
-WAIT = timedelta(hours=1)  # for a process that downloads a dataset while the others wait
+WAIT = timedelta(
+    days=1
+)  # for a slower process, or one that downloads a dataset; one that has gone is noticed at once
 _words: Any = None  # the group for words
 
 
@@ -138,8 +140,11 @@ def gathered(world: World, part: Tensor, n: int) -> Tensor:
     return whole
 
 
-def collected(world: World, part: Tensor, n: int) -> Tensor:
-    """(n, …) on rank 0 from every rank's own (share, …), on the CPU; the others keep their part."""
+def collected(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
+    """On rank 0, (sum of lengths, …) from every rank's own (its length, …), on the CPU; the others keep their part.
+
+    Rank 0 must have some itself: it knows the rest of the shape from them.
+    """
     if world.size == 1:
         return part
     part = part.contiguous()
@@ -147,13 +152,11 @@ def collected(world: World, part: Tensor, n: int) -> Tensor:
         if len(part):
             dist.send(part, dst=0, group=_words)
         return part
-    whole = part.new_empty(n, *part.shape[1:])
-    whole[world.share(n)] = part
+    parts = [part, *(part.new_empty(length, *part.shape[1:]) for length in lengths[1:])]
     for rank in range(1, world.size):
-        own = world.share(n, rank)
-        if own.stop > own.start:
-            dist.recv(whole[own], src=rank, group=_words)
-    return whole
+        if lengths[rank]:
+            dist.recv(parts[rank], src=rank, group=_words)
+    return torch.cat(parts)
 
 
 def begin_largest(world: World, numbers: Sequence[int]) -> Callable[[], list[int]]:

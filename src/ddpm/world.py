@@ -34,9 +34,14 @@ class World:
         return f"rank {self.rank}: " if self.size > 1 else ""
 
     def share(self, n: int, rank: int | None = None) -> slice:
-        """The part of 0 … n-1 that is this rank's (or another's): in order, as even as can be, maybe empty."""
+        """The part of 0 … n-1 that is this rank's (or another's): in order, the first ones larger by at most 1."""
         rank = self.rank if rank is None else rank
-        return slice(rank * n // self.size, (rank + 1) * n // self.size)
+        each, more = divmod(n, self.size)
+        return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
+
+    def lengths(self, n: int) -> list[int]:
+        """How many each rank has."""
+        return [self.share(n, rank).stop - self.share(n, rank).start for rank in range(self.size)]
 
 
 ALONE = World()

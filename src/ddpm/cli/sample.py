@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,14 @@ from ddpm.cli import hydra_app
 from ddpm.config import SampleConfig, check, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
+from ddpm.world import World, world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ddpm.cli.plan import Plan
+    from ddpm.meta import Meta
     from ddpm.sampling import Model
 
 FILM_IMAGES = 16
@@ -52,17 +55,50 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
 
 
 def sample(config: SampleConfig) -> None:
-    """The whole command for one checked config."""
+    """The whole command for one checked config.
+
+    Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
+    """
+    from ddpm import build
+    from ddpm.distributed import joined
+
+    started, own = time.perf_counter(), world()
+    device = build.device(config.device, own)
+    with joined(own, device):
+        _sample_on(config, own, device, started)
+
+
+def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
     from ddpm import build, checkpoint, sampling
     from ddpm.cli import plan
+    from ddpm.distributed import agreed, collected, told
 
-    started = time.perf_counter()
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
-    model, meta = sampling.load(path, build.device(config.device), config.ema)
-    todo = plan.make(config, model)
-    for note in [*notes, *todo.notes]:
+    path, notes = Path(), list[str]()
+    with agreed(own):
+        if own.first:
+            path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
+    path = told(own, path)
+    with agreed(own):
+        model, meta = sampling.load(path, device, config.ema)
+        todo = plan.make(config, model)
+    for note in [*notes, *todo.notes] if own.first else []:
         print(printable(note), flush=True)
-    drawn = _draw(config, model, todo)
+    with agreed(own):
+        drawn = _draw(config, model, todo, own)
+    drawn = replace(
+        drawn,
+        x=collected(own, drawn.x, own.lengths(todo.n)),
+        film=_whole_film(config, drawn.film, todo.n, own),
+    )
+    with agreed(own):
+        if own.first:
+            _finish(config, todo, drawn, path, meta, started)
+
+
+def _finish(
+    config: SampleConfig, todo: "Plan", drawn: "Drawn", path: Path, meta: "Meta", started: float
+) -> None:
+    """All that is written and said of all images."""
     measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
     about = {
         "checkpoint": str(path),
@@ -89,28 +125,26 @@ def sample(config: SampleConfig) -> None:
 class Drawn:
     x: "Tensor"  # (n, C, H, W)
     y: "Tensor | None"  # (n,)
-    film: "list[Tensor]"  # the first images after each step
+    film: "Tensor"  # (k, steps, C, H, W), the first images after each step; no steps where it is not wanted
     evaluations: float  # of the network, for each image
 
 
-def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
-    """All images, in chunks of batch_size, or of half of it where memory does not suffice, and so on."""
+def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World) -> Drawn:
+    """This process's images, in chunks of batch_size, or of half of it where memory does not suffice, and so on."""
     import torch
-    from torch import Tensor
     from tqdm import tqdm
 
     from ddpm import memory
 
-    images: list[Tensor] = []
-    film: list[Tensor] = []
-    evaluations, size = 0.0, config.batch_size
+    images, film = [torch.empty(0, *model.shape)], [torch.empty(0, 0, *model.shape)]
+    evaluations, size, done, stop = 0.0, config.batch_size, own.share(todo.n).start, own.share(todo.n).stop
     with (
         torch.inference_mode(),
-        tqdm(unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar,
+        tqdm(unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True) as bar,
     ):
-        while (done := sum(len(x) for x in images)) < todo.n:
-            bar.total = bar.n + todo.num_steps * -(-(todo.n - done) // size)
-            places = torch.arange(done, min(done + size, todo.n))
+        while done < stop:
+            bar.total = bar.n + todo.num_steps * -(-(stop - done) // size)
+            places = torch.arange(done, min(done + size, stop))
             try:
                 x, frames, evaluations = _chunk(config, model, todo, places, bar)
             except (RuntimeError, MemoryError) as error:
@@ -118,32 +152,51 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
                     raise
             else:
                 images.append(x)
-                film = film or frames
+                film.append(frames)
+                done += len(x)
                 continue
             if size == 1:
                 raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
             size = max(1, len(places) // 2)
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: going on with batch_size={size}, which changes no image")
-    return Drawn(torch.cat(images), todo.y, film, evaluations)
+            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
+    return Drawn(
+        torch.cat(images), todo.y, torch.cat([part for part in film if len(part)] or film), evaluations
+    )
+
+
+def _filmed(config: SampleConfig, n: int) -> int:
+    """How many of the first images are seen after each step."""
+    return min(FILM_IMAGES, config.batch_size, n) if "trajectory" in config.save else 0
+
+
+def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) -> "Tensor":
+    """On rank 0, of all the images that are filmed, from each process's part of them."""
+    from ddpm.distributed import collected
+
+    filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
+    return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
 
 
 def _chunk(
     config: SampleConfig, model: "Model", todo: "Plan", places: "Tensor", bar: Any
-) -> "tuple[Tensor, list[Tensor], float]":
-    """The results at some places, the first of them after each step if they are wanted, and the network's calls."""
+) -> "tuple[Tensor, Tensor, float]":
+    """The results at some places, the first of all after each step if they are wanted, and the network's calls."""
+    import torch
+
     from ddpm.cli.brought import guidance
     from ddpm.sampling import denoiser, finite
 
-    film = []
+    film, filmed = [], max(0, _filmed(config, todo.n) - int(places[0]))
     y = None if todo.y is None else todo.y[places].to(model.device)
     denoise = denoiser(model, todo.sampler, y, guidance(config))
     for step in finite(todo.steps(denoise, places), places):
         bar.update()
-        if places[0] == 0 and "trajectory" in config.save:
-            film.append(step.x[:FILM_IMAGES].cpu())
-    return step.x.cpu(), film, denoise.evaluations
+        if filmed:
+            film.append(step.x[:filmed].cpu())
+    frames = torch.stack(film, dim=1) if film else torch.empty(0, 0, *model.shape)
+    return step.x.cpu(), frames, denoise.evaluations
 
 
 @contextmanager
@@ -197,7 +250,7 @@ def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[
         np.savez_compressed(packed, **arrays if classes is None else {**arrays, "labels": classes})
         write_atomically(out / "samples.npz", packed.getvalue(), durable=False)
         files.append("samples.npz")
-    if film := drawn.film:
+    if film := drawn.film.unbind(1):
         frames = [film[round(i * (len(film) - 1) / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]
         save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
         columns = min(STRIP_COLUMNS, len(film))
