@@ -140,7 +140,7 @@ def test_shares_are_whole_ordered_and_even() -> None:
         for size in (1, 2, 4, 7):
             worlds = [World(rank, size) for rank in range(size)]
             parts = [list(range(n))[world.share(n)] for world in worlds]
-            assert sum(parts, []) == list(range(n))
+            assert [i for part in parts for i in part] == list(range(n))
             lengths = [len(part) for part in parts]
             assert (
                 lengths == worlds[0].lengths(n) == sorted(lengths, reverse=True)

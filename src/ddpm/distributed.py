@@ -4,6 +4,8 @@ Two groups: the default one carries tensors on their device (NCCL between GPUs, 
 always gloo, carries what processes tell each other (errors, requests to stop), so that no such word waits for a GPU.
 """
 
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from ddpm.errors import UserError
 from ddpm.files import reason
@@ -22,6 +26,7 @@ T = TypeVar("T")
 WAIT = timedelta(
     days=1
 )  # for a slower process, or one that downloads a dataset; one that has gone is noticed at once
+FIND = timedelta(minutes=30)  # for machines that start one after the other
 _words: Any = None  # the group for words
 
 
@@ -36,7 +41,14 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     try:
         if gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        store = _own_store(world)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            device_id=device if gpu else None,
+        )
         _words = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError, OSError) as error:
         _leave(broken=True)
@@ -49,6 +61,42 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         _leave(broken=True)
         raise
     _leave(broken=False)
+
+
+def _own_store(world: World) -> Any:
+    """A corner of torchrun's store that is this start's alone.
+
+    torchrun keeps its store when it restarts processes, and with it the addresses of those that have died. Nothing it
+    says tells one start from the next on all machines. So each process asks under a name that nobody had before, rank
+    0 answers whoever asks, the dead too, with a name of its own, and goes on when all have come there.
+    """
+    store, _, _ = next(iter(rendezvous("env://", world.rank, world.size)))
+    own, end = secrets.token_hex(16), time.monotonic() + FIND.total_seconds()
+    corner, answered = own, set[str]()
+    if not world.first:
+        store.set(f"ddpm/asks/{world.rank}", own)
+        _wait_until(lambda: store.check([f"ddpm/answer/{own}"]), end)
+        corner = store.get(f"ddpm/answer/{own}").decode()
+        store.add(f"ddpm/came/{corner}", 1)
+        return PrefixStore(corner, store)
+
+    def all_came() -> bool:
+        asks = [key for rank in range(1, world.size) if store.check([key := f"ddpm/asks/{rank}"])]
+        for name in {store.get(key).decode() for key in asks} - answered:
+            store.set(f"ddpm/answer/{name}", corner)
+            answered.add(name)
+        return bool(store.add(f"ddpm/came/{corner}", 0) == world.size - 1)
+
+    _wait_until(all_came, end)
+    return PrefixStore(corner, store)
+
+
+def _wait_until(condition: Callable[[], bool], end: float) -> None:
+    """In Python, so that a signal is heeded meanwhile. Raises RuntimeError when it takes too long."""
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError(f"waited for {FIND} for the others")
+        time.sleep(0.02)
 
 
 def _leave(broken: bool) -> None:
