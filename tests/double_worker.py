@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from ddpm.cli import hydra_app
 from ddpm.config import TrainConfig, check
@@ -35,6 +37,26 @@ def in_double(run: Run) -> None:
     run.history, run.bad, run.loss_sum = run.history.double(), run.bad.double(), run.loss_sum.double()
 
 
+def count_messages(run: Run, batches: Batches) -> int:
+    """How many buckets of gradients are sent in a step, which is taken back."""
+    sent: list[int] = []
+    if run.parallel is None:
+        return 0
+
+    def counted(state: None, bucket: GradBucket) -> "torch.futures.Future[torch.Tensor]":
+        sent.append(bucket.index())
+        return allreduce_hook(state, bucket)  # type: ignore[arg-type]
+
+    before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
+    ema, history = {name: tensor.clone() for name, tensor in run.ema.state_dict().items()}, run.history
+    run.parallel.register_comm_hook(None, counted)
+    train_step(run, *batches.batch(run.step))
+    run.network.load_state_dict(before)
+    run.ema.load_state_dict(ema)
+    run.history = history
+    return len(sent)
+
+
 def main(result: str, steps: int, overrides: list[str]) -> None:
     to_single = torch.Tensor.float
     # a flag (found_inf) stays float32, as the fused optimizer needs it
@@ -45,6 +67,8 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
         run = prepare(config, data, CPU)
         in_double(run)
         join(run, own)
+        seen: list[int] = []
+        run.network.register_forward_pre_hook(lambda network, inputs: seen.append(len(inputs[0])))
         batches = Batches(data.train, config.trainer.batch_size, config.seed, CPU)
         lines = []
         for _ in range(steps):
@@ -52,6 +76,8 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
             assert loss.dtype == torch.float64
             lines.append(torch.stack([loss, norm.double()]))
             run.step += 1
+        images = sum(seen)
+        messages = count_messages(run, batches)
         figures = Validation(data.val, run.schedule, run.objective, CPU).measure(
             run.ema, bool(config.model.params["conditional"]), world=own
         )
@@ -61,6 +87,8 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
                 "weights": torch.cat([p.detach().flatten() for p in run.network.parameters()]),
                 "averaged": torch.cat([p.flatten() for p in run.ema.parameters()]),
                 "history": run.history.nan_to_num(-1),
+                "images": torch.tensor(images),
+                "messages": torch.tensor(messages),
                 "figures": torch.tensor([*vars(figures).values()], dtype=torch.float64),
             }
             assert numbers["weights"].dtype == torch.float64
