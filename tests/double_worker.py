@@ -43,7 +43,7 @@ def count_messages(run: Run, batches: Batches) -> int:
     if run.parallel is None:
         return 0
 
-    def counted(state: None, bucket: GradBucket) -> "torch.futures.Future[torch.Tensor]":
+    def counted(state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         sent.append(bucket.index())
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 

@@ -43,28 +43,11 @@ LONG = (  # steps of a few milliseconds, enough of them to be interrupted
     "model=mlp",
     "model.hidden=64",
     "trainer.batch_size=10",
-    "trainer.max_steps=1000",
-    "trainer.log_every=100",
+    "trainer.max_steps=600",
+    "trainer.log_every=60",
     "trainer.validate_every=0",
     "trainer.sample_every=0",
-    "trainer.checkpoint_every=100",
-)
-ALL = (
-    "device=cpu",
-    "model.channels=[8,16]",
-    "model.head_dim=8",
-    "trainer.batch_size=10",
-    "trainer.log_every=1",
-    "trainer.validate_every=5",
-    "trainer.checkpoint_every=5",
-    "trainer.sample_every=0",
-    "trainer.max_steps=10",
-)
-LONG = (
-    "trainer.max_steps=400",
-    "trainer.log_every=50",
-    "trainer.validate_every=0",
-    "trainer.checkpoint_every=50",
+    "trainer.checkpoint_every=60",
 )
 ALL = (  # what could depend on how a batch is split
     "objective.timesteps=loss_aware",
@@ -256,11 +239,11 @@ def in_double(folder: Path, processes: int, steps: int, *overrides: str) -> dict
 @pytest.mark.parametrize(
     ("sizes", "steps", "overrides"),
     [
-        ((4,), 20, ALL),
+        ((2,), 15, ALL),
         pytest.param((2, 4), 50, ALL, marks=pytest.mark.slow),
         pytest.param((2, 3), 50, ("objective=v", "objective.weight=min_snr"), marks=pytest.mark.slow),
     ],
-    ids=["4", "2 and 4", "2 and 3"],
+    ids=["2", "2 and 4", "2 and 3"],
 )
 def test_in_float64_the_trajectories_are_one(
     tmp_path: Path, sizes: tuple[int, ...], steps: int, overrides: tuple[str, ...]
@@ -359,14 +342,14 @@ def test_sigterm_stops_all_at_one_step_and_another_number_goes_on(tmp_path: Path
     stopped = re.findall(r"stopped by SIGTERM at step (\d+); go on with", log)
     assert len(stopped) == 1 and out.count("stopped by") == 1 and "ddpm-train:" not in err, out + err
     assert log.count("(SIGUSR1)") == 1
-    assert checkpoint.step_of(checkpoint.saved_steps(tmp_path / "run")[-1]) == int(stopped[0]) < 1000
+    assert checkpoint.step_of(checkpoint.saved_steps(tmp_path / "run")[-1]) == int(stopped[0]) < 600
     on = done(tmp_path, 0, "ddpm-train", "trainer.resume=run")
     assert f"going on from step {int(stopped[0]):,}" in on and "processes was 2, is 1" in on
     records = losses(tmp_path / "run")
     done(tmp_path, 0, "ddpm-train", *LONG, "run_dir=alone")
     whole = losses(tmp_path / "alone")
     assert list(records) == list(whole)
-    for step, record in records.items():  # rounding goes further in a thousand steps than in ten
+    for step, record in records.items():  # rounding goes further in hundreds of steps than in ten
         assert record["loss"] == pytest.approx(whole[step]["loss"], rel=2e-3), step
 
 
@@ -398,21 +381,20 @@ def test_a_killed_worker_comes_again_in_the_same_folder(tmp_path: Path, how: str
     os.kill(workers(process)[1], signal.SIGKILL)
     status, out, err = finish(process)
     assert status == 0, out + err
-    assert err.count("ddpm-train:") <= 1 and "Traceback" not in err, (
-        err
-    )  # the survivor's, if it is heard at all
+    # the survivor has one line, if it hears of it before it is told to end
+    assert err.count("ddpm-train:") <= 1 and "Traceback" not in err, err
     (run,) = tmp_path.glob("outputs/train/*/*")
-    assert "going on from step" in out and list(losses(run)) == list(range(100, 1001, 100))
+    assert "going on from step" in out and list(losses(run)) == list(range(60, 601, 60))
     done(unbroken, 2, "ddpm-train", *LONG, "run_dir=run")
     files = [checkpoint.saved_steps(folder)[-1] for folder in (run, unbroken / "run")]
     a, b = (checkpoint.read_meta(file)[0] for file in files)
-    assert a.step == b.step == 1000 and a.sha256 == b.sha256  # the same number of processes: the same bits
+    assert a.step == b.step == 600 and a.sha256 == b.sha256  # the same number of processes: the same bits
 
 
 @pytest.mark.parametrize(
     ("processes", "mistake", "says"),
     [
-        (4, "trainer.batch_size=7", "trainer.batch_size=7: it is shared by 4 processes"),
+        (4, "trainer.batch_size=3", "trainer.batch_size=3: it is shared by 4 processes"),
         pytest.param(4, "trainer.lr=1", "unknown key 'trainer.lr'", marks=pytest.mark.slow),
         pytest.param(2, "trainer.resume=nowhere", "nowhere", marks=pytest.mark.slow),
         pytest.param(
