@@ -15,7 +15,7 @@ from ddpm.cli import hydra_app
 from ddpm.config import SampleConfig, check, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
-from ddpm.world import World, world
+from ddpm.world import ALONE, World, world
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class Drawn:
     evaluations: float  # of the network, for each image
 
 
-def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World) -> Drawn:
+def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE) -> Drawn:
     """This process's images, in chunks of batch_size, or of half of it where memory does not suffice, and so on."""
     import torch
     from tqdm import tqdm
