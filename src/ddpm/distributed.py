@@ -23,9 +23,8 @@ from ddpm.memory import is_exhausted
 from ddpm.world import World
 
 T = TypeVar("T")
-WAIT = timedelta(
-    days=1
-)  # for a slower process, or one that downloads a dataset; one that has gone is noticed at once
+# for a slower process, or one that downloads a dataset; one that has gone is noticed at once
+WAIT = timedelta(days=1)
 FIND = timedelta(minutes=30)  # for machines that start one after the other
 _words: Any = None  # the group for words
 
