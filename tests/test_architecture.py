@@ -9,8 +9,8 @@ PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
     {"errors", "checks", "limits", "files"},
-    {"values"},
-    {"config", "randomness", "schedules", "meta", "memory"},
+    {"values", "world"},
+    {"config", "randomness", "schedules", "meta", "memory", "distributed"},
     {"guidance", "diffusion", "timesteps"},
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins", "report", "report_table"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm import memory, sampling
-from ddpm.cli import sample, train
+from ddpm.cli import follow, sample
 from ddpm.config import Choice
 from ddpm.errors import UserError
 from ddpm.runs import prepare
@@ -58,7 +58,7 @@ def test_training_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken[-1] * 2**20)
-    assert train._out_of_memory(run) == (
+    assert str(follow._out_of_memory(run)) == (
         "out of memory on cuda with trainer.batch_size=64 trainer.accumulate=1; about 18 images fit at once: "
         "trainer.accumulate=4 keeps the batch, trainer.batch_size=18 makes a smaller one"
     )

@@ -19,10 +19,25 @@ from ddpm.meta import DTYPES, Entry, Meta
 from ddpm.networks import NETWORKS
 from ddpm.schedules import SCHEDULES, NoiseSchedule
 from ddpm.timesteps import HISTORY
+from ddpm.world import ALONE, World
 
 
-def device(name: str) -> torch.device:
-    """The device a user means by auto, cpu, cuda or cuda:1. Raises UserError where there is none."""
+def device(name: str, world: World = ALONE) -> torch.device:
+    """The device a user means by auto, cpu, cuda or cuda:1. Raises UserError where there is none.
+
+    Of several processes on a machine each takes a GPU of its own.
+    """
+    if world.size > 1 and name in ("auto", "cuda") and (name == "cuda" or torch.cuda.is_available()):
+        if (count := torch.cuda.device_count()) < world.local_size:
+            raise UserError(
+                f"device={name}: {world.local_size} processes on a machine with {count} CUDA devices: one process "
+                "for each device (torchrun --nproc-per-node), or device=cpu"
+            )
+        return torch.device("cuda", world.local_rank)
+    if world.size > 1 and name not in ("auto", "cpu"):
+        raise UserError(
+            f"device={name}: {world.size} processes: must be auto, cpu or cuda, one device for each"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":

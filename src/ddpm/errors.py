@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake or a missing thing on the user's side; the command line prints it without a traceback."""
 
 
+class RankError(UserError):
+    """What only this one of several processes knows of, so that it has to say it itself."""
+
+
 class DataError(UserError):
     """A data file is absent, malformed or not what it claims to be."""
 

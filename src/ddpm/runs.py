@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import __version__, build, checkpoint
+from ddpm import __version__, build, checkpoint, distributed
 from ddpm.config import TrainConfig, to_dict
 from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.diffusion import Objective
@@ -19,6 +20,7 @@ from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Entry, Meta
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
+from ddpm.world import ALONE, World
 
 
 @dataclass(eq=False)
@@ -42,6 +44,8 @@ class Run:
     since: int = 0  # which was written at this step
     step: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, of how it began
+    world: World = ALONE
+    parallel: DistributedDataParallel | None = None  # around `network`, where several processes train it
 
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
@@ -90,7 +94,10 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data")  # of the environment
+DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes")  # of the environment
+
+
+_OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  # the data itself is compared
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
@@ -223,6 +230,42 @@ def init_from(run: Run, ckpt: str) -> list[str]:
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
+
+
+def join(run: Run, world: World) -> None:
+    """Make the runs of all processes one: rank 0's state for all, and gradients that are averaged over them.
+
+    Raises UserError where they were not told the same or have other data.
+    """
+    if world.size == 1:
+        return
+    ours = {key: value for key, value in to_dict(run.config).items() if key not in _OWN_TO_A_MACHINE}
+    versions = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
+    distributed.same(world, {**versions, **ours})
+    run.world, run.environment["processes"] = world, str(world.size)
+    run.step, run.since, moments, scaler = distributed.told(
+        world, (run.step, run.since, bool(run.optimizer.state), run.scaler.state_dict())
+    )
+    run.scaler.load_state_dict(scaler)
+    if moments and not world.first:
+        for parameter in run.network.parameters():
+            run.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=run.device),
+                "exp_avg": torch.empty_like(parameter),
+                "exp_avg_sq": torch.empty_like(parameter),
+            }
+    of_optimizer = [
+        run.optimizer.state[parameter][key]
+        for parameter in (run.network.parameters() if moments else ())
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    weights = [*run.network.state_dict().values(), *run.ema.state_dict().values()]
+    distributed.spread(world, [*weights, *of_optimizer, run.history, run.loss_sum])
+    run.parallel = DistributedDataParallel(
+        run.network,
+        device_ids=[run.device] if run.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )  # no network has buffers, which it would otherwise send around in every forward pass
 
 
 def _check_complete(path: Path, run: Run, table: Mapping[str, Entry]) -> None:

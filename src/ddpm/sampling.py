@@ -71,9 +71,8 @@ class Model:
             warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
 
         steps = generation(self, chosen, numbers, todo.seed)
-        x, _ = draw_all(
-            self, chosen, guidance, y, len(numbers), steps, todo.batch_size, lambda places, step: None, halved
-        )
+        places, size = torch.arange(len(numbers)), todo.batch_size
+        x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
         return x.clamp(-1, 1)
 
 
@@ -224,27 +223,28 @@ def draw_all(
     sampler: Choice,
     guidance: Guidance,
     y: Tensor | None,
-    n: int,
+    places: Tensor,
     steps: Steps,
     batch_size: int,
     watch: Callable[[Tensor, Step], object],
     halved: Callable[[int, int], object],
 ) -> tuple[Tensor, int]:
-    """All n results of the classes y (n,), (n, C, H, W) on the CPU, and the network's evaluations for each of them.
+    """The results at some `places` (k,), (k, C, H, W) on the CPU, and the network's evaluations for each of them.
 
+    y (n,) are the classes of all places 0 … n-1.
     In chunks of batch_size, or of half of it where memory does not suffice, and so on: `halved` gets how many
     results are left, and the new size. `watch` sees each step, with the places. Raises UserError.
     """
-    images: list[Tensor] = []
-    evaluations, size = 0, batch_size
+    images = [torch.empty(0, *model.shape)]
+    evaluations, size, n = 0, batch_size, len(places)
     while (done := sum(len(x) for x in images)) < n:
-        places = torch.arange(done, min(done + size, n))
+        now = places[done : done + size]
         try:
             with torch.inference_mode():
-                labels = None if y is None else y[places].to(model.device)
+                labels = None if y is None else y[now].to(model.device)
                 denoise = denoiser(model, sampler, labels, guidance)
-                for step in finite(steps(denoise, places), places):
-                    watch(places, step)
+                for step in finite(steps(denoise, now), now):
+                    watch(now, step)
                 images.append(step.x.cpu())
         except (RuntimeError, MemoryError) as error:
             if not memory.is_exhausted(error):
@@ -254,7 +254,7 @@ def draw_all(
             continue
         if size == 1:  # what filled the memory is free only now that the error itself is gone
             raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
-        size = max(1, len(places) // 2)
+        size = max(1, len(now) // 2)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         halved(n - done, size)

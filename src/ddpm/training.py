@@ -8,13 +8,14 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ddpm import checkpoint, images, metrics
+from ddpm import checkpoint, distributed, images, metrics
 from ddpm.config import Choice
 from ddpm.config import Optimizer as OptimizerConfig
 from ddpm.datasets.batches import Batches
@@ -43,16 +44,18 @@ class Progress(NamedTuple):
 def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train from run.step to run.max_steps; write metrics.jsonl, samples/ and checkpoints/ under `run_dir`.
 
-    Whoever iterates may stop, or `keep` a checkpoint, after any step. Raises UserError when loss or gradients stop
-    being finite (no such number ever reaches the weights), and OSError where nothing can be written.
+    Whoever iterates may stop, or `keep` a checkpoint, after any step. Of several processes all go through the same
+    steps and have the same figures, and rank 0 writes. Raises UserError when loss or gradients stop being finite (no
+    such number ever reaches the weights), and OSError where nothing can be written.
     """
-    config, trainer = run.config, run.config.trainer
-    for folder in ("checkpoints", "samples"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    config, trainer, best = run.config, run.config.trainer, math.inf
+    if run.world.first:
+        for folder in ("checkpoints", "samples"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        metrics.cut(run_dir / "metrics.jsonl", run.step)
+        best = _best_figure(run_dir, run.step)
     batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
     validation = Validation(data.val, run.schedule, run.objective, run.device)
-    metrics.cut(run_dir / "metrics.jsonl", run.step)
-    best = _best_figure(run_dir, run.step)
     intervals = (trainer.log_every, trainer.validate_every, trainer.sample_every, trainer.checkpoint_every)
     clock, counted = time.perf_counter(), run.step
 
@@ -81,16 +84,17 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             record = {name: value for name, value in wanted.items() if math.isfinite(value)}
             if due(trainer.validate_every):
                 record |= _validate(run, validation)
-            metrics.append(run_dir / "metrics.jsonl", record)
+            if run.world.first:
+                metrics.append(run_dir / "metrics.jsonl", record)
             run.loss_sum.zero_()
             run.since = step
-            if due(trainer.sample_every):
+            if run.world.first and due(trainer.sample_every):
                 _preview(run, run_dir / "samples")
-            if record.get("val_eps_mse", math.inf) < best:
+            if run.world.first and record.get("val_eps_mse", math.inf) < best:
                 # before the step file: where a process is killed in between, this comes again
                 best = record["val_eps_mse"]
                 save(run, run_dir / "checkpoints" / "best.safetensors", record)
-            if due(trainer.checkpoint_every):
+            if run.world.first and due(trainer.checkpoint_every):
                 keep(run, run_dir, record)
             clock, counted = time.perf_counter(), step
         yield Progress(step, record)
@@ -111,24 +115,34 @@ def keep(run: Run, run_dir: Path, record: Mapping[str, float]) -> Path:
 def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """One update on a batch: noise → loss → backward → unscale → clip → step → EMA. Returns loss and gradient norm.
 
-    Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`.
+    Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`. Of several
+    processes each is given the whole batch and computes its share; losses and gradients are then those of all.
     """
     config, trainer, parameters = run.config, run.config.trainer, list(run.network.parameters())
     run.network.train()
-    torch.manual_seed(key(config.seed, "network", run.step))  # for dropout
+    # for dropout, and the one draw that depends on the process: two must not use the same masks
+    torch.manual_seed(
+        key(config.seed, f"network {run.world.rank}" if run.world.rank else "network", run.step)
+    )
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
     run.optimizer.zero_grad(set_to_none=True)
 
+    own = torch.arange(len(x_0), device=run.device)[run.world.share(len(x_0))].chunk(trainer.accumulate)
+    each = len(x_0) / run.world.size  # gradients are averaged over processes, so each sum is divided by this
     parts = []
-    for index in torch.arange(len(x_0), device=run.device).chunk(trainer.accumulate):
+    for number, index in enumerate(own, start=1):
         t, weight, eps, labels = _draw(run, x_0, y, index)
-        with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
-            clean = _layout(x_0[index], trainer.channels_last)
-            loss = losses(run.network, run.objective, clean, t, eps, labels)
-        run.scaler.scale((weight * loss).sum() / len(x_0)).backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if run.parallel is None or number == len(own) else run.parallel.no_sync():
+            with torch.autocast(run.device.type, *_autocast(trainer.precision, run.device)):
+                clean = _layout(x_0[index], trainer.channels_last)
+                loss = losses(run.parallel or run.network, run.objective, clean, t, eps, labels)
+            run.scaler.scale((weight * loss).sum() / each).backward()  # type: ignore[no-untyped-call]
         parts.append((t, loss.detach(), weight))
     t, loss, weight = (torch.cat(values) for values in zip(*parts, strict=True))
+    if run.world.size > 1:  # of the whole batch, in its order; a float32 holds any t
+        t, loss, weight = distributed.gathered(run.world, torch.stack([t, loss, weight]), len(x_0))
+        t = t.long()
     total = (weight * loss).mean()
     if config.objective.timesteps == "loss_aware":
         run.history = updated_history(run.history, t, loss)
@@ -207,7 +221,8 @@ def _autocast(name: str, device: torch.device) -> tuple[torch.dtype | None, bool
 
 
 def _validate(run: Run, validation: Validation) -> dict[str, float]:
-    figures = vars(validation.measure(run.ema, bool(run.config.model.params["conditional"])))
+    conditional = bool(run.config.model.params["conditional"])
+    figures = vars(validation.measure(run.ema, conditional, world=run.world))
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddpm import distributed
 from ddpm.datasets.types import Split
 from ddpm.diffusion import Objective, invert, losses
 from ddpm.images import normalise
 from ddpm.randomness import normal
 from ddpm.schedules import NoiseSchedule
+from ddpm.world import ALONE, World
 
 EVALUATIONS = 1024  # network evaluations for each figure
 LAMBDAS = tuple(
@@ -54,15 +56,21 @@ class Validation:
         self.time, self.alpha, self.sigma = table[self.level].unbind(1)
 
     @torch.inference_mode()
-    def measure(self, network: nn.Module, conditional: bool, batch_size: int = 256) -> Figures:
+    def measure(
+        self, network: nn.Module, conditional: bool, batch_size: int = 256, world: World = ALONE
+    ) -> Figures:
+        """The evaluations are spread over the processes, which all get the same figures."""
         loss, error = [], []
-        for start in range(0, EVALUATIONS, batch_size):
-            part = slice(start, start + batch_size)
+        own = world.share(EVALUATIONS)
+        for start in range(own.start, own.stop, batch_size):
+            part = slice(start, min(start + batch_size, own.stop))
             y = self.y[part] if conditional and self.y is not None else None
             loss.append(losses(network, self.objective, self.x_0[part], self.t[part], self.eps[part], y))
             error.append(self._eps_errors(network, part, y))
-        loss_mean, loss_error = _mean_and_error(torch.cat(loss))
-        by_level = [_mean_and_error(torch.cat(error)[self.level == k]) for k in range(len(LAMBDAS))]
+        both = torch.stack([torch.cat(loss), torch.cat(error)])
+        losses_, errors = distributed.gathered(world, both, EVALUATIONS)
+        loss_mean, loss_error = _mean_and_error(losses_)
+        by_level = [_mean_and_error(errors[self.level == k]) for k in range(len(LAMBDAS))]
         eps_mse = sum(mean for mean, _ in by_level) / len(LAMBDAS)
         eps_error = sum(error**2 for _, error in by_level) ** 0.5 / len(LAMBDAS)
         return Figures(loss_mean, loss_error, eps_mse, eps_error)

@@ -15,9 +15,10 @@ from typing import Any
 from ddpm.cli.help import show_help
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.config import CONFIG_DIR, check, choices, plugin_hint
-from ddpm.errors import UserError, printable
+from ddpm.errors import RankError, UserError, printable
 from ddpm.files import reason
 from ddpm.values import nearest
+from ddpm.world import world_for_errors
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 PATH_KEYS: tuple[str, ...] = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path")
@@ -53,18 +54,22 @@ def run(
             overrides = read_overrides(arguments)
             task(check(schema, compose(program, defaults(overrides) + overrides)))
     except UserError as error:
-        sys.exit(_failure(program, str(error)))
+        sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
     except BrokenPipeError:  # `ddpm-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a path too long, a folder of somebody else's
         sys.exit(_failure(program, f"{reason(error)}: {error.filename or 'a file'}"))
     except (RuntimeError, MemoryError) as error:
+        from ddpm.distributed import is_lost
         from ddpm.memory import is_exhausted
 
+        if is_lost(error):
+            _failure(program, "another process of this run has ended: see what it, or torchrun, says")
+            sys.exit(1)
         if not is_exhausted(error):
             raise
-        sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}"))
+        sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
 
 
 def read_overrides(arguments: list[str]) -> list[str]:
@@ -270,9 +275,11 @@ def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
         yield path, node
 
 
-def _failure(program: str, message: str) -> int:
-    line = printable(" ".join(message.split()))
-    print(f"ddpm-{program}: {line}", file=sys.stderr)
+def _failure(program: str, message: str, alone: bool = False) -> int:
+    """Of several processes that all fail alike one on each machine says so; `alone`: this is only this one's."""
+    own, line = world_for_errors(), printable(" ".join(message.split()))
+    if alone or own.speaks:
+        print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
         Path(file).write_text(line)
     return 2

@@ -16,26 +16,32 @@ if TYPE_CHECKING:
 class Log:
     """Lines for the screen and for train.log; above the progress bar, if there is one."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError where there can be no such file, so that nothing else is written first."""
+    def __init__(self, path: Path | None) -> None:
+        """None: of a process that has nothing to say, as rank 0 says it.
+
+        Raises OSError where there can be no such file, so that nothing else is written first.
+        """
         self.path = path
-        self._open().close()
+        if path is not None:
+            self._open(path).close()
 
     def say(self, text: str) -> None:
         """Raises OSError where train.log cannot be written."""
+        if self.path is None:
+            return
         text = printable(text)
         tell(text)
-        with self._open() as file:
+        with self._open(self.path) as file:
             file.write(text + "\n")
 
-    def _open(self) -> IO[str]:
-        return open(self.path, "a", encoding="utf-8", opener=_no_link)
+    def _open(self, path: Path) -> IO[str]:
+        return open(path, "a", encoding="utf-8", opener=_no_link)
 
     def bar(self, run: "Run") -> Any:
         """On a terminal; elsewhere it shows nothing."""
         from tqdm import tqdm
 
-        hidden = not sys.stderr.isatty()
+        hidden = self.path is None or not sys.stderr.isatty()
         return tqdm(total=run.max_steps, initial=run.step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def record(self, record: dict[str, float], max_steps: int, bar: Any) -> None:

@@ -40,6 +40,7 @@ class Place:
     folder: str | None  # None: a new one
     in_place: bool  # go on with the run that is there
     files: list[Path]  # checkpoints to go on from, best first; none in place: those that are there
+    again: bool = False  # torchrun started the same run once more; see launch.py
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def choose(place: Place, config: TrainConfig) -> Source | None:
         if key.split(".")[0] in MUST_MATCH
     ]
     if differ:
-        raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ))
+        why = "; torchrun's run id led here: another --rdzv-id begins a new run" if place.again else ""
+        raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ) + why)
     return Source(path, meta, stored, notes)
 
 
@@ -152,7 +154,8 @@ def notes(source: Source, run: "Run") -> list[str]:
         changed.append(
             f"the learning rate follows optimizer.decay={run.config.optimizer.decay} to step {run.max_steps:,}"
         )
-    then, now = source.meta.versions, run.environment
+    alone = {"processes": "1"}  # which is not written down
+    then, now = alone | source.meta.versions, alone | run.environment
     other = [
         f"{key} was {then.get(key, 'unknown')}, is {now[key]}"
         for key in DECIDES_BITS

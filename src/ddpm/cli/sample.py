@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,14 @@ from ddpm.cli import hydra_app
 from ddpm.config import SampleConfig, check, to_dict, trained_sampler
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
+from ddpm.world import ALONE, World, world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ddpm.cli.plan import Plan
+    from ddpm.meta import Meta
     from ddpm.sampling import Model
 
 FILM_IMAGES = 16
@@ -49,17 +52,50 @@ def _trained_sampler(overrides: list[str]) -> list[str]:
 
 
 def sample(config: SampleConfig) -> None:
-    """The whole command for one checked config."""
+    """The whole command for one checked config.
+
+    Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
+    """
+    from ddpm import build
+    from ddpm.distributed import joined
+
+    started, own = time.perf_counter(), world()
+    device = build.device(config.device, own)
+    with joined(own, device):
+        _sample_on(config, own, device, started)
+
+
+def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
     from ddpm import build, checkpoint, sampling
     from ddpm.cli import plan
+    from ddpm.distributed import agreed, collected, told
 
-    started = time.perf_counter()
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
-    model, meta = sampling.load(path, build.device(config.device), config.ema)
-    todo = plan.make(config, model)
-    for note in [*notes, *todo.notes]:
+    path, notes = Path(), list[str]()
+    with agreed(own):
+        if own.first:
+            path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
+    path = told(own, path)
+    with agreed(own):
+        model, meta = sampling.load(path, device, config.ema)
+        todo = plan.make(config, model)
+    for note in [*notes, *todo.notes] if own.first else []:
         print(printable(note), flush=True)
-    drawn = _draw(config, model, todo)
+    with agreed(own):
+        drawn = _draw(config, model, todo, own)
+    drawn = replace(
+        drawn,
+        x=collected(own, drawn.x, own.lengths(todo.n)),
+        film=_whole_film(config, drawn.film, todo.n, own),
+    )
+    with agreed(own):
+        if own.first:
+            _finish(config, todo, drawn, path, meta, started)
+
+
+def _finish(
+    config: SampleConfig, todo: "Plan", drawn: "Drawn", path: Path, meta: "Meta", started: float
+) -> None:
+    """All that is written and said of all images."""
     measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
     about = {
         "checkpoint": str(path),
@@ -86,49 +122,63 @@ def sample(config: SampleConfig) -> None:
 class Drawn:
     x: "Tensor"  # (n, C, H, W)
     y: "Tensor | None"  # (n,)
-    film: "list[Tensor]"  # the first images after each step
+    film: "Tensor"  # (k, steps, C, H, W), the first images after each step; no steps where it is not wanted
     evaluations: float  # of the network, for each image
 
 
-def _draw(config: SampleConfig, model: "Model", todo: "Plan") -> Drawn:
-    """All images, with a bar on a terminal."""
-    from torch import Tensor
+def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE) -> Drawn:
+    """This process's images, with a bar on a terminal."""
+    import torch
     from tqdm import tqdm
 
     from ddpm.cli.brought import guidance
     from ddpm.samplers import Step
     from ddpm.sampling import draw_all
 
-    film: list[Tensor] = []
-    with tqdm(unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    share, filmed = own.share(todo.n), _filmed(config, todo.n)
+    film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
+    with tqdm(unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True) as bar:
 
         def count(left: int, size: int) -> None:
             bar.total = bar.n + todo.num_steps * -(-left // size)
 
         def watch(places: Tensor, step: Step) -> None:
             bar.update()
-            if places[0] == 0 and "trajectory" in config.save:
-                film.append(step.x[:FILM_IMAGES].cpu())
+            if places[0] < filmed:
+                film.setdefault(int(places[0]), []).append(step.x[: filmed - int(places[0])].cpu())
 
         def halved(left: int, size: int) -> None:
-            if left == todo.n:
-                film.clear()
+            film.pop(share.stop - left, None)
             count(left, size)
-            tqdm.write(f"out of memory: going on with batch_size={size}, which changes no image")
+            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
 
-        count(todo.n, config.batch_size)
+        count(share.stop - share.start, config.batch_size)
         x, evaluations = draw_all(
             model,
             todo.sampler,
             guidance(config),
             todo.y,
-            todo.n,
+            torch.arange(share.start, share.stop),
             todo.steps,
             config.batch_size,
             watch,
             halved,
         )
-    return Drawn(x, todo.y, film, evaluations)
+    frames = [torch.stack(steps, dim=1) for steps in film.values()]
+    return Drawn(x, todo.y, torch.cat(frames) if frames else torch.empty(0, 0, *model.shape), evaluations)
+
+
+def _filmed(config: SampleConfig, n: int) -> int:
+    """How many of the first images are seen after each step."""
+    return min(FILM_IMAGES, config.batch_size, n) if "trajectory" in config.save else 0
+
+
+def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) -> "Tensor":
+    """On rank 0, of all the images that are filmed, from each process's part of them."""
+    from ddpm.distributed import collected
+
+    filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
+    return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
 
 
 @contextmanager
@@ -182,7 +232,7 @@ def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[
         np.savez_compressed(packed, **arrays if classes is None else {**arrays, "labels": classes})
         write_atomically(out / "samples.npz", packed.getvalue(), durable=False)
         files.append("samples.npz")
-    if film := drawn.film:
+    if film := drawn.film.unbind(1):
         frames = [film[round(i * (len(film) - 1) / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]
         save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
         columns = min(STRIP_COLUMNS, len(film))

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ddpm.world import world_for_errors
+
 
 class Stopped(BaseException):
     """On the way out because of a signal. `said`: the user has been told already."""
@@ -88,7 +90,9 @@ def _keep_the_screen() -> None:
 
 
 def _leave(program: str, number: int, said: bool) -> None:
-    if not said:
+    if (
+        not said and world_for_errors().speaks
+    ):  # of several processes, which are all stopped, one on each machine
         before = " before the first step" if program == "train" and not _begun else ""
         print(f"ddpm-{program}: stopped by {name(number)}{before}", file=sys.stderr)
     sys.exit(128 + number)

@@ -25,7 +25,7 @@ def check(config: TrainConfig) -> None:
 @contextmanager
 def events(run: "Run", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Takes the lines of metrics.jsonl as they come. Raises OSError where nothing can be written."""
-    if run.config.logger != "tensorboard":
+    if run.config.logger != "tensorboard" or not run.world.first:
         yield lambda record: None
         return
     from torch.utils.tensorboard import SummaryWriter

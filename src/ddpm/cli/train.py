@@ -1,16 +1,19 @@
 """ddpm-train: compose and check a config, prepare the run's folder, train, and say where everything is."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import git, hydra_app, leases, signals
-from ddpm.cli.progress import Log, duration, estimate, figures, tell, typed
+from ddpm.cli.follow import follow
+from ddpm.cli.progress import Log, duration, figures, tell, typed
 from ddpm.config import TrainConfig, to_dict
 from ddpm.errors import UserError
 from ddpm.files import reason, write_atomically
 from ddpm.report import FAILED
+from ddpm.world import World, world
 
 if TYPE_CHECKING:
     import torch
@@ -31,45 +34,78 @@ def _sweep(overrides: list[str]) -> None:
 
 
 def train(config: TrainConfig) -> float:
-    """The whole command for one checked config; returns the last val_eps_mse."""
-    from ddpm import build
-    from ddpm.cli import resume, run_folder, tensorboard
+    """The whole command for one checked config; returns the last val_eps_mse.
 
+    One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
+    """
+    from ddpm import build
+    from ddpm.cli import tensorboard
+    from ddpm.distributed import joined
+
+    started, own = time.perf_counter(), world()
     tensorboard.check(config)
-    started = time.perf_counter()
+    _check_size(config, own)
     _set_up_torch(config.trainer.deterministic)
-    place = resume.place(config)
     lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
-    device = build.device(lease.device if lease else config.device)
-    claim = None
-    if place.folder is not None:
-        claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
+    device = build.device(lease.device if lease else config.device, own)
+    with joined(own, device):
+        return _train_on(config, own, device, started)
+
+
+def _train_on(config: TrainConfig, own: World, device: "torch.device", started: float) -> float:
+    from ddpm import build, runs
+    from ddpm.cli import restarts, resume, run_folder
+    from ddpm.distributed import agreed, in_turn, told
+
+    place, claim, source = resume.Place(None, False, []), None, None
     try:
-        source = resume.choose(place, config)
-        if claim is not None and place.in_place and source is None:
-            run_folder.check_begun(claim.path)
-        data = build.dataset(config.dataset, config.data_root)
-        run = _prepare(config, data, device, source)
-        if source is not None and run.step >= run.max_steps:
-            result = run_folder.read_result(source.path.parent.parent) if place.in_place else None
-            if not place.in_place or (result is not None and result["step"] == run.step):
-                return _done_already(source.path, run, result)
-        claim = claim or run_folder.claim_new()
-        return _train_in(claim.path, run, data, source, place.in_place, started)
+        with agreed(own):
+            if own.first:
+                place = restarts.again(config) or resume.place(config)
+                if place.folder is not None:
+                    claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
+                source = resume.choose(place, config)
+                if claim is not None and place.in_place and source is None:
+                    run_folder.check_begun(claim.path)
+        data = in_turn(own, lambda: build.dataset(config.dataset, config.data_root))
+        with agreed(own):
+            run = _prepare(config, data, device, source, own)
+            figure = None if source is None else _done_already(place, source.path, run)
+            if own.first and figure is None:
+                claim = claim or run_folder.claim_new()
+        run_dir, figure = told(own, (claim.path if claim else Path(), figure))
+        if figure is not None:
+            return figure
+        runs.join(run, own)
+        return _train_in(run_dir, run, data, source, place.in_place, started)
     finally:
         if claim is not None:
             claim.release()
 
 
+def _check_size(config: TrainConfig, own: World) -> None:
+    """Raises UserError where not every process would have an image in every part of every batch, or a GPU."""
+    if own.size > 1 and config.gpus is not None:
+        raise UserError(
+            f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"
+        )
+    batch, parts = config.trainer.batch_size, config.trainer.accumulate
+    if own.size > 1 and batch < own.size * parts:
+        raise UserError(
+            f"trainer.batch_size={batch}: it is shared by {own.size} processes with trainer.accumulate={parts} parts "
+            f"each, and must be at least {own.size * parts}"
+        )
+
+
 def _prepare(
-    config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None"
+    config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
     from ddpm import runs
 
     run = runs.prepare(config, data, device)
     if source is not None:
         runs.restore(run, source.path)
-    elif config.trainer.init_from is not None:
+    elif own.first and config.trainer.init_from is not None:
         run.notes += runs.init_from(run, config.trainer.init_from)
     run.environment.update(git.commits())
     return run
@@ -78,11 +114,14 @@ def _prepare(
 def _train_in(
     run_dir: Path, run: "Run", data: "Dataset", source: "resume.Source | None", in_place: bool, started: float
 ) -> float:
-    """All that is written is written here."""
+    """All that is written is written here, by rank 0."""
     from ddpm.cli import resume, run_folder
 
     try:
         with signals.patient():
+            if not run.world.first:
+                follow(run, data, run_dir, Log(None))
+                return math.nan  # which only a sweep would ask for, and that has one process
             if source is None or not in_place:
                 run_folder.clear(run_dir)
             run_folder.sweep(run_dir)
@@ -93,12 +132,12 @@ def _train_in(
                 log.say(note)
             for note in run_folder.set_aside(run_dir, run.step) if source and in_place else []:
                 log.say(note)
-            _follow(run, data, run_dir, log)
+            follow(run, data, run_dir, log)
             figure = _write_end(run, run_dir, log, time.perf_counter() - started)
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {reason(error)}{_last_good(run_dir)}") from None
     except UserError as error:
-        raise UserError(f"{error}{_last_good(run_dir)}") from None
+        raise type(error)(f"{error}{_last_good(run_dir)}") from None
     number = signals.stop_requested()
     if number is not None:  # too late for this run, but a sweep must not go on
         log.say(f"{signals.name(number)} came when all was done")
@@ -133,9 +172,16 @@ def _set_up_torch(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def _done_already(source: Path, run: "Run", result: dict[str, float] | None) -> float:
-    """With auto, that is fine; a checkpoint that is named was meant to go on."""
-    if run.config.trainer.resume != "auto" or result is None:
+def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | None:
+    """The last figure of a run that is over. With auto, that is fine; a checkpoint that is named was meant to go on."""
+    from ddpm.cli import run_folder
+
+    if run.step < run.max_steps:
+        return None
+    result = run_folder.read_result(source.parent.parent) if place.in_place else None
+    if place.in_place and (result is None or result["step"] != run.step):
+        return None  # the end is written once more
+    if not (place.again or run.config.trainer.resume == "auto") or result is None:
         key = "max_epochs" if run.config.trainer.max_epochs is not None else "max_steps"
         raise UserError(f"{source} has done its {run.step} steps already: give trainer.{key} a larger number")
     tell(f"{source.parent.parent}: done already, {run.step:,} steps, val_eps_mse {result['val_eps_mse']:.4f}")
@@ -153,11 +199,12 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
     from ddpm import plots
+    from ddpm.cli import restarts
     from ddpm.schedules import is_noise
 
     log = Log(run_dir / "train.log")
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(run.config)).encode())
-    about = {**run.environment, "seed": run.config.seed}
+    about = {**run.environment, "seed": run.config.seed, **restarts.recorded()}
     write_atomically(run_dir / "environment.json", json.dumps(about, indent=2).encode())
     plots.draw_forward(data.train.images[:8], run.schedule, run_dir / "forward.png")
     if data.notice:
@@ -168,6 +215,7 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
         f"{facts.image_size}×{facts.image_size}×{facts.channels}; "
         f"{run.config.model.name} with {parameters:,} parameters; "
         f"{run.config.schedule.name} schedule; {run.device}"
+        + (f", {run.world.size} processes" if run.world.size > 1 else "")
     )
     noisiest = run.schedule.at(run.schedule.num_timesteps - 1)
     if not is_noise(noisiest):
@@ -176,65 +224,6 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
             "from pure noise will be off; raise schedule.num_timesteps or take another schedule"
         )
     return log
-
-
-def _follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
-    """The training, with its bar or plain lines; what signals ask for is done between two steps."""
-    from ddpm import memory
-    from ddpm.cli import tensorboard
-    from ddpm.training import fit, keep
-
-    first, clock = run.step, time.perf_counter()
-    exhausted = False
-    try:
-        with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
-            for progress in fit(run, data, run_dir):
-                bar.update()
-                if progress.step == first + 1:  # which also compiled, allocated and picked algorithms
-                    clock = time.perf_counter()
-                elif progress.step == first + 4:
-                    log.say(estimate(run, (time.perf_counter() - clock) / 3))
-                if progress.record:
-                    log.record(progress.record, run.max_steps, bar)
-                    mirror(progress.record)
-                if signals.save_requested():
-                    path = keep(run, run_dir, progress.record or {})
-                    log.say(f"saved {path.relative_to(run_dir)} (SIGUSR1)")
-                if (number := signals.stop_requested()) is not None and progress.step < run.max_steps:
-                    keep(run, run_dir, progress.record or {})
-                    log.say(
-                        f"stopped by {signals.name(number)} at step {progress.step}; go on with: "
-                        f"ddpm-train trainer.resume={typed(run_dir)}"
-                    )
-                    raise signals.Stopped(number, said=True)
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_exhausted(error):
-            raise
-        exhausted = True  # what filled the memory is free only when the error itself is gone
-    if exhausted:
-        raise UserError(_out_of_memory(run))
-
-
-def _out_of_memory(run: "Run") -> str:
-    import torch
-
-    from ddpm import memory, training
-
-    batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
-    text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
-    if run.device.type != "cuda":
-        return f"{text}; a larger trainer.accumulate makes the same batch in smaller parts"
-    run.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(run.device)
-    peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)
-    fits = memory.largest_batch(peak, free, batch)
-    if fits is None:
-        return f"{text}; not even 1 image fits: take a smaller model, or free the GPU"
-    return (
-        f"{text}; about {fits} images fit at once: trainer.accumulate={-(-batch // fits)} keeps the batch, "
-        f"trainer.batch_size={fits} makes a smaller one"
-    )
 
 
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:

@@ -1,0 +1,102 @@
+"""The training as ddpm-train follows it: a bar or lines, what signals ask for, and what to say when memory ends."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddpm.cli import signals
+from ddpm.cli.progress import Log, estimate, typed
+from ddpm.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from ddpm.datasets.types import Dataset
+    from ddpm.runs import Run
+
+
+def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
+    """The training, with its bar or plain lines; what signals ask for is done between two steps."""
+    from ddpm import memory
+    from ddpm.cli import tensorboard
+    from ddpm.distributed import agreed
+    from ddpm.training import fit, keep
+
+    first, clock = run.step, time.perf_counter()
+    exhausted = False
+    try:
+        with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
+            asked = _asked(run)
+            for progress in fit(run, data, run_dir):
+                bar.update()
+                if progress.step == first + 1:  # which also compiled, allocated and picked algorithms
+                    clock = time.perf_counter()
+                elif progress.step == first + 4:
+                    log.say(estimate(run, (time.perf_counter() - clock) / 3))
+                if progress.record:
+                    log.record(progress.record, run.max_steps, bar)
+                    mirror(progress.record)
+                number, save = next(asked)
+                if save and run.world.first:
+                    path = keep(run, run_dir, progress.record or {})
+                    log.say(f"saved {path.relative_to(run_dir)} (SIGUSR1)")
+                if number is not None and progress.step < run.max_steps:
+                    with agreed(run.world):  # nobody leaves before it is saved: torchrun would end the others
+                        if run.world.first:
+                            keep(run, run_dir, progress.record or {})
+                            log.say(
+                                f"stopped by {signals.name(number)} at step {progress.step}; go on with: "
+                                f"ddpm-train trainer.resume={typed(run_dir)}"
+                            )
+                    raise signals.Stopped(number, said=True)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        exhausted = True  # what filled the memory is free only when the error itself is gone
+    if exhausted:
+        raise _out_of_memory(run)
+
+
+def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
+    """After each step: the signal that asked to stop, if one came, and whether one asked to save.
+
+    A signal reaches several processes at different steps, or only one of them. So each begins to tell the others
+    after one step and hears of them after the next: all act after the same step, and none waits but for processes
+    that are a whole step behind.
+    """
+    from ddpm.distributed import begin_largest
+
+    if run.world.size == 1:
+        while True:
+            yield signals.stop_requested(), signals.save_requested()
+    heard = begin_largest(run.world, (0, 0))
+    while True:
+        number, save = heard()
+        saves = signals.save_requested() and not save  # else it is the same request, come here a moment later
+        if not number and run.step < run.max_steps:  # no question is left open at the end
+            heard = begin_largest(run.world, (signals.stop_requested() or 0, int(saves)))
+        yield number or None, bool(save)
+
+
+def _out_of_memory(run: "Run") -> UserError:
+    import torch
+
+    from ddpm import memory, training
+
+    batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
+    text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
+    if run.world.size > 1:  # no trial: its gradients would wait for the other processes
+        text += f" in {run.world.size} processes"
+        return RankError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+    if run.device.type != "cuda":
+        return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+    run.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(run.device)
+    peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)
+    fits = memory.largest_batch(peak, free, batch)
+    if fits is None:
+        return UserError(f"{text}; not even 1 image fits: take a smaller model, or free the GPU")
+    return UserError(
+        f"{text}; about {fits} images fit at once: trainer.accumulate={-(-batch // fits)} keeps the batch, "
+        f"trainer.batch_size={fits} makes a smaller one"
+    )

@@ -1,0 +1,75 @@
+"""Which of how many processes this one is, as torchrun says in the environment. No torch, so that it costs nothing."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ddpm.errors import UserError
+
+MOST = 1 << 20  # processes
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`; on its machine `local_rank` of `local_size`. The default is a process alone."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this one says what went wrong, if it went wrong everywhere: once on each machine."""
+        return self.local_rank == 0
+
+    @property
+    def name(self) -> str:
+        """In front of what only this process has to say."""
+        return f"rank {self.rank}: " if self.size > 1 else ""
+
+    def share(self, n: int, rank: int | None = None) -> slice:
+        """The part of 0 … n-1 that is this rank's (or another's): in order, the first ones larger by at most 1."""
+        rank = self.rank if rank is None else rank
+        each, more = divmod(n, self.size)
+        return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
+
+    def lengths(self, n: int) -> list[int]:
+        """How many each rank has."""
+        return [self.share(n, rank).stop - self.share(n, rank).start for rank in range(self.size)]
+
+
+ALONE = World()
+
+
+def world(environment: Mapping[str, str] = os.environ) -> World:
+    """Raises UserError where RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE make no sense together."""
+    if environment.get("WORLD_SIZE", "1") == "1":
+        return ALONE
+    size = _number(environment, "WORLD_SIZE", 1, MOST)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1, size)
+    rank = _number(environment, "RANK", 0, size - 1)
+    return World(rank, size, _number(environment, "LOCAL_RANK", 0, local_size - 1), local_size)
+
+
+def world_for_errors() -> World:
+    """For who says what went wrong, even if it was the environment."""
+    try:
+        return world()
+    except UserError:
+        return ALONE
+
+
+def _number(environment: Mapping[str, str], key: str, low: int, high: int) -> int:
+    text = environment.get(key, "")
+    if not (text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+        raise UserError(
+            f"{key}={text}: must be a number from {low} to {high} where WORLD_SIZE={environment['WORLD_SIZE']}; "
+            "torchrun sets all of these"
+        )
+    return int(text)
