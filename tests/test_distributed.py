@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from ddpm import build, checkpoint
-from ddpm.cli import hydra_app, launch
+from ddpm.cli import hydra_app, restarts
 from ddpm.config import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.world import ALONE, World, world
@@ -196,7 +196,7 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
     home = Path("outputs/train")
     about = {
         "2026-01-01/10-00-00": json.dumps({"launch": "torchrun:job7"}),
-        "2026-01-02/10-00-00": json.dumps({"launch": f"agent:{launch.socket.gethostname()}:{os.getppid()}"}),
+        "2026-01-02/10-00-00": json.dumps({"launch": f"agent:{restarts.socket.gethostname()}:{os.getppid()}"}),
         "2026-01-03/10-00-00": json.dumps({"seed": 0}),
         "2026-01-04/10-00-00": "[" * 100_000,
         "2026-01-05/10-00-00": '["launch"]',
@@ -214,7 +214,7 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
                 monkeypatch.delenv(f"TORCHELASTIC_{key}", raising=False)
             else:
                 monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
-        place = launch.again(composed(*overrides))
+        place = restarts.again(composed(*overrides))
         assert place is None or (place.in_place and place.again)
         return None if place is None else place.folder
 
