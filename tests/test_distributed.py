@@ -76,7 +76,10 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=240)
     finally:
-        process.kill()
+        if process.poll() is None:  # torchrun's processes outlive it if it is killed
+            for number in workers(process).values():
+                os.kill(number, signal.SIGKILL)
+            process.kill()
     return process.returncode, out, err
 
 
@@ -458,5 +461,6 @@ def test_what_goes_wrong_in_one_process_ends_all_with_its_line(alone: Path, what
     assert all(line.startswith((says, lost)) for line in lines) and len(lines) <= (
         2 if what == "memory" else 1
     ), err
-    assert "Traceback" not in err and not list((alone / what).glob("**/*.safetensors")), err
+    assert err.count("Traceback") == err.count("ChildFailedError(") == 1, err  # torchrun's own
+    assert not list((alone / what).glob("**/*.safetensors"))
     assert program == "train" or not (alone / what).exists()
