@@ -199,7 +199,9 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
     home = Path("outputs/train")
     about = {
         "2026-01-01/10-00-00": json.dumps({"launch": "torchrun:job7"}),
-        "2026-01-02/10-00-00": json.dumps({"launch": f"agent:{restarts.socket.gethostname()}:{os.getppid()}"}),
+        "2026-01-02/10-00-00": json.dumps(
+            {"launch": f"agent:{restarts.socket.gethostname()}:{os.getppid()}"}
+        ),
         "2026-01-03/10-00-00": json.dumps({"seed": 0}),
         "2026-01-04/10-00-00": "[" * 100_000,
         "2026-01-05/10-00-00": '["launch"]',
@@ -211,8 +213,8 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
     pipe.mkdir(parents=True)
     os.mkfifo(pipe / "environment.json")
 
-    def found(name: str | None, restarts: int, *overrides: str) -> str | None:
-        for key, value in (("RUN_ID", name), ("RESTART_COUNT", str(restarts))):
+    def found(name: str | None, count: int, *overrides: str) -> str | None:
+        for key, value in (("RUN_ID", name), ("RESTART_COUNT", str(count))):
             if value is None:
                 monkeypatch.delenv(f"TORCHELASTIC_{key}", raising=False)
             else:
@@ -226,6 +228,7 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
     assert found("job7", 0) == found("job7", 2) == first
     assert found("none", 0) is None and found("none", 1) == second  # a process number alone may come again
     assert found("job7", 0, f"run_dir={first}") == first and found("job7", 1, f"run_dir={second}") is None
+    assert found("job7", 0, "overwrite=true") is None and found("job7", 1, "overwrite=true") == first
     assert found("job7", 1, "trainer.resume=auto", f"run_dir={first}") is None  # which goes on there anyway
 
 

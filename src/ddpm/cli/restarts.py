@@ -45,10 +45,11 @@ def again(config: TrainConfig) -> "resume.Place | None":
     """The folder that an earlier start of this very run has made, to go on there; None for the first start.
 
     A number of a process may come again, so an id made of one is believed only where torchrun says that it restarts;
-    and what is typed in trainer.resume counts at the first start.
+    and what is typed in trainer.resume and overwrite counts at the first start.
     """
     name, typed = run_id(), config.trainer.resume
-    if name is None or typed == "auto" or (restarts() == 0 and (typed or name.startswith("agent:"))):
+    told = typed or config.overwrite
+    if name is None or typed == "auto" or (restarts() == 0 and (told or name.startswith("agent:"))):
         return None
     asked = resume.place(config)
     folder = _of_launch(name) if asked.folder is None else Path(asked.folder)
