@@ -129,6 +129,7 @@ class Drawn:
 def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE) -> Drawn:
     """This process's images, with a bar on a terminal."""
     import torch
+    from torch import Tensor
     from tqdm import tqdm
 
     from ddpm.cli.brought import guidance
