@@ -23,6 +23,13 @@ _PACKAGED = Path(__file__).parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 
 
+# Where and how a run is made, which says nothing about what it is.
+CIRCUMSTANCES = (
+    *("data_root", "run_dir", "overwrite", "device", "gpus", "jobs_per_gpu", "minimize", "logger"),
+    "trainer.resume",
+)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A named function or class and its parameters, as in `configs/<group>/<file>.yaml`."""

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ddpm import checkpoint, metrics
-from ddpm.config import TrainConfig, check, to_dict
+from ddpm.config import CIRCUMSTANCES, TrainConfig, check, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import open_regular, reason
 from ddpm.meta import brought_up_to_date
@@ -27,18 +27,6 @@ MAX_DEPTH = 8  # of a config
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
 _PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
-# Where and how a run was made, which says nothing about what it is.
-_NO_SETTING = (
-    "run_dir",
-    "overwrite",
-    "device",
-    "data_root",
-    "logger",
-    "gpus",
-    "jobs_per_gpu",
-    "minimize",
-    "trainer.resume",
-)
 
 
 @dataclass(frozen=True)
@@ -225,7 +213,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     for key, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
             flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in _NO_SETTING}
+    return {key: value for key, value in flat.items() if key not in CIRCUMSTANCES}
 
 
 def _result(path: Path) -> dict[str, float] | None:

@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.cli import hydra_app
-from ddpm.config import ADDED, ExportConfig, choices, to_dict
+from ddpm.config import ADDED, CIRCUMSTANCES, ExportConfig, choices, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
 
 if TYPE_CHECKING:
     from ddpm.sampling import Model
-
-NOT_TOLD = (
-    "data_root",
-    "run_dir",
-    "overwrite",
-    "device",
-    "gpus",
-    "jobs_per_gpu",
-    "minimize",
-    "logger",
-)  # of one machine
 
 
 def main() -> None:
@@ -90,7 +79,7 @@ def training_command(model: "Model") -> str:
     default = hydra_app.compose("train", begin + given)
     chosen = {group for group, value in config.items() if isinstance(value, dict) and "name" in value}
     changed = []
-    for override in hydra_app.as_overrides({key: config[key] for key in config if key not in NOT_TOLD}):
+    for override in hydra_app.as_overrides({key: config[key] for key in config if key not in CIRCUMSTANCES}):
         key, _, value = override.partition("=")
         group, _, name = key.rpartition(".")
         if key in ("trainer.resume", "trainer.init_from", "dataset.path") or key in chosen:

@@ -15,7 +15,7 @@ from typing import Any
 from ddpm.cli import hydra_app, run_folder, signals
 from ddpm.cli.progress import duration, tell
 from ddpm.cli.resume import same_run
-from ddpm.config import TrainConfig, check
+from ddpm.config import CIRCUMSTANCES, TrainConfig, check
 from ddpm.errors import printable
 from ddpm.files import open_regular
 from ddpm.metrics import lowest
@@ -24,16 +24,6 @@ from ddpm.report import FAILED
 STOP = ".stop"  # in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
 GRACE = 9  # seconds that a job has to save; a step may take a while
-NOT_IN_NAME = (
-    "run_dir",
-    "data_root",
-    "device",
-    "overwrite",
-    "trainer.resume",
-    "gpus",
-    "jobs_per_gpu",
-    "minimize",
-)
 UNEXPECTED = (1,)  # the status that Python leaves with a traceback
 MAX_ERROR = 10_000  # bytes of it
 MAX_NAME = 180  # characters of a folder's name; file systems take 255 bytes
@@ -88,7 +78,7 @@ def name(overrides: list[str]) -> str:
     """The folder of a job: what was typed for it, so that the same command finds it again."""
     import hashlib
 
-    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_IN_NAME)
+    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in CIRCUMSTANCES)
     text = ",".join(kept) or "defaults"
     plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)
     if plain == text and len(plain.encode()) <= MAX_NAME:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import checkpoint
 from ddpm.cli import hydra_app
-from ddpm.config import TrainConfig, to_dict
+from ddpm.config import CIRCUMSTANCES, TrainConfig, to_dict
 from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Meta
 
@@ -18,19 +18,7 @@ if TYPE_CHECKING:
 MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
 # What is not followed because a file says so: a checkpoint may come from anywhere.
 PATHS = ("data_root", "dataset.path", "trainer.init_from")
-NO_MATTER = (
-    *PATHS,
-    "run_dir",
-    "overwrite",
-    "device",
-    "gpus",
-    "jobs_per_gpu",
-    "minimize",
-    "logger",
-    "trainer.resume",
-    "trainer.max_steps",
-    "trainer.max_epochs",
-)
+NO_MATTER = (*CIRCUMSTANCES, *PATHS, "trainer.max_steps", "trainer.max_epochs")
 
 
 @dataclass(frozen=True)
