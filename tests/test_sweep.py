@@ -256,6 +256,8 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
         (["seed=0,1", "gpus=a,b"], "gpus=a,b: must be auto, or numbers"),
         (["seed=0,1", "hydra/launcher=jobib"], "hydra/launcher=jobib: must be one of basic"),
         (["seed=0,1", "run_dir=run"], "is a single run"),
+        (["seed=0,1", "hydra.sweep.dir=here"], "run_dir=… names the sweep's folder"),
+        (["seed=0,1", "logger=wandb"], "logger=wandb: must be one of files, tensorboard"),
         (["seed=0,1", "minimize=fid"], "minimize=fid: must be one of val_eps_mse, val_loss"),
         (["seed=0,1", "jobs_per_gpu=0"], "jobs_per_gpu=0"),
     ):

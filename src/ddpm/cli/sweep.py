@@ -32,6 +32,10 @@ def sweep(overrides: list[str]) -> None:
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and o.partition("=")[0] not in OF_SWEEP]
+    if any(o.lstrip("+~").startswith(("hydra.sweep.", "hydra.run.")) for o in of_hydra):
+        raise UserError(
+            "run_dir=… names the sweep's folder, and each job's follows from what is typed for it"
+        )
     settings = hydra_app.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
