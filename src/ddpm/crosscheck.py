@@ -24,8 +24,8 @@ def largest_difference(model: Model, folder: Path) -> float:
     diffusers.utils.logging.disable_progress_bar()
     noise = torch.randn(IMAGES, *model.shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(IMAGES) % model.facts.num_classes if model.conditional else None
-    theirs = _theirs(diffusers, model, folder, noise, labels)
-    return (ours(model, noise, labels) - theirs.clamp(-1, 1)).abs().max().item()
+    difference = ours(model, noise, labels) - theirs(diffusers, model, folder, noise, labels).clamp(-1, 1)
+    return difference.abs().max().item()
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def ours(model: Model, x_T: Tensor, y: Tensor | None) -> Tensor:
     return last(steps).clamp(-1, 1)
 
 
-def _theirs(diffusers: Any, model: Model, folder: Path, noise: Tensor, labels: Tensor | None) -> Tensor:
+def theirs(diffusers: Any, model: Model, folder: Path, noise: Tensor, labels: Tensor | None) -> Tensor:
     """By the pipeline where there is one. It draws its noise from the generator, the same as here."""
     steps: int = ddim_as_exported(model).params["num_steps"]
     local = {"local_files_only": True, "low_cpu_mem_usage": False}

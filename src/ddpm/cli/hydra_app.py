@@ -228,7 +228,7 @@ def _missing_choice(error: Any) -> str:
     if group == "hydra/launcher" or group == "hydra/sweeper":
         options = [option for option in options if option != "manual_launcher"]
         extra = "optuna" if group == "hydra/sweeper" else "sweep"
-        more = f'; more come with: pip install "ddpm[{extra}]"'
+        more = f'; more come with: pip install -e ".[{extra}]"'
         return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options) or more}"
     if group == "recipe":
         return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"

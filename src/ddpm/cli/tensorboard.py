@@ -19,7 +19,7 @@ FOLDER = "tensorboard"
 def check(config: TrainConfig) -> None:
     """Raises UserError where the package is needed and absent."""
     if config.logger == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError('logger=tensorboard needs: pip install "ddpm[tensorboard]"')
+        raise UserError('logger=tensorboard needs: pip install -e ".[tensorboard]"')
 
 
 @contextmanager
