@@ -3,7 +3,8 @@
     python scripts/check_export.py ckpt [picture.png] [n]
 
 Runs the installed ddpm-export, loads the folder with diffusers, draws n images (16) with both by DDIM, eta = 0, and
-writes a picture: ours, diffusers', and the difference times 100. Exits with 1 where a pixel differs by more than one grey level.
+writes a picture: ours, diffusers', and the difference times 100. Exits with 1 where a pixel differs by more than one
+grey level.
 """
 
 import subprocess

@@ -222,6 +222,25 @@ def test_a_failing_job_leaves_the_others_running(tmp_path: Path) -> None:
         assert "head_dim=5" in path.parent.name and "divisible" in path.read_text()
 
 
+def test_a_fault_in_a_plug_in_is_told_whole_and_kept_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import ddpm\n"
+        "from ddpm.datasets.digits import digits\n"
+        "@ddpm.register('dataset')\n"
+        "def odd(data_root, count=0):\n"
+        "    if count == 1:\n"
+        "        raise KeyError('no such thing')\n"
+        "    return digits(data_root)\n"
+    )
+    arguments = ["-m", "plugins=mine", "dataset=odd", "dataset.count=1,2", "model=mlp", "trainer.max_steps=2"]
+    result = run_script(
+        "train", *arguments, "trainer.batch_size=8", "hydra/launcher=joblib", "run_dir=s", cwd=tmp_path
+    )
+    assert result.returncode == 2 and "Traceback" in result.stdout and result.stdout.count(": done in") == 1
+    (failed,) = tmp_path.glob("s/*/failed.txt")
+    assert failed.read_text() == "KeyError: 'no such thing'" and "count=1" in failed.parent.name
+
+
 def test_optuna_minimises_what_the_jobs_return(tmp_path: Path) -> None:
     """hydra-optuna-sweeper 1.3 with optuna 2.10."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.cli import hydra_app, run_folder, signals
+from ddpm.cli.load_plugins import load_plugins
 from ddpm.cli.progress import duration, tell
 from ddpm.cli.resume import same_run
 from ddpm.config import CIRCUMSTANCES, TrainConfig, check
@@ -21,6 +22,7 @@ from ddpm.files import open_regular
 from ddpm.metrics import lowest
 from ddpm.report import FAILED
 
+PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
 STOP = ".stop"  # in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
 GRACE = 9  # seconds that a job has to save; a step may take a while
@@ -38,6 +40,8 @@ def run(raw: Any) -> float:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    plugins = [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
+    load_plugins(plugins)  # this may be another process than the one that was told
     hydra = HydraConfig.get()
     sweep, overrides = Path(hydra.sweep.dir), list(hydra.overrides.task)
     folder, number = sweep / name(overrides), hydra.job.num
@@ -55,7 +59,6 @@ def run(raw: Any) -> float:
     (folder / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
     in_line = "basic" in str(hydra.launcher._target_).lower()
-    plugins = [f"plugins={value}"] if (value := os.environ.get("DDPM_PLUGINS")) else []
     resume = (
         []
         if hydra_app.typed_value(overrides, "trainer.resume") or config.overwrite
@@ -120,7 +123,10 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
         _wait(child, sweep, alone)
         if child.returncode in UNEXPECTED:  # a fault of ours, or of a plug-in: all of what it said
             errors.seek(0)
-            tell(errors.read()[-MAX_ERROR:].decode(errors="replace"))
+            said = errors.read()[-MAX_ERROR:].decode(errors="replace").strip()
+            tell(said)
+            with suppress(OSError):
+                (folder / FAILED).write_text(said.rpartition("\n")[2] or "ended with a fault of its own")
     return child.returncode
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from ddpm.cli import hydra_app, signals
-from ddpm.cli.job import JobFailed, run
+from ddpm.cli.job import PLUGINS, JobFailed, run
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.errors import UserError, printable
 
@@ -20,7 +20,7 @@ def main() -> int:
     """The exit status: 0 if all jobs finished."""
     for number in signals.STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    plugins = os.environ.get("DDPM_PLUGINS", "")
+    plugins = os.environ.get(PLUGINS, "")
     said = io.StringIO()  # what Hydra adds to a failed job's own line; jobs have the real stderr
     try:
         load_plugins([f"plugins={plugins}"] if plugins else [])

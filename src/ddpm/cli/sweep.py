@@ -146,7 +146,7 @@ def _shares(
 def _launch(arguments: list[str], environment: dict[str, str], folder: Path) -> int:
     """Hydra with these arguments, until all its jobs have ended; returns its exit status."""
     plugins = [a.removeprefix("plugins=").strip("[] ") for a in sys.argv[1:] if a.startswith("plugins=")]
-    environment = {**os.environ, **environment, "DDPM_PLUGINS": ",".join(plugins), "HYDRA_FULL_ERROR": "1"}
+    environment = {**os.environ, **environment, job.PLUGINS: ",".join(plugins), "HYDRA_FULL_ERROR": "1"}
     with signals.patient():
         launcher = subprocess.Popen(
             [sys.executable, "-P", "-m", "ddpm.cli.launch", *arguments],
