@@ -19,7 +19,7 @@ NAMED = 40  # runs in the legend
 POINTS = 300  # of a curve
 WIDTH = 12.0  # inches
 PANEL_HEIGHT, CURVES_HEIGHT, NAME_HEIGHT = 3.0, 4.3, 0.19
-LOGARITHMIC = 20.0  # from this ratio of the largest to the smallest on
+LOGARITHMIC = 8.0  # from this ratio of the largest to the smallest on
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d4a", "#c2255c", "#7048c8", "#8c6239", "#0b9aa6", "#6c757d")
 Curve = Sequence[tuple[int, float]]
 

@@ -14,6 +14,7 @@ from ddpm.report import FIGURES, RunRow, ranked
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
 MAX_CELL = 24
 MAX_NAME = 48
+MAX_REASON = 100  # failed.txt and the CSV have all of it
 # How often something is written and how much is kept, which changes no image.
 HOUSEKEEPING = {f"trainer.{key}_every" for key in ("log", "validate", "sample", "checkpoint")} | {
     "trainer.keep"
@@ -27,7 +28,8 @@ def table(rows: Iterable[RunRow], figure: str) -> str:
     names = [shortened(row.name, MAX_NAME) for row in rows]
     if len({*names}) < len(rows):  # the middle is where they differ
         names = [row.name for row in rows]
-    ends = [f"{name}: {row.reason}" if row.reason else name for name, row in zip(names, rows, strict=True)]
+    reasons = [row.reason if len(row.reason) <= MAX_REASON else f"{row.reason[:MAX_REASON]}…" for row in rows]
+    ends = [f"{name}: {reason}" if reason else name for name, reason in zip(names, reasons, strict=True)]
     columns = [(head, [setting(row, key) for row in rows]) for key, head in heads(keys[:MAX_COLUMNS]).items()]
     columns += [
         (figure, [measured(row, figure) for row in rows]),
