@@ -334,6 +334,7 @@ def test_previews_dropout_and_fp16_run_on_several(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "samples").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_at_one_step_and_another_number_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, 2, "ddpm-train", *LONG, "run_dir=run")
     until(lambda: checkpoint.saved_steps(tmp_path / "run"), process)
@@ -376,7 +377,8 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path: Path, then: int) -> 
     assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 
-@pytest.mark.parametrize("how", ["--standalone", pytest.param("--master-port=29531", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--standalone", "--master-port=29531"])
 def test_a_killed_worker_comes_again_in_the_same_folder(tmp_path: Path, how: str) -> None:
     """With a run id, and without one (where only the torchrun that restarts can tell)."""
     unbroken = tmp_path / "unbroken"

@@ -242,6 +242,7 @@ def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     result = {"step": run.step, **{key: last[key] for key in VALIDATED}, "seconds": seconds}
     write_atomically(run_dir / "result.json", json.dumps(result).encode())
     log.say(f"done in {duration(seconds)}: {figures(last)}")
-    log.say(f"{run_dir}: {' '.join(RUN_FILES)} samples/ checkpoints/")
+    written = [name for name in RUN_FILES if (run_dir / name).exists()]
+    log.say(f"{run_dir}: {' '.join(written)} samples/ checkpoints/")
     log.say(f"next: ddpm-sample ckpt={typed(run_dir)}")
     return last["val_eps_mse"]
