@@ -64,6 +64,7 @@ def test_sampling_takes_the_sampler_of_the_checkpoint(trained: Path) -> None:
     assert '"name": "renoise"' in (trained / "runs/discs/samples/drawn-1/sample.json").read_text()
 
 
+@pytest.mark.slow
 def test_sweep(trained: Path) -> None:
     result = run_line(SWEEP, *TINY, cwd=trained)
     assert result.returncode == 0, result.stderr

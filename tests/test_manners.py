@@ -51,13 +51,6 @@ def test_tab_completes_commands_groups_and_keys(tmp_path: Path) -> None:
     ], result.stderr
 
 
-def test_plain_lines_where_the_output_is_no_terminal(tmp_path: Path) -> None:
-    result = run_script("train", *QUICK, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    text = result.stdout + result.stderr
-    assert "\r" not in text and "\x1b" not in text and re.search(r"^step +3/3 ", text, re.M)
-
-
 def test_a_bar_and_no_colours_on_a_terminal(tmp_path: Path) -> None:
     """With NO_COLOR (https://no-color.org) or without: nothing is ever coloured."""
     ours, theirs = pty.openpty()

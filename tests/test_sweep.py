@@ -102,7 +102,7 @@ def begun(sweep: Path, count: int) -> Callable[[], bool]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("count", "kills"), [(4, 1), pytest.param(8, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "kills"), [(3, 1), pytest.param(8, 2, marks=pytest.mark.slow)])
 def test_jobs_share_two_gpus_one_each_also_where_some_are_killed(
     tmp_path: Path, count: int, kills: int
 ) -> None:
@@ -141,11 +141,11 @@ def test_jobs_share_two_gpus_one_each_also_where_some_are_killed(
 @pytest.mark.parametrize(
     ("how", "launcher"),
     [
-        ("SIGTERM", "joblib"),
         ("SIGKILL", "joblib"),
         *[
             pytest.param(*pair, marks=pytest.mark.slow)
             for pair in (
+                ("SIGTERM", "joblib"),
                 ("SIGINT to all", "basic"),
                 ("SIGINT to all", "joblib"),
                 ("SIGTERM", "basic"),
@@ -203,11 +203,14 @@ def test_a_failing_job_leaves_the_others_running(tmp_path: Path) -> None:
         "ddpm-train: not all jobs finished; the same command with run_dir=sweep tries again"
     ]
     assert (
-        result.stdout.count(": done in") == 2 and result.stdout.count(": failed: model=unet: channels=") == 2
+        result.stdout.count(": done in") == 1 and result.stdout.count(": failed: model=unet: channels=") == 1
     )
-    assert len(list(tmp_path.glob("sweep/*/failed.txt"))) == 2
-    for path in tmp_path.glob("sweep/*/failed.txt"):
-        assert "head_dim=5" in path.parent.name and "divisible" in path.read_text()
+    (failed,) = tmp_path.glob("sweep/*/failed.txt")
+    assert "head_dim=5" in failed.parent.name and "divisible" in failed.read_text()
+    *_, head, done, broken, last = result.stdout.splitlines()
+    assert "val_eps_mse" in head and " done " in done
+    assert " failed " in broken
+    assert last == "pictures and CSV: ddpm-report sweep"
 
 
 @pytest.mark.slow
@@ -230,6 +233,7 @@ def test_a_fault_in_a_plug_in_is_told_whole_and_kept_in_a_line(tmp_path: Path) -
     assert failed.read_text() == "KeyError: 'no such thing'" and "count=1" in failed.parent.name
 
 
+@pytest.mark.slow
 def test_optuna_minimises_what_the_jobs_return(tmp_path: Path) -> None:
     """hydra-optuna-sweeper 1.3 with optuna 2.10."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
