@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.cli import leases
+from ddpm.cli import job, leases, run_folder
+from ddpm.cli import sweep as sweeps
 from ddpm.cli.job import MAX_NAME, name
 from ddpm.config import TrainConfig, check
 from ddpm.errors import UserError
@@ -34,7 +35,8 @@ import os, time
 from pathlib import Path
 import torch
 from ddpm import build
-from ddpm.cli import leases
+from ddpm.cli import job, leases, run_folder
+from ddpm.cli import sweep as sweeps
 
 leases.visible = lambda: ["0", "1"]
 real = build.device
@@ -270,6 +272,12 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
         (["seed=0,1", "run_dir=run"], "is a single run"),
         (["seed=0,1", "hydra.sweep.dir=here"], "run_dir=… names the sweep's folder"),
         (["seed=0,1", "logger=wandb"], "logger=wandb: must be one of files, tensorboard"),
+        (["seed=0,1", "device=cdua"], "device=cdua: must be auto, cpu, cuda or cuda:<number>"),
+        (["seed=0,1", "device=cuda:7"], "device=cuda:7: this machine has"),
+        (["seed=0,1", "gpus=auto", "trainer.init_from=latest"], "trainer.init_from=latest: each job"),
+        (["seed=0,1", "trainer.max_steps=5", "trainer.max_epochs=1"], "both say how long to train"),
+        (["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "n_jobs=0: must be at least 1"),
+        (["seed=0,1", "jobs_per_gpu=1,2"], "jobs_per_gpu=1,2: must be one whole number"),
         (["seed=0,1", "minimize=fid"], "minimize=fid: must be one of val_eps_mse, val_loss"),
         (["seed=0,1", "jobs_per_gpu=0"], "jobs_per_gpu=0"),
     ):
@@ -277,6 +285,31 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1
         assert [path.name for path in tmp_path.rglob("*")] == ["run", "checkpoints"]
+
+
+def test_every_job_is_planned_and_checked() -> None:
+    assert len(sweeps._planned(["schedule=glob(*)", "seed=range(3)", "gpus=auto"], "basic")) == 12
+    searched = [
+        "dataset=choice(mnist,kmnist)",
+        "dataset.image_size=32",
+        "optimizer.lr=tag(log,interval(1e-5,1e-2))",
+    ]
+    assert sweeps._planned(searched, "optuna") == []
+    with pytest.raises(UserError, match=r"dataset\.image_size"):
+        sweeps._planned(["dataset=choice(digits,mnist)", "dataset.image_size=32"], "optuna")
+
+
+def test_a_job_belongs_to_the_start_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to the next one in the same folder, whose lock looks the same."""
+    lock = run_folder.lock(tmp_path)
+    (tmp_path / job.OWNER).write_text("first")
+    monkeypatch.setenv(job.TOKEN, "first")
+    assert not job._orphaned(tmp_path)
+    (tmp_path / job.OWNER).write_text("second")
+    assert job._orphaned(tmp_path)
+    monkeypatch.setenv(job.TOKEN, "second")
+    lock.release()
+    assert job._orphaned(tmp_path)
 
 
 def test_the_name_of_a_job_fits_a_file_system_and_stays_its_own() -> None:

@@ -258,6 +258,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             return None
         return str(value) if str in kinds[1:] and isinstance(value, str) else _value(kinds[0], value, path)
     if hint is Several:
+        if value == []:
+            raise UserError(f"{path}=[]: must be a number, or a list of at least one")
         return Several(like([0], value if isinstance(value, list) else [value], path))
     if typing.get_origin(hint) is list:
         return like([typing.get_args(hint)[0]()], value, path)

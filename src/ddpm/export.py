@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.config import Choice, to_dict
+from ddpm.config import CIRCUMSTANCES, Choice, to_dict
 from ddpm.errors import UserError
+from ddpm.meta import ADDED_LATER
 from ddpm.networks.diffusers_map import diffusers_config, to_diffusers
 from ddpm.sampling import Model
 from ddpm.schedules import NoiseSchedule
@@ -118,6 +119,7 @@ def public_config(model: Model) -> dict[str, Any]:
     """The config without paths and what else is of one machine: it is going to be published."""
     config = to_dict(model.config)
     config |= {"data_root": "data", "run_dir": None, "overwrite": False, "device": "auto"}
+    config |= {key: value for key, value in ADDED_LATER.items() if key in CIRCUMSTANCES}
     config["trainer"] = {**config["trainer"], "resume": None, "init_from": None}
     if "path" in config["dataset"]:
         config["dataset"] = {**config["dataset"], "path": ""}

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def _check(model: "Model", out: Path) -> str:
         return "not checked: diffusers is not installed, or cannot be imported"
     try:
         difference = crosscheck.largest_difference(model, out)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of other people's code
         raise UserError(f"diffusers {diffusers.__version__} cannot load what was written: {error}") from None
     if not difference <= crosscheck.ALLOWED:
         raise UserError(
@@ -118,7 +118,10 @@ def _folder(out: Path) -> Iterator[Path]:
         for inside in [] if missing else out.iterdir():
             shutil.rmtree(inside, ignore_errors=True) if inside.is_dir() else inside.unlink(missing_ok=True)
         if missing:
-            shutil.rmtree(missing[-1], ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+        for parent in missing[1:]:
+            with suppress(OSError):  # by now it may hold another export
+                parent.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {out}: {reason(error)}") from None
         raise

@@ -98,7 +98,10 @@ def show_help(program: str) -> None:
     )
     for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
         print(f"  {key + '=' + value:<26} {NOTES.get(f'{program}.{key}', NOTES.get(key, ''))}")
-    print("\nflags\n  -m  multirun: a,b makes a job each      --cfg job  print the composed config and stop")
+    print("\nflags")
+    if program == "train":
+        print("  -m                 multirun: a,b makes a job each")
+    print("  --cfg job          print the composed config and stop")
     print("  plugins=my_module  imports schedules, samplers and datasets of your own first")
 
 

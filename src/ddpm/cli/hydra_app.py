@@ -7,8 +7,8 @@ of a sweep too, is composed and checked here first. A single run then never ente
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,23 @@ def compose(program: str, overrides: list[str]) -> dict[str, Any]:
     return plain
 
 
+@contextmanager
+def parsed(program: str, overrides: list[str]) -> Iterator[list[Any]]:
+    """The overrides as Hydra's own objects, whose sweeps (glob(*), too) can be unrolled inside. Raises UserError."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+            loader = GlobalHydra.instance().config_loader()
+            yield OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(one_line(error, program)) from None
+
+
 def hydra_settings(program: str, overrides: list[str]) -> dict[str, Any]:
     """What Hydra itself is told: its launcher, its sweeper. Raises UserError."""
     settings = _composed(program, overrides, of_hydra=True)["hydra"]
@@ -161,31 +178,6 @@ def _literal(value: Any) -> str:
         if value is None or isinstance(value, bool)
         else repr(value)
     )
-
-
-def run_folder(base: str) -> Path:
-    """A new folder base/<date>/<time>."""
-    now = datetime.now()
-    return new_folder(Path(base) / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}", first="")
-
-
-def numbered_folder(stem: Path) -> Path:
-    """A new folder stem-1, stem-2, …"""
-    return new_folder(stem, first="-1")
-
-
-def new_folder(stem: Path, first: str) -> Path:
-    """Made here, atomically, so that two starts in one second do not share one. Raises UserError."""
-    for suffix in (first, *(f"-{i}" for i in range(2, 100_000))):
-        folder = stem.with_name(stem.name + suffix)
-        try:
-            folder.mkdir(parents=True, exist_ok=False)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-        return folder
-    raise UserError(f"no free folder name beside {stem}")
 
 
 def enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
@@ -281,5 +273,6 @@ def _failure(program: str, message: str, alone: bool = False) -> int:
     if alone or own.speaks:
         print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
-        Path(file).write_text(line)
+        with suppress(OSError):
+            Path(file).write_text(line, encoding="utf-8")
     return 2

@@ -23,6 +23,8 @@ from ddpm.metrics import lowest
 from ddpm.report import FAILED
 
 PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
+TOKEN = "DDPM_SWEEP_TOKEN"  # environment: which start of the sweep a job belongs to, as in
+OWNER = ".owner"  # in the sweep's folder
 STOP = ".stop"  # in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
 GRACE = 9  # seconds that a job has to save; a step may take a while
@@ -48,9 +50,8 @@ def run(raw: Any) -> float:
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
     config: TrainConfig = check(TrainConfig, {**plain, "run_dir": str(folder)})  # type: ignore[dict-item]
-    far = "slurm" in str(hydra.launcher._target_).lower()
-    if (sweep / STOP).exists() or (not far and _orphaned(sweep)):
-        raise JobFailed("stopped before it began")
+    far = is_far(hydra.launcher._target_)
+    _wait_for_others(sweep, folder, number, far)
     if not config.overwrite and run_folder.read_result(folder) is not None and same_run(folder, config):
         tell(f"job {number}: done already: {folder}")
         return figure(folder, config.minimize)
@@ -65,9 +66,10 @@ def run(raw: Any) -> float:
         else ["trainer.resume=auto"]
     )
     place = hydra_app.quote_path(f"run_dir={folder}")
-    status = _watched([*plugins, *overrides, *resume, place], sweep, folder, quiet=not in_line, alone=far)
+    command = [*plugins, *overrides, *resume, place]
+    status, stopped = _watched(command, sweep, folder, quiet=not in_line, alone=far)
     if status != 0:
-        why = _why(folder, status)
+        why = _why(folder, status, stopped)
         tell(f"job {number}: {why}: {folder}")
         raise JobFailed(why)
     best = figure(folder, config.minimize)
@@ -95,12 +97,35 @@ def figure(folder: Path, key: str) -> float:
     """The lowest of a run's figures `key`. Raises JobFailed if there is none."""
     best = lowest(folder / "metrics.jsonl", key)
     if best is None:
+        tell(f"{folder}: metrics.jsonl holds no {key}")
         raise JobFailed(f"{folder} holds no {key}")
     return best
 
 
-def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone: bool) -> int:
-    """The exit status of ddpm-train; told to save and end where the sweep ends, however that comes.
+def is_far(launcher: str) -> bool:
+    """Whether a launcher (its class) runs jobs on other machines, which go on without whoever started the sweep."""
+    return "slurm" in launcher.lower()
+
+
+def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:
+    """Until no process works in the folder: of a sweep that has just been killed, or the same job drawn twice.
+
+    Raises JobFailed where the sweep ends meanwhile.
+    """
+    told = False
+    while True:
+        if (sweep / STOP).exists() or (not far and _orphaned(sweep)):
+            raise JobFailed("stopped before it began")
+        if not run_folder.is_running(folder):
+            return
+        if not told:
+            tell(f"job {number}: waits for another process to end in {folder}")
+        told = True
+        time.sleep(POLL)
+
+
+def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone: bool) -> tuple[int, bool]:
+    """The exit status of ddpm-train, and whether it was told to save and end, as the sweep did, however that came.
 
     `alone`: on another machine, where it lives on without whoever started the sweep.
     """
@@ -120,18 +145,18 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
             stderr=errors if quiet else None,
             start_new_session=True,
         )
-        _wait(child, sweep, alone)
+        stopped = _wait(child, sweep, alone)
         if child.returncode in UNEXPECTED:  # a fault of ours, or of a plug-in: all of what it said
             errors.seek(0)
             said = errors.read()[-MAX_ERROR:].decode(errors="replace").strip()
             tell(said)
             with suppress(OSError):
                 (folder / FAILED).write_text(said.rpartition("\n")[2] or "ended with a fault of its own")
-    return child.returncode
+    return child.returncode, stopped
 
 
-def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> None:
-    """Until it ends, of itself or because the sweep does."""
+def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> bool:
+    """Until it ends, of itself or because the sweep does; returns whether the sweep did."""
     asked: float | None = None
     try:
         while child.poll() is None:
@@ -148,10 +173,14 @@ def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> None:
                 child.wait(GRACE)
             child.kill()
             child.wait()
+    return asked is not None
 
 
 def _orphaned(sweep: Path) -> bool:
-    """Whether whoever started the sweep is gone, and its lock with it."""
+    """Whether whoever started the sweep is gone; another one may hold the folder by now."""
+    with suppress(OSError), open_regular(sweep / OWNER) as file:
+        if file.read(64).decode(errors="replace") != os.environ.get(TOKEN):
+            return True
     return not run_folder.is_running(sweep)
 
 
@@ -161,9 +190,9 @@ def _ask(child: "subprocess.Popen[bytes]") -> float:
     return time.monotonic()
 
 
-def _why(folder: Path, status: int) -> str:
+def _why(folder: Path, status: int, stopped: bool) -> str:
     """What became of a job that did not finish, in a few words; kept in its folder where it failed."""
-    if status - 128 in signals.STOPPING:
+    if stopped or status - 128 in signals.STOPPING:
         return "stopped"
     why = ""
     with suppress(OSError, UnicodeDecodeError), open_regular(folder / FAILED) as file:

@@ -17,6 +17,7 @@ from ddpm.errors import UserError
 from ddpm.files import reason
 
 POLL = 0.5  # seconds between two looks at GPUs that are all taken
+MOST = 1024  # GPUs of a machine that is not known yet
 
 
 @dataclass
@@ -54,20 +55,27 @@ def take(config: TrainConfig, say: Callable[[str], None]) -> Lease | None:
         time.sleep(POLL)
 
 
-def allowed(gpus: str, device: str, count: int) -> list[int]:
+def allowed(gpus: str, device: str, count: int = MOST) -> list[int]:
     """The numbers of the GPUs that may be taken, of `count`. Raises UserError."""
     kind, _, only = device.partition(":")
-    if gpus == "auto":
-        return [int(only)] if kind == "cuda" and only.isdecimal() else list(range(count))
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and _is_number(only)):
+        raise UserError(f"device={device}: must be auto, cpu, cuda or cuda:<number>")
     parts = [part.strip() for part in gpus.split(",")]
-    if not all(part.isdecimal() and len(part) < 6 for part in parts):
+    if gpus == "auto":
+        parts = [only] if only else [str(number) for number in range(count)]
+    if not all(map(_is_number, parts)):
         raise UserError(f"gpus={gpus}: must be auto, or numbers such as 0,2,3")
     numbers = sorted({int(part) for part in parts})
     if only and numbers != [int(only)]:
         raise UserError(f"gpus={gpus} and device={device}: say which GPU with one of them")
-    if numbers[-1] >= count:
-        raise UserError(f"gpus={gpus}: this machine has {count} CUDA devices; device=cpu works everywhere")
+    if numbers and numbers[-1] >= count:
+        named = f"device={device}" if gpus == "auto" else f"gpus={gpus}"
+        raise UserError(f"{named}: this machine has {count} CUDA devices; device=cpu works everywhere")
     return numbers
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 5
 
 
 def visible() -> list[str]:

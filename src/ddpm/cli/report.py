@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import hydra_app
+from ddpm.cli.folders import dated_folder
 from ddpm.config import Choice
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
@@ -99,7 +100,7 @@ def _out(config: ReportConfig, folders: list[Path], rows: "list[RunRow]") -> Pat
     """Beside the runs of one folder; a run's own folder is not written to."""
     if config.out is None:
         alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
-        return folders[0] if alone else hydra_app.run_folder("outputs/report")
+        return folders[0] if alone else dated_folder("outputs/report")
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -28,7 +28,7 @@ class Place:
     folder: str | None  # None: a new one
     in_place: bool  # go on with the run that is there
     files: list[Path]  # checkpoints to go on from, best first; none in place: those that are there
-    again: bool = False  # torchrun started the same run once more; see launch.py
+    again: bool = False  # torchrun started the same run once more; see restarts.py
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Source:
 
 def before_typed(overrides: list[str]) -> list[str]:
     """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
+    check_lengths(overrides)
     typed = hydra_app.typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []
@@ -69,6 +70,15 @@ def before_typed(overrides: list[str]) -> list[str]:
         *(key for key in was if hydra_app.typed_value(overrides, key)),
     )
     return hydra_app.as_overrides({key: value for key, value in was.items() if key not in new})
+
+
+def check_lengths(overrides: list[str]) -> None:
+    """Raises UserError where the length of a training is typed twice."""
+    lengths = [hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
+    if None not in lengths and "null" not in lengths:
+        raise UserError(
+            "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
+        )
 
 
 def place(config: TrainConfig) -> Place:

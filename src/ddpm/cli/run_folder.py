@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ddpm.cli import hydra_app
+from ddpm.cli import folders
 from ddpm.errors import UserError
 from ddpm.files import leftovers, open_regular, reason
 from ddpm.report import FAILED
@@ -74,7 +74,7 @@ def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
 
 def claim_new() -> Claim:
     """A new folder under outputs/train."""
-    folder = hydra_app.run_folder("outputs/train")
+    folder = folders.dated_folder("outputs/train")
     return Claim(folder, _lock(folder), made=True)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import hydra_app
+from ddpm.cli import folders, hydra_app
 from ddpm.config import SampleConfig, check, to_dict, trained_sampler
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
@@ -188,7 +188,7 @@ def _folder(config: SampleConfig, checkpoint_file: Path) -> Iterator[Path]:
     if config.out is None:
         home = checkpoint_file.parent
         run = home.parent if home.name == "checkpoints" else home
-        out, new = hydra_app.numbered_folder(run / "samples" / "drawn"), True
+        out, new = folders.numbered_folder(run / "samples" / "drawn"), True
     else:
         out, new = Path(config.out), not Path(config.out).exists()
         try:

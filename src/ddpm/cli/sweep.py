@@ -2,10 +2,12 @@
 
 Who is responsible for whom: this process holds the lock of the sweep's folder and heeds signals; `launch.py` runs
 Hydra and its launcher, whose workers each run `job.py`, which watches one `ddpm-train`. A job ends, with a checkpoint,
-when the file `.stop` appears in the folder, when the lock is free, or when the one who watches it is gone.
+when the file `.stop` appears in the folder, when the lock is free or somebody else's, or when the one who watches it
+is gone.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import report, report_table
-from ddpm.cli import hydra_app, job, leases, run_folder, signals, tensorboard
+from ddpm.cli import folders, hydra_app, job, leases, resume, run_folder, signals, tensorboard
 from ddpm.cli.progress import tell, typed
 from ddpm.config import TrainConfig, check
 from ddpm.errors import UserError
+from ddpm.files import write_atomically
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
 OF_SWEEP = ("run_dir",)  # what is said of the sweep and not of its jobs
@@ -30,6 +33,9 @@ def sweep(overrides: list[str]) -> None:
         raise UserError("-m makes several runs, torchrun several processes of one: leave one of them out")
     if hydra_app.typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
+    resume.check_lengths(overrides)
+    if not (each := hydra_app.typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
+        raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and o.partition("=")[0] not in OF_SWEEP]
     if any(o.lstrip("+~").startswith(("hydra.sweep.", "hydra.run.")) for o in of_hydra):
@@ -39,14 +45,15 @@ def sweep(overrides: list[str]) -> None:
     settings = hydra_app.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
-    run_dir = hydra_app.typed_value(overrides, "run_dir")
-    folder, lock = _claim(run_dir)
+    shares, environment, note = _shares(of_jobs, choice["hydra/launcher"], settings, len(jobs))
+    shares += _patience(of_hydra, choice)
+    folder, lock = _claim(hydra_app.typed_value(overrides, "run_dir"))
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
-        tell(f"{count} in {folder}")
-        limits, environment = _shares(of_hydra, of_jobs, choice["hydra/launcher"], settings, len(jobs))
+        tell(f"{count} in {folder}{note}")
         where = hydra_app.quote_path(f"hydra.sweep.dir={folder}", always=True)
-        status = _launch(["-m", *of_hydra, *of_jobs, *limits, where], environment, folder)
+        far = job.is_far(settings["launcher"]["_target_"])
+        status = _launch(["-m", *of_hydra, *of_jobs, *shares, where], environment, folder, far)
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
     finally:
         lock.release()
@@ -60,34 +67,38 @@ def sweep(overrides: list[str]) -> None:
 def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
     """The overrides of each job, composed and checked; none where a sweeper decides them as it goes.
 
-    Raises UserError.
+    Of such a sweeper's jobs one is checked, with the first of all values. Raises UserError.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        if sweeper != "basic":
-            fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-            _check(fixed)
-            return []
-        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except HydraException as error:
-        raise UserError(hydra_app.one_line(error, "train")) from None
-    for overrides in jobs:
-        _check(overrides)
-    names = [job.name(overrides) for overrides in jobs]
+    with hydra_app.parsed("train", overrides) as all_parsed:
+        if sweeper == "basic":
+            (jobs,) = BasicSweeper.split_arguments(all_parsed, max_batch_size=None)
+        else:
+            jobs = [[_first(override) for override in all_parsed]]
+    for each in jobs:
+        _check(each)
+    names = [job.name(each) for each in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two jobs are the same: {twice[0]}")
-    return jobs
+    return jobs if sweeper == "basic" else []
+
+
+def _first(override: Any) -> str:
+    """The override of one job, of the many that a sweeping one stands for."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    if override.is_discrete_sweep():
+        return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+    return f"{override.get_key_element()}={override.value().start}"
 
 
 def _check(overrides: list[str]) -> None:
     config: TrainConfig = check(TrainConfig, hydra_app.compose("train", overrides))
     tensorboard.check(config)
-    if config.gpus is not None:
-        leases.allowed(config.gpus, config.device, sys.maxsize)
+    leases.allowed(config.gpus or "auto", config.device)
+    if config.trainer.init_from == "latest":
+        raise UserError("trainer.init_from=latest: each job would look for another one; name the run")
 
 
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
@@ -103,7 +114,7 @@ def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
 def _claim(run_dir: str | None) -> tuple[Path, Any]:
     """The sweep's folder, new unless it was named, and its lock. Raises UserError."""
     if run_dir in (None, "null"):
-        folder = hydra_app.run_folder("outputs/multirun")
+        folder = folders.dated_folder("outputs/multirun")
     else:
         folder = Path(str(run_dir))
         if (folder / "checkpoints").exists():
@@ -114,39 +125,64 @@ def _claim(run_dir: str | None) -> tuple[Path, Any]:
 
 
 def _shares(
-    of_hydra: list[str], of_jobs: list[str], launcher: str, settings: dict[str, Any], planned: int
-) -> tuple[list[str], dict[str, str]]:
-    """As many jobs at once as there are places: on GPUs, or with the CPU's threads divided among them."""
-    gpus = [] if hydra_app.typed_value(of_jobs, "gpus") else ["gpus=auto"]
-    if launcher not in LOCAL:
-        return gpus, {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    of_jobs: list[str], launcher: str, settings: dict[str, Any], planned: int
+) -> tuple[list[str], dict[str, str], str]:
+    """As many jobs at once as there are places: on GPUs, or with the CPU's threads divided among them.
+
+    Overrides and environment that make it so, and a note for the user. Raises UserError.
+    """
+    gpus, each = (hydra_app.typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
+    lease = [] if gpus else ["gpus=auto"]
     device = hydra_app.typed_value(of_jobs, "device") or "auto"
+    if launcher not in LOCAL and not (launcher == "basic" and (gpus or device.startswith("cuda"))):
+        return lease, {}, ""
     places = 0
-    if device != "cpu":
-        each = hydra_app.typed_value(of_jobs, "jobs_per_gpu") or "1"
-        wanted = hydra_app.typed_value(of_jobs, "gpus") or "auto"
-        if wanted != "null":
-            places = len(leases.allowed(wanted, device, len(leases.visible()))) * int(each)
-    at_once = settings["launcher"].get("n_jobs", -1)
-    limits = []
+    if device != "cpu" and gpus != "null":
+        places = len(leases.allowed(gpus or "auto", device, len(leases.visible()))) * int(each or 1)
+    if launcher == "basic":
+        return lease, {}, ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = planned or settings["sweeper"].get("n_jobs") or cores
     if launcher == "joblib":
-        limits = ["hydra.launcher.batch_size=1"]  # joblib would hand out short jobs in bundles
+        at_once = settings["launcher"]["n_jobs"]
+        if at_once != -1 and at_once < 1:
+            raise UserError(
+                f"hydra.launcher.n_jobs={at_once}: must be at least 1, or -1 for as many as there is room"
+            )
         if at_once == -1:
             at_once = min(places or cores, planned or sys.maxsize)
-            limits.append(f"hydra.launcher.n_jobs={at_once}")
-    else:
-        at_once = planned or settings["sweeper"].get("n_jobs", 1)
+        # joblib would hand out short jobs in bundles
+        lease += [f"hydra.launcher.n_jobs={at_once}", "hydra.launcher.batch_size=1"]
     if places or "OMP_NUM_THREADS" in os.environ:
-        return gpus + limits, {}
-    tell(f"{at_once} at once, {max(1, cores // at_once)} of {cores} CPU threads each")
-    return gpus + limits, {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
+        return lease, {}, f", {at_once} at once"
+    threads = max(1, cores // at_once)
+    return (
+        lease,
+        {"OMP_NUM_THREADS": str(threads)},
+        f", {at_once} at once with {threads} of {cores} CPU threads each",
+    )
 
 
-def _launch(arguments: list[str], environment: dict[str, str], folder: Path) -> int:
-    """Hydra with these arguments, until all its jobs have ended; returns its exit status."""
+def _patience(of_hydra: list[str], choice: dict[str, str]) -> list[str]:
+    """Where a plug-in would end too early what the user did not limit: a search by one failure, jobs by an hour."""
+    patient = []
+    if choice["hydra/sweeper"] == "optuna":
+        patient.append("hydra.sweeper.max_failure_rate=1.0")
+    if choice["hydra/launcher"] == "submitit_local":
+        patient.append("hydra.launcher.timeout_min=525600")
+    return [o for o in patient if hydra_app.typed_value(of_hydra, o.partition("=")[0]) is None]
+
+
+def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far: bool) -> int:
+    """Hydra with these arguments, until all its jobs have ended; returns its exit status.
+
+    `far`: the jobs are Slurm's, and end without us; one that is lost is no reason to stop the others.
+    """
+    token = secrets.token_hex(8)
+    write_atomically(folder / job.OWNER, token.encode(), durable=False)
     plugins = [a.removeprefix("plugins=").strip("[] ") for a in sys.argv[1:] if a.startswith("plugins=")]
-    environment = {**os.environ, **environment, job.PLUGINS: ",".join(plugins), "HYDRA_FULL_ERROR": "1"}
+    environment = {**os.environ, **environment, "HYDRA_FULL_ERROR": "1"}
+    environment |= {job.PLUGINS: ",".join(plugins), job.TOKEN: token}
     with signals.patient():
         launcher = subprocess.Popen(
             [sys.executable, "-P", "-m", "ddpm.cli.launch", *arguments],
@@ -162,17 +198,19 @@ def _launch(arguments: list[str], environment: dict[str, str], folder: Path) -> 
                 break
             time.sleep(job.POLL)
     if launcher.returncode != 0:
-        _end_all(launcher, folder)
-    (folder / job.STOP).unlink(missing_ok=True)
+        if not far:
+            _end_all(folder)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    if not far:  # whose queue may hold jobs that are yet to see it
+        (folder / job.STOP).unlink(missing_ok=True)
     return launcher.wait()
 
 
-def _end_all(launcher: "subprocess.Popen[bytes]", folder: Path) -> None:
+def _end_all(folder: Path) -> None:
     """Where the launcher did not end well, whatever it has left behind: first its jobs, which save."""
     (folder / job.STOP).touch()
     for _ in range(round(signals.GRACE / job.POLL)):
         if not any(run_folder.is_running(path) for path in folder.iterdir() if path.is_dir()):
             break
         time.sleep(job.POLL)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(launcher.pid, signal.SIGKILL)

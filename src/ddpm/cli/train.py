@@ -149,13 +149,6 @@ def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
     from ddpm.cli import resume
 
-    typed_lengths = [
-        hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")
-    ]
-    if None not in typed_lengths and "null" not in typed_lengths:
-        raise UserError(
-            "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
-        )
     return resume.before_typed(overrides)
 
 
