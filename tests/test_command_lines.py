@@ -46,6 +46,7 @@ WRONG = [
     ("sample", ["ckpt=latest"], "no checkpoint under outputs/ yet"),
     ("sample", ["ckpt=no.safetensors"], "no.safetensors does not exist"),
     ("sample", ["ckpt=latest", "n=-5"], "n=-5"),
+    ("sample", ["ckpt=latest", "label=[]"], "label=[]: must be a number, or a list of at least one"),
     ("sample", ["m=5"], "unknown key 'm'"),
     ("export", ["ckpt=latest"], "out is needed: out=…"),
     ("export", ["ckpt=none", "out=a"], "none does not exist"),

@@ -433,3 +433,14 @@ def test_the_command_as_it_is_installed(command: Command, tmp_path: Path) -> Non
     assert result.stderr == ""  # nothing of what diffusers has to say
     assert "mine/README.md" in result.stdout.splitlines()
     shutil.rmtree(tmp_path / "outputs")
+
+
+def test_a_failed_export_takes_no_other_along(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write"), command._folder(tmp_path / "exports" / "a") as out:
+        (tmp_path / "exports" / "b").mkdir()
+        (out / "half").write_text("")
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["b"]
+    with pytest.raises(KeyError), command._folder(tmp_path / "new" / "deep"):
+        raise KeyError
+    assert not (tmp_path / "new").exists()

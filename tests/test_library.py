@@ -175,6 +175,7 @@ def test_images_are_tensors_like_any_other(model: ddpm.Model) -> None:
         ({"label": 10}, "label=10: digits has the labels 0 to 9"),
         ({"label": "all"}, "label=all: must be a number from 0"),
         ({"index": [-1]}, "index=-1"),
+        ({"index": []}, r"index=\[\]: must be a number, or a list of at least one"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"sampler": "ddimm"}, "sampler=ddimm: must be one of ddim, ddpm, .*did you mean 'ddim'"),

@@ -51,6 +51,7 @@ def test_tab_completes_commands_groups_and_keys(tmp_path: Path) -> None:
     ], result.stderr
 
 
+@pytest.mark.slow
 def test_a_bar_and_no_colours_on_a_terminal(tmp_path: Path) -> None:
     """With NO_COLOR (https://no-color.org) or without: nothing is ever coloured."""
     ours, theirs = pty.openpty()
