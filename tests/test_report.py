@@ -128,7 +128,11 @@ def test_report_writes_table_csv_and_pictures(sweep: Path, tmp_path: Path) -> No
     result = run_script("report", str(sweep), "n=3", "out=made", "device=cpu", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = result.stdout.splitlines()
-    assert lines[-3:-1] == ["made/report.csv", "made/report.png"] or lines[-1] == "made/contact.png"
+    assert [line for line in lines if line.startswith("made/")] == [
+        f"made/{name}" for name in ("report.csv", "report.png", "contact.png")
+    ]
+    assert lines[-2].endswith("and are only in table and CSV")
+    assert lines[-1] == f"best: ddpm-sample ckpt={sweep / 'cosine'}"
     assert "\x1b" not in result.stdout and "schedule=x: it \\x1b[31mhurts" in result.stdout
     assert any("no images of broken: step_0000004.safetensors" in line for line in lines)
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
@@ -216,7 +220,7 @@ def test_typed_sampler_is_the_one_that_draws(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "folder is needed"),
+        ([], "name a folder of runs: ddpm-report outputs/multirun/"),
         (["nowhere"], "folder=nowhere: does not exist"),
         (["empty"], "no run in empty: a run's folder holds"),
         (["empty/file"], "folder=empty/file: is not a folder"),

@@ -209,10 +209,10 @@ def test_a_failing_job_leaves_the_others_running(tmp_path: Path) -> None:
     )
     (failed,) = tmp_path.glob("sweep/*/failed.txt")
     assert "head_dim=5" in failed.parent.name and "divisible" in failed.read_text()
-    *_, head, done, broken, last = result.stdout.splitlines()
+    *_, head, done, broken, best, last = result.stdout.splitlines()
     assert "val_eps_mse" in head and " done " in done
     assert " failed " in broken
-    assert last == "pictures and CSV: ddpm-report sweep"
+    assert best.startswith("best: ddpm-sample ckpt='sweep/") and last == "pictures and CSV: ddpm-report sweep"
 
 
 @pytest.mark.slow

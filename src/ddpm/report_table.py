@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,9 +26,7 @@ def table(rows: Iterable[RunRow], figure: str) -> str:
     """Best first, with the settings that differ; a line each, and the reason where something is wrong."""
     rows = ranked(rows, figure)
     keys = varying(rows)
-    names = [shortened(row.name, MAX_NAME) for row in rows]
-    if len({*names}) < len(rows):  # the middle is where they differ
-        names = [row.name for row in rows]
+    names = [row.name for row in rows]  # whole, to be copied
     reasons = [row.reason if len(row.reason) <= MAX_REASON else f"{row.reason[:MAX_REASON]}…" for row in rows]
     ends = [f"{name}: {reason}" if reason else name for name, reason in zip(names, reasons, strict=True)]
     columns = [(head, [setting(row, key) for row in rows]) for key, head in heads(keys[:MAX_COLUMNS]).items()]
@@ -78,6 +77,12 @@ def label(row: RunRow, keys: Sequence[str]) -> str:
     return printable("  ".join(named)) or shortened(row.name, MAX_NAME)
 
 
+def best(rows: Iterable[RunRow], figure: str) -> str | None:
+    """The command that draws from the best run, or None where none has the figure."""
+    first = next((row for row in ranked(rows, figure) if row.best(figure)), None)
+    return None if first is None else f"best: ddpm-sample ckpt={shlex.quote(str(first.path))}"
+
+
 def varying(rows: Sequence[RunRow]) -> list[str]:
     """The settings that differ between runs, in the config's order.
 
@@ -92,7 +97,11 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
     different = [
         key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
     ]
-    return [key for key in different if not (_group(key) in different and _is_default(key, rows))]
+    return [
+        key
+        for key in different
+        if not (key != (choice := _choice(key)) and choice in different and _is_default(key, rows))
+    ]
 
 
 def text(value: Any) -> str:
@@ -149,15 +158,20 @@ def _group(key: str) -> str:
     return key.partition(".")[0]
 
 
+def _choice(key: str) -> str:
+    """The setting that says which file of its group a parameter's default is from."""
+    return "objective.prediction" if _group(key) == "objective" else _group(key)
+
+
 def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
     """Whether every choice has one value in all runs, and that of one of its files."""
     group, _, parameter = key.partition(".")
     values: dict[str, set[str]] = {}
     for row in rows:
         if key in row.settings:
-            values.setdefault(row.settings[group], set()).add(text(row.settings[key]))
+            values.setdefault(row.settings[_choice(key)], set()).add(text(row.settings[key]))
     defaults = {
-        (content["name"], text(content[parameter]))
+        (content.get("name", content.get("prediction")), text(content[parameter]))
         for content in choices(group).values()
         if parameter in content
     }

@@ -43,9 +43,11 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
                     with agreed(run.world):  # nobody leaves before it is saved: torchrun would end the others
                         if run.world.first:
                             keep(run, run_dir, progress.record or {})
+                            how = f"; go on with: ddpm-train trainer.resume={typed(run_dir)}"
                             log.say(
-                                f"stopped by {signals.name(number)} at step {progress.step}; go on with: "
-                                f"ddpm-train trainer.resume={typed(run_dir)}"
+                                f"stopped with its sweep at step {progress.step}"
+                                if signals.of_a_sweep()
+                                else f"stopped by {signals.name(number)} at step {progress.step}{how}"
                             )
                     raise signals.Stopped(number, said=True)
     except (RuntimeError, MemoryError) as error:

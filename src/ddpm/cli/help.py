@@ -100,7 +100,10 @@ def show_help(program: str) -> None:
         print(f"  {key + '=' + value:<26} {NOTES.get(f'{program}.{key}', NOTES.get(key, ''))}")
     print("\nflags")
     if program == "train":
-        print("  -m                 multirun: a,b makes a job each")
+        print(
+            "  -m                 multirun: a,b makes a job each; run_dir=… to go on with it by the same command"
+        )
+        print("  hydra/launcher=joblib   several jobs at once; ddpm-report shows what came of them")
     print("  --cfg job          print the composed config and stop")
     print("  plugins=my_module  imports schedules, samplers and datasets of your own first")
 

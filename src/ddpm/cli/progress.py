@@ -42,7 +42,14 @@ class Log:
         from tqdm import tqdm
 
         hidden = self.path is None or not sys.stderr.isatty()
-        return tqdm(total=run.max_steps, initial=run.step, unit="step", disable=hidden, dynamic_ncols=True)
+        return tqdm(
+            total=run.max_steps,
+            initial=run.step,
+            unit="step",
+            disable=hidden,
+            dynamic_ncols=True,
+            leave=False,
+        )
 
     def record(self, record: dict[str, float], max_steps: int, bar: Any) -> None:
         """A line of metrics.jsonl, on the bar or, where that is hidden or there is a validation, as text."""

@@ -52,7 +52,9 @@ def _with_folders(arguments: list[str]) -> list[str]:
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
-    """Nothing, but a parameter of a sampler needs the sampler."""
+    """Nothing, but a folder is needed, and a parameter of a sampler needs the sampler."""
+    if hydra_app.typed_value(overrides, "folder") is None:
+        raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
     if parameters and hydra_app.typed_value(overrides, "sampler") is None:
         raise UserError(f"{parameters[0]}: name the sampler, too (sampler=ddim {parameters[0]})")
@@ -81,9 +83,16 @@ def report(config: ReportConfig) -> None:
             report_pictures.draw(rows, config.figure, out / "report.png")
             print(printable(str(out / "report.png")), flush=True)
         else:
-            print(f"no run has a {config.figure} yet: no report.png")
+            print(f"no run has a {config.figure} yet, which comes with the first validation: no report.png")
         if config.contact:
             _contact(config, rows, out / "contact.png")
+        without = sum(row.best(config.figure) is None for row in rows)
+        if 0 < without < len(rows):
+            print(f"{without} of {len(rows)} runs have no {config.figure} and are only in table and CSV")
+        if best := report_table.best(rows, config.figure):
+            print(printable(best))
+    except BrokenPipeError:  # `ddpm-report … | head`
+        raise
     except OSError as error:
         raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
 

@@ -33,6 +33,7 @@ _stop: int | None = None
 _save = False
 _patient = False
 _begun = False
+_in_sweep = False
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
 
     SIGUSR1 is listened to only where there is something to `save`.
     """
-    global _patient
+    global _patient, _in_sweep
     try:
         _keep_the_screen()
         for number in STOPPING:
@@ -50,6 +51,7 @@ def heeded(program: str, save: bool = False) -> Iterator[None]:
         if save and hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, _on_save)
         if (parent := os.environ.pop(PARENT, "")).isdecimal():
+            _in_sweep = True
             threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
         yield
     except Stopped as stopped:
@@ -105,6 +107,11 @@ def name(number: int) -> str:
 def stop_requested() -> int | None:
     """The number of the signal that asked to stop, if one came."""
     return _stop
+
+
+def of_a_sweep() -> bool:
+    """Whether this process is a job, which is begun and stopped by its sweep."""
+    return _in_sweep
 
 
 def save_requested() -> bool:

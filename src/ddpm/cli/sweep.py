@@ -50,7 +50,7 @@ def sweep(overrides: list[str]) -> None:
     folder, lock = _claim(hydra_app.typed_value(overrides, "run_dir"))
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
-        tell(f"{count} in {folder}{note}")
+        tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
         where = hydra_app.quote_path(f"hydra.sweep.dir={folder}", always=True)
         far = job.is_far(settings["launcher"]["_target_"])
         status = _launch(["-m", *of_hydra, *of_jobs, *shares, where], environment, folder, far)
@@ -104,10 +104,14 @@ def _check(overrides: list[str]) -> None:
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
     """The table of what is there, and what looks closer."""
     figure = hydra_app.typed_value(of_jobs, "minimize") or "val_eps_mse"
+    rows = []
     with suppress(UserError):  # no run at all
-        tell(report_table.table(report.read_all([folder], run_folder.is_running), figure))
+        rows = report.read_all([folder], run_folder.is_running)
+        tell(report_table.table(rows, figure))
     if missing := sum(not (folder / name).is_dir() for name in planned):
         tell(f"{missing} of {len(planned)} jobs were not begun")
+    if best := report_table.best(rows, figure):
+        tell(best)
     tell(f"pictures and CSV: ddpm-report {typed(folder)}")
 
 
