@@ -173,6 +173,7 @@ def test_mat_file_of_cells_within_cells(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sources_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "7.1.png")
     for source in (tmp_path / "7.1.png", tmp_path, "/dev/zero", "a\x1b[31m\nb", tmp_path / "absent"):

@@ -104,7 +104,8 @@ def begun(sweep: Path, count: int) -> Callable[[], bool]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("count", "kills"), [(3, 1), pytest.param(8, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kills"), [(3, 1), (8, 2)])
 def test_jobs_share_two_gpus_one_each_also_where_some_are_killed(
     tmp_path: Path, count: int, kills: int
 ) -> None:
@@ -213,6 +214,11 @@ def test_a_failing_job_leaves_the_others_running(tmp_path: Path) -> None:
     assert "val_eps_mse" in head and " done " in done
     assert " failed " in broken
     assert best.startswith("best: ddpm-sample ckpt='sweep/") and last == "pictures and CSV: ddpm-report sweep"
+    again = run_script("train", *arguments, cwd=tmp_path)
+    assert (
+        again.returncode == 2
+        and again.stdout.count(": done already: ") == again.stdout.count(": failed: ") == 1
+    )
 
 
 @pytest.mark.slow

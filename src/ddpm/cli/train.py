@@ -149,6 +149,7 @@ def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
     from ddpm.cli import resume
 
+    resume.check_lengths(overrides)
     return resume.before_typed(overrides)
 
 
