@@ -50,7 +50,8 @@ def run(raw: Any) -> float:
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
     config: TrainConfig = check(TrainConfig, {**plain, "run_dir": str(folder)})  # type: ignore[dict-item]
-    far = is_far(hydra.launcher._target_)
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    far = is_far(launcher)
     _wait_for_others(sweep, folder, number, far)
     if not config.overwrite and run_folder.read_result(folder) is not None and same_run(folder, config):
         tell(f"job {number}: done already: {folder}")
@@ -59,7 +60,6 @@ def run(raw: Any) -> float:
     folder.mkdir(exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
-    in_line = "basic" in str(hydra.launcher._target_).lower()
     resume = (
         []
         if hydra_app.typed_value(overrides, "trainer.resume") or config.overwrite
@@ -67,7 +67,7 @@ def run(raw: Any) -> float:
     )
     place = hydra_app.quote_path(f"run_dir={folder}")
     command = [*plugins, *overrides, *resume, place]
-    status, stopped = _watched(command, sweep, folder, quiet=not in_line, alone=far)
+    status, stopped = _watched(command, sweep, folder, quiet=launcher != "basic", alone=far)
     if status != 0:
         why = _why(folder, status, stopped)
         tell(f"job {number}: {why}: {folder}")
@@ -103,8 +103,8 @@ def figure(folder: Path, key: str) -> float:
 
 
 def is_far(launcher: str) -> bool:
-    """Whether a launcher (its class) runs jobs on other machines, which go on without whoever started the sweep."""
-    return "slurm" in launcher.lower()
+    """Whether a launcher runs jobs on other machines, which go on without whoever started the sweep."""
+    return "slurm" in launcher
 
 
 def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:

@@ -52,8 +52,8 @@ def sweep(overrides: list[str]) -> None:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
         tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
         where = hydra_app.quote_path(f"hydra.sweep.dir={folder}", always=True)
-        far = job.is_far(settings["launcher"]["_target_"])
-        status = _launch(["-m", *of_hydra, *of_jobs, *shares, where], environment, folder, far)
+        arguments = ["-m", *of_hydra, *of_jobs, *shares, where]
+        status = _launch(arguments, environment, folder, job.is_far(choice["hydra/launcher"]))
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
     finally:
         lock.release()
