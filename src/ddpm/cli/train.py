@@ -103,6 +103,8 @@ def _prepare(
     from ddpm import runs
 
     run = runs.prepare(config, data, device)
+    if note := runs.slow_in_bf16(config.trainer.precision, device):
+        run.notes.append(note)
     if source is not None:
         runs.restore(run, source.path)
     elif own.first and config.trainer.init_from is not None:
