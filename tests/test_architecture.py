@@ -15,6 +15,7 @@ LAYERS = [
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins", "report", "report_table"},
     {"sampling", "tasks", "inputs", "report_pictures"},
+    {"evaluation"},
     {"library", "export", "contact"},
     {"card", "crosscheck"},
     {"runs"},
