@@ -105,6 +105,7 @@ LIMITS: dict[str, Allowed] = {
     "figure": ("val_eps_mse", "val_loss"),
     "format": ("diffusers", "safetensors"),
     "save": ("grid", "images", "npz", "trajectory"),
+    "measure": ("distance", "neighbours", "memorization", "likelihood", "cas"),
 }
 
 

@@ -1,0 +1,111 @@
+"""From what was seen of images to named figures, each with its error or floor; where there are too few images, a note."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.evaluation.frechet import class_frechet, frechet_distance, frechet_floor, gaussian, kid
+from ddpm.evaluation.intervals import frechet_interval
+from ddpm.evaluation.neighbours import prdc
+from ddpm.evaluation.record import Figure
+from ddpm.randomness import permutation
+
+PER_DIMENSION = 4  # images for each dimension: with fewer, neither distance nor floor means much
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+FEWEST = 50  # images for these
+PER_CLASS = 10  # images of each class to train a classifier with
+CONFIDENT = 0.95
+_SEED = 20_261_121
+
+
+class Seen(NamedTuple):
+    """Images as they are compared, all of one set in one order."""
+
+    features: Tensor  # float64 (N, d), whitened on the training images
+    pixels: Tensor  # float64 (N, p), likewise
+    probabilities: Tensor | None  # (N, num_classes); None: the features know no classes
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The likeliest class of each, int64 (N,)."""
+        return None if self.probabilities is None else self.probabilities.argmax(1)
+
+
+def distances(seen: Seen, test: Seen, num_classes: int, notes: list[str]) -> dict[str, Figure]:
+    """Fréchet distances, over all and within classes, in features and in pixels; the kernel distance."""
+    found = dict[str, Figure]()
+    n = min(len(seen.features), len(test.features))
+    for name, x, y in (("", seen.features, test.features), ("pixel_", seen.pixels, test.pixels)):
+        needed = PER_DIMENSION * x.shape[1]
+        if n < needed:
+            notes.append(f"no {name}fd: it needs {needed} images on either side, there are {n}")
+            continue
+        distance, excess = frechet_distance(gaussian(x), gaussian(y)), frechet_interval(x, y)
+        floor = distance - excess.value
+        found[f"{name}fd"] = Figure(distance, floor=frechet_floor(len(x), len(y), x.shape[1]), n=n)
+        found[f"{name}fd_excess"] = Figure(*excess, floor=floor, n=n)
+    if seen.classes is not None and test.classes is not None:
+        within = class_frechet(seen.features, seen.classes, test.features, test.classes, num_classes)
+        if within.mean_excess is None:
+            notes.append("no class_fd_excess: no class has enough images")
+        else:
+            floors = [floor for floor in within.floors if floor is not None]
+            found["class_fd_excess"] = Figure(within.mean_excess, floor=sum(floors) / len(floors), n=n)
+            if within.left_out:
+                left = ", ".join(map(str, within.left_out))
+                notes.append(f"class_fd_excess is without the classes {left}, which have too few images")
+    if n >= FEWEST:
+        value, error = kid(seen.features, test.features)
+        found["kid"] = Figure(value, error=error, n=n)
+    else:
+        notes.append(f"no kid: it needs {FEWEST} images on either side, there are {n}")
+    return found
+
+
+def neighbours(seen: Seen, test: Seen, notes: list[str]) -> dict[str, Figure]:
+    """Precision, recall, density and coverage of as many samples as test images, drawn at random where they differ."""
+    x, y = seen.features, test.features
+    n = min(len(x), len(y))
+    if n < FEWEST:
+        notes.append(f"no precision, recall, density, coverage: they need {FEWEST} images on either side, there are {n}")
+        return {}
+    result = prdc(_some(y, n), _some(x, n), NEIGHBOURS)
+    shares = {name: getattr(result, name) for name in ("precision", "recall", "density", "coverage")}
+    return {name: Figure(value, n=n, text=f"k={result.k}") for name, value in shares.items()}
+
+
+def _some(x: Tensor, n: int) -> Tensor:
+    return x if len(x) == n else x[permutation(_SEED, "equal", 0, len(x))[:n]]
+
+
+def classes(seen: Seen, meant: Tensor | None, names: Sequence[str]) -> dict[str, Figure]:
+    """How sure a classifier is of the images, how often of the class they were meant to be, and the rarest and the
+    most frequent class.
+    """
+    if seen.probabilities is None or seen.classes is None:
+        return {}
+    shares = histogram(seen)
+    n, rarest, most = len(seen.classes), int(shares.argmin()), int(shares.argmax())
+    confident = seen.probabilities.max(1).values >= CONFIDENT
+    found = {"confident": _share(confident, f"p ≥ {CONFIDENT}")}
+    if meant is not None:
+        found["right_class"] = _share(seen.classes == meant)
+    for name, which in (("rarest_class", rarest), ("most_frequent_class", most)):
+        text = names[which] if names else str(which)
+        found[name] = Figure(shares[which].item(), n=n, text=text)
+    return found
+
+
+def histogram(seen: Seen) -> Tensor:
+    """Share of each class, float64 (num_classes,)."""
+    assert seen.probabilities is not None and seen.classes is not None
+    counts = torch.bincount(seen.classes, minlength=seen.probabilities.shape[1])
+    return counts.double() / len(seen.classes)
+
+
+def _share(which: Tensor, text: str | None = None) -> Figure:
+    """Of a bool (N,), with its standard error."""
+    share, n = which.double().mean().item(), len(which)
+    return Figure(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
