@@ -64,6 +64,7 @@ class Optimizer:
     weight_decay: float
     warmup_steps: int
     decay: str
+    halvings: int
 
 
 @dataclass(frozen=True)
