@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import folders, hydra_app
-from ddpm.config import SampleConfig, check, to_dict, trained_sampler
+from ddpm.cli import default_sampler, folders, hydra_app
+from ddpm.config import SampleConfig, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
 from ddpm.world import ALONE, World, world
@@ -31,24 +31,11 @@ STRIP_COLUMNS = 10
 
 
 def main() -> None:
-    hydra_app.run("sample", SampleConfig, sample, defaults=_trained_sampler)
+    hydra_app.run("sample", SampleConfig, sample, defaults=_default_sampler)
 
 
-def _trained_sampler(overrides: list[str]) -> list[str]:
-    """The sampler the checkpoint was trained with, unless another one is typed."""
-    from ddpm import checkpoint
-
-    ckpt = hydra_app.typed_value(overrides, "ckpt")
-    if ckpt is None or hydra_app.typed_value(overrides, "sampler") is not None:
-        return []
-    others = [override for override in overrides if not override.lstrip("+~").startswith("sampler")]
-    check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
-    path, _ = checkpoint.newest_good(checkpoint.find(ckpt), check=checkpoint.read_meta)
-    trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
-    # these two want no fresh noise
-    if hydra_app.typed_value(overrides, "task") in ("reconstruct", "interpolate"):
-        return ["sampler=ddim", "sampler.spacing=logsnr"]
-    return hydra_app.as_overrides({"sampler": trained_sampler(trained).to_dict()})
+def _default_sampler(typed: list[str]) -> list[str]:
+    return default_sampler.overrides("sample", SampleConfig, typed)
 
 
 def sample(config: SampleConfig) -> None:
