@@ -19,6 +19,7 @@ LAYERS = [
     {"card", "crosscheck"},
     {"runs"},
     {"training"},
+    {"evaluation"},
     {"cli"},
 ]
 
