@@ -30,6 +30,7 @@ LAYERS = [
     {"card", "crosscheck"},
     {"runs"},
     {"training"},
+    {"evaluation"},
     {"cli"},
 ]
 

@@ -1,1 +1,1 @@
-"""How good images are: figures of two sets of images or features, each with the error it carries."""
+"""How good images are: every figure with its error, its floor and its cost."""
