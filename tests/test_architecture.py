@@ -30,7 +30,6 @@ LAYERS = [
     {"card", "crosscheck"},
     {"runs"},
     {"training"},
-    {"evaluation"},
     {"cli"},
 ]
 

@@ -99,4 +99,6 @@ def _check(config: EvalConfig) -> None:
     if config.samples is not None and config.dataset is None:
         raise UserError(f"samples={config.samples}: name the dataset they are to be like: dataset=mnist")
     if config.samples is not None and config.guidance_scale != 1:
-        raise UserError(f"guidance_scale={config.guidance_scale:g}: samples={config.samples} are drawn already; must be 1")
+        raise UserError(
+            f"guidance_scale={config.guidance_scale:g}: samples={config.samples} are drawn already; must be 1"
+        )

@@ -83,6 +83,7 @@ NOTES = {
     "out": "folder for the results (of ddpm-sample by default a new one under the run's)",
     "format": "diffusers or safetensors",
     "nrow": "images in a row of the grid",
+    "eval.dataset": "what they are held against (default: the checkpoint's own; needed for samples)",
     "eval.n": "how many images; distances from fewer than a few thousand say little",
     "eval.guidance_scale": "1 is off, as models are compared",
     "eval.out": "folder for the results (default: a new one under the run's, or under outputs/evaluations)",

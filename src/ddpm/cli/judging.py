@@ -4,13 +4,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ddpm import build, checkpoint, sampling
 from ddpm.cli import folders
+from ddpm.cli.evaluate import EvalConfig
 from ddpm.cli.progress import tell
 from ddpm.config import choices
 from ddpm.datasets.types import Dataset
@@ -20,9 +21,6 @@ from ddpm.evaluation import judge, picture, record, source, table
 from ddpm.meta import Meta
 from ddpm.sampling import Model
 from ddpm.world import ALONE, World
-
-if TYPE_CHECKING:
-    from ddpm.cli.evaluate import EvalConfig
 
 
 def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
@@ -107,7 +105,9 @@ def _dataset_of(config: EvalConfig, model: Model) -> Dataset:
     """The typed one, or that of the training. Raises UserError where its images are not as the model's."""
     choice = config.dataset or model.config.dataset
     if config.dataset is None and any(
-        content.get("path") == "???" for content in choices("dataset").values() if content["name"] == choice.name
+        content.get("path") == "???"
+        for content in choices("dataset").values()
+        if content["name"] == choice.name
     ):
         raise UserError(
             f"this model was trained on dataset={choice.name}: name its folder, as a path in a checkpoint is not "
@@ -132,7 +132,9 @@ def _bench(
     config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: judge.Clock
 ) -> judge.Bench:
     parts = tuple(part for part in judge.PARTS if part in config.measure)
-    return judge.prepare(data, n=n, parts=parts, device=device, say=lambda text: _say(ALONE, text), clock=clock)
+    return judge.prepare(
+        data, n=n, parts=parts, device=device, say=lambda text: _say(ALONE, text), clock=clock
+    )
 
 
 def _about(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
@@ -149,9 +151,7 @@ def _about(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> di
     }
 
 
-def _finish(
-    config: EvalConfig, judged: tuple[record.Evaluation, judge.Gallery], stem: Path
-) -> None:
+def _finish(config: EvalConfig, judged: tuple[record.Evaluation, judge.Gallery], stem: Path) -> None:
     evaluation, gallery = judged
     with folders.results(config.out, stem) as out:
         picture.draw(evaluation, gallery, out / record.PICTURE)
@@ -178,13 +178,13 @@ def _parts(config: EvalConfig, own: World, clock: judge.Clock) -> Iterator[None]
 
 
 @contextmanager
-def _sampling(
-    config: EvalConfig, own: World, model: Model, clock: judge.Clock
-) -> Iterator[dict[str, Any]]:
+def _sampling(config: EvalConfig, own: World, model: Model, clock: judge.Clock) -> Iterator[dict[str, Any]]:
     """A bar on a terminal, and what `judge.draw` tells it."""
     num_steps, share = len(sampling.levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None
-    with tqdm(unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True, leave=False) as bar:
+    with tqdm(
+        unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True, leave=False
+    ) as bar:
 
         def count(left: int, size: int) -> None:
             bar.total = bar.n + num_steps * -(-left // size)

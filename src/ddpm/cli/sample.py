@@ -2,19 +2,16 @@
 
 import io
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import default_sampler, folders, hydra_app
 from ddpm.config import SampleConfig, to_dict
-from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.errors import printable
+from ddpm.files import write_atomically
 from ddpm.world import ALONE, World, world
 
 if TYPE_CHECKING:
@@ -95,7 +92,7 @@ def _finish(
         **figures,
         "evaluations_per_image": drawn.evaluations,
     }
-    with _folder(config, path) as out:
+    with folders.results(config.out, folders.of_run(path) / "samples" / "drawn") as out:
         files = _write(config, todo, drawn, out)
         about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
         write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
@@ -167,29 +164,6 @@ def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) ->
 
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
     return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
-
-
-@contextmanager
-def _folder(config: SampleConfig, checkpoint_file: Path) -> Iterator[Path]:
-    """Where the files go. A folder made for them goes again if they cannot all be written."""
-    if config.out is None:
-        home = checkpoint_file.parent
-        run = home.parent if home.name == "checkpoints" else home
-        out, new = folders.numbered_folder(run / "samples" / "drawn"), True
-    else:
-        out, new = Path(config.out), not Path(config.out).exists()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make out={config.out}: {reason(error)}") from None
-    try:
-        yield out
-    except BaseException as error:
-        if new:
-            shutil.rmtree(out, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write to {out}: {reason(error)}") from None
-        raise
 
 
 def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[str]:

@@ -1,11 +1,14 @@
-"""From what was seen of images to named figures, each with its error or floor; where there are too few images, a note."""
+"""From what was seen of images to named figures, each with its error or floor; a note where images are too few."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm.datasets.types import Dataset, Split
+from ddpm.evaluation.classify import accuracy_score
 from ddpm.evaluation.frechet import class_frechet, frechet_distance, frechet_floor, gaussian, kid
 from ddpm.evaluation.intervals import frechet_interval
 from ddpm.evaluation.neighbours import prdc
@@ -17,7 +20,7 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 FEWEST = 50  # images for these
 PER_CLASS = 10  # images of each class to train a classifier with
 CONFIDENT = 0.95
-_SEED = 20_261_121
+_SEED = 20_261_121  # by which real images are taken: the same for every subject, whatever its own seed
 
 
 class Seen(NamedTuple):
@@ -69,14 +72,16 @@ def neighbours(seen: Seen, test: Seen, notes: list[str]) -> dict[str, Figure]:
     x, y = seen.features, test.features
     n = min(len(x), len(y))
     if n < FEWEST:
-        notes.append(f"no precision, recall, density, coverage: they need {FEWEST} images on either side, there are {n}")
+        notes.append(
+            f"no precision, recall, density, coverage: they need {FEWEST} images on either side, there are {n}"
+        )
         return {}
-    result = prdc(_some(y, n), _some(x, n), NEIGHBOURS)
+    result = prdc(_equal(y, n), _equal(x, n), NEIGHBOURS)
     shares = {name: getattr(result, name) for name in ("precision", "recall", "density", "coverage")}
     return {name: Figure(value, n=n, text=f"k={result.k}") for name, value in shares.items()}
 
 
-def _some(x: Tensor, n: int) -> Tensor:
+def _equal(x: Tensor, n: int) -> Tensor:
     return x if len(x) == n else x[permutation(_SEED, "equal", 0, len(x))[:n]]
 
 
@@ -109,3 +114,57 @@ def _share(which: Tensor, text: str | None = None) -> Figure:
     """Of a bool (N,), with its standard error."""
     share, n = which.double().mean().item(), len(which)
     return Figure(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
+
+
+def some(split: Split, name: str, n: int) -> Split:
+    """n images drawn at random, all if there are fewer: test sets may be sorted, by class or by difficulty."""
+    if n >= len(split):
+        return split
+    chosen = permutation(_SEED, name, 0, len(split))[:n]
+    return Split(split.images[chosen], None if split.labels is None else split.labels[chosen])
+
+
+def classification(
+    images: Tensor,
+    labels: Tensor,
+    data: Dataset,
+    seed: int,
+    device: torch.device,
+    notes: list[str],
+) -> dict[str, Figure]:
+    """The classification accuracy score on all test images, and beside it that of as many real training images."""
+    train, test, k = data.train, data.test, data.facts.num_classes
+    assert train.labels is not None and test.labels is not None
+    n = min(len(images), len(train))
+    if n < PER_CLASS * k:
+        notes.append(f"no cas: it needs {PER_CLASS * k} images with labels, there are {n}")
+        return {}
+    real = some(train, "cas", n)
+    assert real.labels is not None
+    found = dict[str, Figure]()
+    for name, x, y in (("cas", images[:n], labels[:n]), ("real_cas", real.images, real.labels)):
+        score = accuracy_score(x, y, test.images, test.labels, k, seed, device)
+        found[name] = Figure(score.value, error=score.error, n=n)
+    return found
+
+
+def copies(images: Tensor, data: Dataset) -> list[str]:
+    """Notes on images that are somewhere else to the bit: a distance to themselves says nothing."""
+    own, n = [_digest(image) for image in images], len(images)
+    of_test, of_train = (set(map(_digest, split.images)) for split in (data.test, data.train))
+    inside, known = sum(each in of_test for each in own), sum(each in of_train for each in own)
+    repeated = n - len(set(own))
+    notes = []
+    if inside:
+        notes.append(
+            f"{inside:,} of {n:,} images are test images themselves: by construction they lie at distance 0"
+        )
+    if known:
+        notes.append(f"{known:,} of {n:,} images are training images, to the bit")
+    if repeated:
+        notes.append(f"{repeated:,} of {n:,} images repeat another one of them, to the bit")
+    return notes
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()

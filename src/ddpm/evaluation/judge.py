@@ -4,13 +4,13 @@ Everything is held against the test images, which no training saw. The same is d
 as there are samples: what they reach is what a perfect model of the training data would.
 """
 
-import hashlib
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +20,16 @@ from ddpm import __version__, distributed, sampling
 from ddpm.config import Choice
 from ddpm.datasets.types import Dataset, Split
 from ddpm.evaluation import figures as of
-from ddpm.evaluation.classify import accuracy_score
 from ddpm.evaluation.features import Features, Projection, features_for, pixel_features
-from ddpm.evaluation.likelihood import Curve, bits_per_dimension, eps_loss
-from ddpm.evaluation.memorization import memorization
+from ddpm.evaluation.likelihood import bits_per_dimension, eps_loss
 from ddpm.evaluation.record import Evaluation, Figure
 from ddpm.images import to_uint8
-from ddpm.randomness import permutation
 from ddpm.samplers import Step
 from ddpm.sampling import Guidance, Model
 from ddpm.world import ALONE, World
 
 PARTS = ("distance", "neighbours", "memorization", "likelihood", "cas")
 SHOWN = 64  # samples on the page
-_SEED = 20_261_121  # by which real images are taken: the same for every subject, whatever its own seed
 
 
 class Clock:
@@ -127,11 +123,9 @@ def prepare(
     clock = clock or Clock()
     with clock("loading"):
         features, pixels = features_for(data, device, say), pixel_features(data.train.images)
-    test_split, train_split = _some(data.test, "test", n), _some(data.train, "train", n)
+    test_split, train_split = of.some(data.test, "test", n), of.some(data.train, "train", n)
     nothing = of.Seen(torch.empty(0, 0), torch.empty(0, 0), None)
-    bench = Bench(
-        data, parts, n, device, features, pixels, nothing, test_split, {}, (), {}
-    )
+    bench = Bench(data, parts, n, device, features, pixels, nothing, test_split, {}, (), {})
     with clock("real"):
         test, train = bench.see(test_split.images), bench.see(train_split.images)
         bench = replace(bench, test=test)
@@ -143,14 +137,6 @@ def prepare(
     return replace(
         bench, real=figures, notes=tuple(f"real training images: {note}" for note in notes), seconds=seen
     )
-
-
-def _some(split: Split, name: str, n: int) -> Split:
-    """n images drawn at random, all if there are fewer: test sets may be sorted, by class or by difficulty."""
-    if n >= len(split):
-        return split
-    chosen = permutation(_SEED, name, 0, len(split))[:n]
-    return Split(split.images[chosen], None if split.labels is None else split.labels[chosen])
 
 
 def _compare(bench: Bench, seen: of.Seen) -> tuple[dict[str, Figure], list[str]]:
@@ -184,13 +170,22 @@ def likelihood(
 ) -> Odds:
     """Bits per dimension of n test images, and the error in eps on n test and n training images (or all, if fewer)."""
     figures, curves = dict[str, Figure](), dict[str, Mapping[str, Any]]()
-    common = {"seed": seed, "batch_size": batch_size, "world": world}
-    images = min(n, len(data.test))
-    bits = bits_per_dimension(model, data.test, data.facts.levels, n=images, **common)
+    ask = partial(eps_loss, model, n_draws=n, seed=seed, batch_size=batch_size, world=world)
+    bits = bits_per_dimension(
+        model,
+        data.test,
+        data.facts.levels,
+        n=min(n, len(data.test)),
+        seed=seed,
+        batch_size=batch_size,
+        world=world,
+    )
     figures["bits_per_dim"] = Figure(bits.value, error=bits.error, n=bits.n)
     for name, split in (("test", data.test), ("train", data.train)):
-        loss = eps_loss(model, split, n=min(n, len(split)), n_draws=n, **common)
-        figures["eps_loss" if name == "test" else "eps_loss_train"] = Figure(loss.mean, error=loss.error, n=loss.draws)
+        loss = ask(split, n=min(n, len(split)))
+        figures["eps_loss" if name == "test" else "eps_loss_train"] = Figure(
+            loss.mean, error=loss.error, n=loss.draws
+        )
         curves[name] = {key: list(values) for key, values in loss.curve._asdict().items()}
     return Odds(figures, curves)
 
@@ -215,7 +210,7 @@ def measure(
     facts, clock = bench.data.facts, clock or Clock()
     if images.dtype != torch.uint8 or images.shape[1:] != bench.data.test.images.shape[1:] or not len(images):
         raise ValueError(f"images: {images.dtype} {tuple(images.shape)} do not fit those of {facts.name}")
-    said = [*notes, *_copies(images, bench.data)]
+    said = [*notes, *of.copies(images, bench.data)]
     with clock("features"):
         seen = bench.see(images)
     with clock("distances"):
@@ -227,18 +222,26 @@ def measure(
         names = list(facts.class_names) or [str(k) for k in range(facts.num_classes)]
         shares = {"samples": of.histogram(seen).tolist(), "real": of.histogram(bench.test).tolist()}
         histogram = {"classes": names, **shares}
-    remembered, pairs, distances = dict[str, Any](), torch.empty(0, 2, *images.shape[1:]).byte(), tuple[float, ...]()
+    remembered, pairs, distances = (
+        dict[str, Any](),
+        torch.empty(0, 2, *images.shape[1:]).byte(),
+        tuple[float, ...](),
+    )
     if "memorization" in bench.parts:
         with clock("memorization"):
             ...
     if "cas" in bench.parts and labels is not None:
         with clock("cas"):
-            found |= _classification(bench, images, labels, seed, said)
+            found |= of.classification(images, labels, bench.data, seed, bench.device, said)
     elif "cas" in bench.parts:
         said.append("no cas: it needs images with labels, of a conditional model or in an .npz file")
     if "likelihood" in bench.parts and odds is None:
         said.append("no bits_per_dim, no eps_loss: they are asked of a model, not of images")
-    protocol = {**protocol_of(bench, len(images)), **(about or {}), "seconds": _seconds({**bench.seconds, **clock.seconds})}
+    protocol = {
+        **protocol_of(bench, len(images)),
+        **(about or {}),
+        "seconds": _seconds({**bench.seconds, **clock.seconds}),
+    }
     evaluation = Evaluation(
         subject,
         {**found, **(odds.figures if odds else {}), **bench.real},
@@ -249,45 +252,6 @@ def measure(
         tuple(said),
     )
     return evaluation, Gallery(images[:SHOWN], None if labels is None else labels[:SHOWN], pairs, distances)
-
-
-def _classification(
-    bench: Bench, images: Tensor, labels: Tensor, seed: int, notes: list[str]
-) -> dict[str, Figure]:
-    """The classification accuracy score, and that of as many real training images."""
-    train, test, k = bench.data.train, bench.data.test, bench.data.facts.num_classes
-    assert train.labels is not None and test.labels is not None
-    n = min(len(images), len(train))
-    if n < of.PER_CLASS * k:
-        notes.append(f"no cas: it needs {of.PER_CLASS * k} images with labels, there are {n}")
-        return {}
-    real = _some(train, "cas", n)
-    assert real.labels is not None
-    found = dict[str, Figure]()
-    for name, x, y in (("cas", images[:n], labels[:n]), ("real_cas", real.images, real.labels)):
-        score = accuracy_score(x, y, test.images, test.labels, k, seed, bench.device)
-        found[name] = Figure(score.value, error=score.error, n=n)
-    return found
-
-
-def _copies(images: Tensor, data: Dataset) -> list[str]:
-    """Notes on images that are somewhere else to the bit: a distance to themselves says nothing."""
-    own, n = [_digest(image) for image in images], len(images)
-    of_test, of_train = (set(map(_digest, split.images)) for split in (data.test, data.train))
-    inside, known = sum(each in of_test for each in own), sum(each in of_train for each in own)
-    repeated = n - len(set(own))
-    notes = []
-    if inside:
-        notes.append(f"{inside:,} of {n:,} images are test images themselves: by construction they lie at distance 0")
-    if known:
-        notes.append(f"{known:,} of {n:,} images are training images, to the bit")
-    if repeated:
-        notes.append(f"{repeated:,} of {n:,} images repeat another one of them, to the bit")
-    return notes
-
-
-def _digest(image: Tensor) -> bytes:
-    return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
 
 
 def protocol_of(bench: Bench, n: int) -> dict[str, Any]:

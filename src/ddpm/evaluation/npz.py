@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,37 +50,24 @@ class _Careful:
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Raises DataError that names the file, also for what goes wrong within the block."""
-    wrong = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError)
+    wrong = (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OverflowError,
+    )
     with open_bounded(path, MAX_BYTES) as file:
         try:
-            with zipfile.ZipFile(_Careful(file)) as archive:  # type: ignore[call-overload]
+            with zipfile.ZipFile(_Careful(file)) as archive:
                 yield archive
         except wrong as error:
             raise DataError(f"{path}: is no whole .npz file of plain numbers ({reason(error)})") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({reason(error)})") from None
-
-
-def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= CHUNK:
-            rest = self.file.read(CHUNK + 1)
-            if len(rest) > CHUNK:
-                raise ValueError("it holds too many entries")
-            return rest
-        return self.file.read(size)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Raises DataError that names the file, also for what goes wrong within the block."""
-    wrong = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError)
-    try:
-        with open_bounded(path, MAX_BYTES) as file, zipfile.ZipFile(_Careful(file)) as archive:  # type: ignore[call-overload]
-            yield archive
-    except wrong as error:
-        raise DataError(f"{path}: is no whole .npz file ({reason(error)})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def read(archive: zipfile.ZipFile, name: str, check: Callable[[Header], object]) -> NDArray[np.generic]:

@@ -77,7 +77,9 @@ def _from_dataset(
     text: str, name: str, part: str, places: str | None, data: Dataset, choice: Choice, data_root: str
 ) -> Brought:
     if name not in (known := choices("dataset")):
-        raise UserError(f"samples={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}")
+        raise UserError(
+            f"samples={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}"
+        )
     if part not in SPLITS:
         raise UserError(f"samples={text}: no split '{part}'; must be one of {', '.join(SPLITS)}")
     own = data
@@ -89,7 +91,14 @@ def _from_dataset(
             params["image_size"] = data.facts.image_size
         own = build.dataset(Choice(known[name]["name"], params), data_root)
     split = {"train": own.train, "val": own.val, "test": own.test}[part]
-    _check_size(text, "its images are", split.images.shape[2], split.images.shape[3], split.images.shape[1], data.facts)
+    _check_size(
+        text,
+        "its images are",
+        split.images.shape[2],
+        split.images.shape[3],
+        split.images.shape[1],
+        data.facts,
+    )
     same = own is data
     labels = split.labels if same else None
     if places is None:
@@ -105,7 +114,9 @@ def _places(text: str, places: str, have: int) -> list[int]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise UserError(f"samples={text}: '{item}' must be a number or a rising range, as in mnist:train:0-9999")
+            raise UserError(
+                f"samples={text}: '{item}' must be a number or a rising range, as in mnist:train:0-9999"
+            )
         if last >= have:
             raise UserError(f"samples={text}: this split has the images 0 to {have - 1}")
         if len(wanted) + last - first >= MAX_IMAGES:
@@ -174,7 +185,9 @@ def _from_npz(text: str, path: Path, facts: Facts) -> Brought:
         of_labels = next((name for name in LABELS if name in names), None) if facts.num_classes else None
         classes = npz.read(archive, of_labels, labels_fit) if of_labels else None
     if classes is not None and (classes.min() < 0 or classes.max() >= facts.num_classes):
-        raise UserError(f"samples={text}: its labels must be 0 to {facts.num_classes - 1}, as those of {facts.name}")
+        raise UserError(
+            f"samples={text}: its labels must be 0 to {facts.num_classes - 1}, as those of {facts.name}"
+        )
     images = torch.from_numpy(pixels).reshape(-1, facts.image_size, facts.image_size, facts.channels)
     return Brought(
         images.permute(0, 3, 1, 2).contiguous(),
