@@ -15,7 +15,7 @@ LAYERS = [
     {"spacings", "solvers", "samplers", "networks", "datasets", "checkpoint", "images", "metrics"},
     {"plots", "validation", "build", "plugins", "report", "report_table"},
     {"sampling", "tasks", "inputs", "report_pictures"},
-    {"library", "export", "contact"},
+    {"library", "export", "contact", "evaluation"},
     {"card", "crosscheck"},
     {"runs"},
     {"training"},

@@ -1,0 +1,1 @@
+"""Judging samples: features, distances between sets of images, memorization, likelihood."""
