@@ -18,6 +18,7 @@ from ddpm.datasets.types import Dataset
 from ddpm.distributed import agreed, in_turn, told
 from ddpm.errors import UserError, printable
 from ddpm.evaluation import judge, picture, record, source, table
+from ddpm.evaluation.protocol import Clock
 from ddpm.meta import Meta
 from ddpm.sampling import Model
 from ddpm.world import ALONE, World
@@ -25,7 +26,7 @@ from ddpm.world import ALONE, World
 
 def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     assert config.ckpt is not None
-    path, notes, clock = Path(), list[str](), judge.Clock()
+    path, notes, clock = Path(), list[str](), Clock()
     with agreed(own):
         if own.first:
             path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
@@ -74,7 +75,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
 def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
     """All of it on rank 0: nothing is drawn."""
     assert config.samples is not None and config.dataset is not None
-    stem, clock = Path("outputs") / "evaluations" / "eval", judge.Clock()
+    stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
     with agreed(own), shown_parts(config, own, clock):
         if not own.first:
             return
@@ -134,9 +135,7 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(
-    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: judge.Clock
-) -> judge.Bench:
+def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> judge.Bench:
     parts = tuple(part for part in judge.PARTS if part in config.measure)
     return judge.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
@@ -175,7 +174,7 @@ def say(own: World, *lines: str) -> None:
 
 
 @contextmanager
-def shown_parts(config: EvalConfig, own: World, clock: judge.Clock) -> Iterator[None]:
+def shown_parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
     """On a terminal: which part is being measured, and for how long already."""
     hidden = not (own.first and sys.stderr.isatty())
     with tqdm(disable=hidden, bar_format="{desc} ({elapsed})", leave=False) as bar:
@@ -184,7 +183,7 @@ def shown_parts(config: EvalConfig, own: World, clock: judge.Clock) -> Iterator[
 
 
 @contextmanager
-def shown_steps(config: EvalConfig, own: World, model: Model, clock: judge.Clock) -> Iterator[dict[str, Any]]:
+def shown_steps(config: EvalConfig, own: World, model: Model, clock: Clock) -> Iterator[dict[str, Any]]:
     """A bar on a terminal, and what `judge.draw` tells it."""
     num_steps, share = len(sampling.levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None

@@ -11,6 +11,7 @@ from ddpm.datasets.types import Dataset, Split
 from ddpm.evaluation.classify import accuracy_score
 from ddpm.evaluation.frechet import class_frechet, frechet_distance, frechet_floor, gaussian, kid
 from ddpm.evaluation.intervals import frechet_interval
+from ddpm.evaluation.memorization import Memorization
 from ddpm.evaluation.neighbours import prdc
 from ddpm.evaluation.record import Figure
 from ddpm.randomness import permutation
@@ -49,7 +50,7 @@ def distances(seen: Seen, test: Seen, num_classes: int, notes: list[str]) -> dic
         floor = distance - excess.value
         found[f"{name}fd"] = Figure(distance, floor=frechet_floor(len(x), len(y), x.shape[1]), n=n)
         found[f"{name}fd_excess"] = Figure(*excess, floor=floor, n=n)
-    if seen.classes is not None and test.classes is not None:
+    if seen.classes is not None and test.classes is not None and n > 1:
         within = class_frechet(seen.features, seen.classes, test.features, test.classes, num_classes)
         if within.mean_excess is None:
             notes.append("no class_fd_excess: no class has enough images")
@@ -122,6 +123,17 @@ def some(split: Split, name: str, n: int) -> Split:
         return split
     chosen = permutation(_SEED, name, 0, len(split))[:n]
     return Split(split.images[chosen], None if split.labels is None else split.labels[chosen])
+
+
+def copied(found: Memorization) -> dict[str, Figure]:
+    """Shares of samples that lie closer to a training image than all but 1 % of the test images do."""
+    text = f"{found.identical} to the bit"
+    return {
+        "memorized": Figure(found.share, error=found.share_error, n=found.n, text=text),
+        "memorized_relative": Figure(found.relative_share, error=found.relative_share_error, n=found.n),
+        "real_memorized": Figure(found.expected, n=found.n_test),
+        "real_memorized_relative": Figure(found.expected, n=found.n_test),
+    }
 
 
 def classification(

@@ -46,7 +46,7 @@ def _class_share(figure: Figure) -> str:
 
 ROWS = (
     Row("fd", "Fréchet distance", _with_floor, -1),
-    Row("fd_excess", "  less its floor", _number, -1),
+    Row("fd_excess", "  less its bias", _number, -1),
     Row("class_fd_excess", "  within classes", _number, -1),
     Row("pixel_fd_excess", "  on pixels", _number, -1),
     Row("kid", "kernel distance", _number, -1),
@@ -60,6 +60,7 @@ ROWS = (
     Row("most_frequent_class", "most frequent class", _class_share),
     Row("cas", "classifier trained on it", _share, 1),
     Row("memorized", "close to a training image", _share, -1),
+    Row("memorized_relative", "  for its neighbourhood", _share, -1),
     Row("bits_per_dim", "bits per dimension", _number, -1),
     Row("eps_loss", "error in eps, test", _number, -1),
     Row("eps_loss_train", "error in eps, training", _number, -1),
@@ -124,7 +125,8 @@ def protocol(evaluation: Evaluation) -> str:
         text += f" ({_short(about.get('evaluations_per_image'))} evaluations each)"
     text += f", seed {_short(about.get('seed', '?'))}"
     text += f"; against {_count(about.get('split_images'))} test images of {_short(about.get('dataset'))} {size}×{size}"
-    text += f"; features {_short(about.get('feature_network'))}, d = {_short(about.get('feature_dim'))}"
+    if "feature_network" in about:
+        text += f"; features {_short(about['feature_network'])}, d = {_short(about.get('feature_dim'))}"
     if isinstance(seconds, dict):
         shown = [
             f"{part} {_short(seconds[part])} s"
