@@ -97,11 +97,11 @@ def _planned(typed: list[str]) -> Plan:
             )
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"{len(jobs)} settings; allowed: {MAX_SETTINGS}")
-    before = MEASURED + evaluate.before_typed(jobs[0])  # what is not swept, and so the same for all
+    before = MEASURED + evaluate._before_typed(jobs[0])  # what is not swept, and so the same for all
     settings: list[EvalConfig] = []
     for job in jobs:
         config: EvalConfig = check(EvalConfig, hydra_app.compose("eval", before + job))
-        evaluate.check_keys(config)
+        evaluate._check(config)
         if config in settings:
             raise UserError(f"two settings are the same: {', '.join(o for o in job if _key(o) in swept)}")
         settings.append(config)
@@ -136,7 +136,7 @@ def _try(setting: EvalConfig, model: "Model") -> None:
 def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta") -> "list[Evaluation]":
     """One evaluation for each setting: read where it is there, else made and written."""
     from ddpm.cli import judging
-    from ddpm.evaluation.judge import Clock
+    from ddpm.evaluation.protocol import Clock
 
     kept = [_kept(out, _identity(setting, model, meta)) for setting in plan.settings]
     if None not in kept and len({_features(each) for each in kept}) == 1:
@@ -146,9 +146,10 @@ def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta
     judging.say(ALONE, data.notice)
     with judging.shown_parts(plan.common, ALONE, clock):
         bench = judging.make_bench(plan.common, data, plan.common.n, model.device, clock)
+    assert bench.eyes is not None  # as distances are measured
     done = []
     for number, (setting, found) in enumerate(zip(plan.settings, kept, strict=True), start=1):
-        there = found is not None and _features(found) == bench.features.sha256
+        there = found is not None and _features(found) == bench.eyes.features.sha256
         evaluation = found if there and found else _measured(setting, path, out, model, meta, bench)
         done.append(evaluation)
         tell(f"{number}/{len(kept)}: {_line(evaluation, plan)}{', as it was there' if there else ''}")
@@ -171,7 +172,7 @@ def _measured(
     """Drawn, measured and written."""
     from ddpm.cli import judging
     from ddpm.evaluation import judge, record
-    from ddpm.evaluation.judge import Clock
+    from ddpm.evaluation.protocol import Clock
 
     clock, identity = Clock(), _identity(setting, model, meta)
     with judging.shown_steps(setting, ALONE, model, clock) as watched:

@@ -70,9 +70,8 @@ class Study:
     about: Mapping[str, Any]
 
 
-COMMON = (
-    "checkpoint checkpoint_sha256 step n seed dataset split_images feature_network feature_sha256".split()
-)
+COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
+COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
 
 def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:

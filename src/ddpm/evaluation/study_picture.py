@@ -13,12 +13,12 @@ def draw(study: Study, picture: Path) -> None:
     """The excess over network evaluations and over seconds for 1,000 images. Raises OSError."""
     from matplotlib.figure import Figure as Page
 
-    page = Page(figsize=(11, 4.6), layout="constrained")
+    page = Page(figsize=(12, 4.6), layout="constrained")
     left, right = page.subplots(1, 2, sharey=True)
     _curves(left, study, lambda row: row.evaluations, "network evaluations for an image")
     _curves(right, study, lambda row: row.seconds, "seconds for 1,000 images")
     left.set_ylabel("Fréchet distance less its floor")
-    right.legend(fontsize=8)
+    page.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     data = io.BytesIO()
     page.savefig(data, dpi=110)
     write_atomically(picture, data.getvalue(), durable=False)
@@ -44,6 +44,10 @@ def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -
     if real := study.real.get(f"real_{QUALITY}"):
         axes.axhline(real.value, color="0.4", ls=":", lw=1, label="real training images")
     axes.set(xlabel=label, xscale="log")
+    axes.set_xticks(
+        ticks := sorted({float(f"{cost(row):.2g}") for row in study.rows}), [f"{x:g}" for x in ticks]
+    )
+    axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
 
 
