@@ -16,7 +16,7 @@ from ddpm.datasets.types import Facts, Split
 from ddpm.diffusion import PREDICTIONS, Estimate, posterior, target
 from ddpm.errors import UserError
 from ddpm.evaluation.bound import Terms, grey_levels, log_probability
-from ddpm.evaluation.draws import evaluate, stratified
+from ddpm.evaluation.draws import evaluate, mean_of, root_of_squares, stratified
 from ddpm.evaluation.likelihood import (
     bits_per_dimension,
     eps_loss,
@@ -156,6 +156,10 @@ def test_a_model_that_knows_nothing_pays_for_all_that_noising_hides(schedule: No
     decoder = -log_probability(x, torch.zeros_like(x), std, 17).mean().item() / NAT
     assert bits.decoder == pytest.approx(decoder, rel=1e-6)
     assert bits.value == pytest.approx(bits.prior + bits.decoder + bits.diffusion)
+    # the ends and the draws of an image err together: the error is that of whole images
+    nats = 0.5 * snr_0 * x.square() - log_probability(x, torch.zeros_like(x), std, 17)
+    whole = nats.mean(dim=(1, 2, 3)).std().item() / NAT / math.sqrt(300)
+    assert bits.error == pytest.approx(whole, rel=0.1)
 
 
 def joint_bound(schedule: NoiseSchedule, m: float, s: float, fraction: float) -> float:
@@ -300,6 +304,22 @@ def test_every_image_serves_and_the_draws_are_spread() -> None:
     assert (draws.t.bincount() - 1000 * probability).abs().max() <= 1
     f = torch.tensor([9.0, 1.0, 10.0, 100.0]).double()
     assert (draws.weight * f[draws.t]).mean().item() == pytest.approx(111, rel=0.01)
+
+
+def test_what_t_alone_explains_is_no_error() -> None:
+    draws = stratified(0, "any", 4000, torch.arange(4000), torch.ones(1000).double())
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
+    mean, additions = mean_of(draws, draws.t.double() + noise, 4000)
+    assert mean == pytest.approx(499.5, abs=0.1)
+    within = math.sqrt((1 + 8**2 / 12) / 4000)  # the noise, and the width of 32 draws: 8 of t
+    assert root_of_squares(additions) == pytest.approx(within, rel=0.05)
+
+
+def test_a_trial_without_any_error_teaches_nothing() -> None:
+    terms = Terms(linear(50), 256)
+    first = terms.proposal()
+    trial = stratified(0, "any", 64, torch.arange(64), first)
+    assert torch.equal(terms.refined(first, trial, torch.zeros(64).double()), first)
 
 
 def test_the_curve_and_its_mean_are_of_the_same_draws() -> None:

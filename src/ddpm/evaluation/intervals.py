@@ -3,7 +3,6 @@
 from statistics import NormalDist
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ddpm.evaluation.frechet import (

@@ -44,14 +44,14 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
     n, centre = len(real), real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre  # so that less is lost in |a|² + |b|² - 2 a·b
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    precise = recalled = held = covered = 0
+    precise = held = 0
     recalled_by = torch.zeros(n, dtype=torch.bool)
     covered_by = torch.zeros(n, dtype=torch.bool)
     for part, radius in zip(torch.split(fake, CHUNK), torch.split(fake_radius, CHUNK), strict=True):
         distance = squared_distances(part, real)
         inside = distance <= real_radius
         precise += int(inside.any(1).sum())
-        held += int(inside.sum())
+        held += int(inside.count_nonzero())
         covered_by |= inside.any(0)
         recalled_by |= (distance <= radius[:, None]).any(0)
     recalled, covered = int(recalled_by.sum()), int(covered_by.sum())
@@ -70,5 +70,5 @@ def _radii(x: Tensor, k: int) -> Tensor:
         distance = squared_distances(x[start : start + CHUNK], x)
         rows = torch.arange(len(distance))
         distance[rows, rows + start] = torch.inf
-        radii.append(distance.kthvalue(k).values)
+        radii.append(distance.topk(k, largest=False).values[:, -1])
     return torch.cat(radii)
