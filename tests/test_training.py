@@ -270,6 +270,11 @@ def test_learning_rate() -> None:
     assert learning_rate(cfg, 999, 1000) < 1e-5
     constant = config("optimizer.lr=1.0", "optimizer.decay=constant").optimizer
     assert learning_rate(constant, 999, 1000) == 1.0
+    typed = ("optimizer.decay=halving", "optimizer.halvings=5", "optimizer.warmup_steps=0")
+    halving = config("optimizer.lr=1.0", *typed).optimizer
+    every_ten_of_sixty_epochs = [0.5 ** (epoch // 10) for epoch in range(60)]  # of 7 steps each
+    assert [learning_rate(halving, 7 * epoch + 3, 420) for epoch in range(60)] == every_ten_of_sixty_epochs
+    assert learning_rate(halving, 69, 420) == 1.0 and learning_rate(halving, 70, 420) == 0.5
 
 
 def test_labels_are_dropped_at_the_asked_rate() -> None:

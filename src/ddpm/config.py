@@ -64,6 +64,7 @@ class Optimizer:
     weight_decay: float
     warmup_steps: int
     decay: str
+    halvings: int
 
 
 @dataclass(frozen=True)
@@ -181,16 +182,14 @@ def trained_sampler(config: TrainConfig) -> Choice:
     return Choice(config.sampler.name, params)
 
 
-def choose_sampler(config: TrainConfig, name: str | None, settings: Mapping[str, Any]) -> Choice:
-    """A sampler by its file's name (None: the one of the training), with these settings. Raises UserError."""
-    if name is None:
-        base = trained_sampler(config).to_dict()
-    elif name in (known := choices("sampler")):
-        base = known[name]
-    else:
-        hint = plugin_hint("sampler") + nearest(str(name), known)
-        raise UserError(f"sampler={name}: must be one of {', '.join(known)}{hint}")
-    return check_choice("sampler", {**base, **settings})
+def choose_sampler(base: Choice | str, settings: Mapping[str, Any]) -> Choice:
+    """A sampler, or one by its file's name, with these settings. Raises UserError."""
+    if isinstance(base, Choice):
+        return check_choice("sampler", {**base.to_dict(), **settings})
+    if base not in (known := choices("sampler")):
+        hint = plugin_hint("sampler") + nearest(str(base), known)
+        raise UserError(f"sampler={base}: must be one of {', '.join(known)}{hint}")
+    return check_choice("sampler", {**known[base], **settings})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -35,9 +35,9 @@ class Strip:
 
 
 def drawn(run: Path, n: int, seed: int, sampler: Choice | None, device: torch.device) -> tuple[Pixels, int]:
-    """Images 0 … n-1 of the seed from a run's newest whole checkpoint, as ddpm-sample draws them; and its step.
+    """Images 0 … n-1 of the seed from a run's newest whole checkpoint, and its step.
 
-    Raises UserError.
+    `sampler` None: that of its training, so that a study of one run's samplers does not set it apart. Raises UserError.
     """
     files = checkpoint.of_run(run)
     if not files:

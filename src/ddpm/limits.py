@@ -65,7 +65,8 @@ LIMITS: dict[str, Allowed] = {
     "optimizer.beta_2": Between(0, 0.9999999),
     "optimizer.weight_decay": Between(0),
     "optimizer.warmup_steps": _OFTEN,
-    "optimizer.decay": ("constant", "cosine"),
+    "optimizer.decay": ("constant", "cosine", "halving"),
+    "optimizer.halvings": Between(0, 64),
     "sampler.num_steps": Between(1, 100_000),
     "sampler.eta": _PART,
     "sampler.rho": Between(0, 100, above=True),
@@ -105,6 +106,7 @@ LIMITS: dict[str, Allowed] = {
     "figure": ("val_eps_mse", "val_loss"),
     "format": ("diffusers", "safetensors"),
     "save": ("grid", "images", "npz", "trajectory"),
+    "measure": ("distance", "neighbours", "memorization", "likelihood", "cas"),
 }
 
 

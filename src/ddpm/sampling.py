@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm import build, checkpoint, memory
+from ddpm import build, checkpoint, memory, sampler_file
 from ddpm.config import Choice, DrawConfig, TrainConfig, check, choose_sampler
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Denoiser
@@ -31,6 +31,7 @@ class Model:
     device: torch.device
     step: int = 0  # of the training
     figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
+    folder: Path | None = None  # of the checkpoint
 
     @property
     def conditional(self) -> bool:
@@ -56,13 +57,15 @@ class Model:
 
         Image i of a seed is the same whatever n, batch_size or the others are; `index` names the images, instead
         of 0 … n-1. Image i has the class label[i mod K], of all classes where none is given. `sampler` is that of
-        the training or, by name, another one with its own defaults; `settings` are its keys, such as num_steps,
-        spacing, clip, eta. Raises UserError, with the key, for what is out of range or does not fit the model.
+        sampler.yaml beside the checkpoint, else of the training or, by name, another one with its own defaults;
+        `settings` are its keys, such as num_steps, spacing, clip, eta. Raises UserError, with the key, for what is
+        out of range or does not fit the model.
         """
         typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
         typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
         todo: DrawConfig = check(DrawConfig, typed)
-        chosen = choose_sampler(self.config, sampler, {key: _plain(value) for key, value in settings.items()})
+        base = sampler if sampler is not None else sampler_file.default(self.config, self.folder)[0]
+        chosen = choose_sampler(base, {key: _plain(value) for key, value in settings.items()})
         numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
         guidance = Guidance(todo.guidance_scale)
         y = labels(self, todo.label, numbers, guidance)
@@ -95,7 +98,7 @@ def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Met
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
     schedule, facts = build.schedule(config.schedule), build.facts(meta.facts)
-    return Model(network, schedule, config, facts, device, meta.step, meta.figures), meta
+    return Model(network, schedule, config, facts, device, meta.step, meta.figures, path.parent), meta
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:

@@ -208,10 +208,15 @@ def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> N
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5)."""
+    """Linear warm-up, then constant, or half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5).
+
+    Or halved after each of `halvings` + 1 equal parts of the run but the last.
+    """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     if config.decay == "constant":
         return config.lr * warm
+    if config.decay == "halving":
+        return config.lr * warm * 0.5 ** (step * (config.halvings + 1) // max_steps)
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / max_steps))
 
 

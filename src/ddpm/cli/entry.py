@@ -27,6 +27,14 @@ def export() -> None:
         main()
 
 
+def evaluate() -> None:
+    """ddpm-eval"""
+    with signals.heeded("eval"):
+        from ddpm.cli.evaluate import main
+
+        main()
+
+
 def info() -> None:
     """ddpm-info"""
     with signals.heeded("info"):

@@ -18,6 +18,14 @@ _HEAD = {
   ddpm-sample ckpt=latest task=inpaint input=my.png mask=left n=4
   ddpm-sample ckpt=latest task=variation input=mnist:test:0-7 strength=0.5
 """,
+    "eval": """ddpm-eval: how good a model's images are, or any others, beside what real images reach
+
+  ddpm-eval ckpt=latest n=10000
+  ddpm-eval ckpt=latest n=2000 sampler=ddim sampler.num_steps=20 measure=[distance,neighbours]
+  ddpm-eval samples=their-images.npz dataset=mnist
+  ddpm-eval samples=mnist:train:0-9999
+  ddpm-eval compare=[runs/a/evaluations/eval-1,runs/b/evaluations/eval-1]
+""",
     "export": """ddpm-export: a checkpoint as a folder that other tools load, with a model card
 
   ddpm-export ckpt=latest out=my-model                       a pipeline of diffusers, ready to upload
@@ -40,6 +48,7 @@ _HEAD = {
 _GROUPS = {
     "train": ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"),
     "sample": ("sampler",),
+    "eval": ("dataset", "sampler"),
     "export": (),
     "info": (),
     "report": ("sampler",),
@@ -74,6 +83,13 @@ NOTES = {
     "out": "folder for the results (of ddpm-sample by default a new one under the run's)",
     "format": "diffusers or safetensors",
     "nrow": "images in a row of the grid",
+    "eval.dataset": "what they are held against (default: the checkpoint's own; needed for samples)",
+    "eval.n": "how many images; distances from fewer than a few thousand say little",
+    "eval.guidance_scale": "1 is off, as models are compared",
+    "eval.out": "folder for the results (default: a new one under the run's, or under outputs/evaluations)",
+    "samples": "instead of ckpt: an .npz file, a folder of pictures, or mnist:test, mnist:train:0-9999",
+    "compare": "instead of either: evaluation.json files, or their folders, side by side",
+    "measure": "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
     "report.folder": "a sweep, a run, or a folder of them; or a list; the key itself need not be typed",
     "report.figure": "what runs are ranked by, at its best over each run: val_eps_mse or val_loss",
     "report.contact": "false: no contact.png, which takes the longest",

@@ -21,7 +21,16 @@ from ddpm.values import nearest
 from ddpm.world import world_for_errors
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-PATH_KEYS: tuple[str, ...] = ("run_dir", "data_root", "ckpt", "out", "input", "mask", "dataset.path")
+PATH_KEYS: tuple[str, ...] = (
+    "run_dir",
+    "data_root",
+    "ckpt",
+    "out",
+    "input",
+    "mask",
+    "samples",
+    "dataset.path",
+)
 PATH_KEYS += ("trainer.resume", "trainer.init_from", "gpus")  # gpus=0,2,3 is one value, too
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 

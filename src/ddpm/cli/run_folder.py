@@ -29,7 +29,7 @@ RUN_FOLDERS = ("checkpoints", "samples", "tensorboard")
 LOCK = ".lock"
 LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
 _OURS = re.compile(
-    r"((step_\d+|best)\.safetensors|step_\d+\.png|events\.out\.tfevents\..+)"
+    r"((step_\d+|best)\.safetensors|sampler\.yaml|step_\d+\.png|events\.out\.tfevents\..+)"
 )  # in RUN_FOLDERS
 
 

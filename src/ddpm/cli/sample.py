@@ -2,19 +2,16 @@
 
 import io
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import folders, hydra_app
-from ddpm.config import SampleConfig, check, to_dict, trained_sampler
-from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.cli import default_sampler, folders, hydra_app
+from ddpm.config import SampleConfig, to_dict
+from ddpm.errors import printable
+from ddpm.files import write_atomically
 from ddpm.world import ALONE, World, world
 
 if TYPE_CHECKING:
@@ -31,24 +28,11 @@ STRIP_COLUMNS = 10
 
 
 def main() -> None:
-    hydra_app.run("sample", SampleConfig, sample, defaults=_trained_sampler)
+    hydra_app.run("sample", SampleConfig, sample, defaults=_default_sampler)
 
 
-def _trained_sampler(overrides: list[str]) -> list[str]:
-    """The sampler the checkpoint was trained with, unless another one is typed."""
-    from ddpm import checkpoint
-
-    ckpt = hydra_app.typed_value(overrides, "ckpt")
-    if ckpt is None or hydra_app.typed_value(overrides, "sampler") is not None:
-        return []
-    others = [override for override in overrides if not override.lstrip("+~").startswith("sampler")]
-    check(SampleConfig, hydra_app.compose("sample", others))  # their mistakes come before those of a file
-    path, _ = checkpoint.newest_good(checkpoint.find(ckpt), check=checkpoint.read_meta)
-    trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
-    # these two want no fresh noise
-    if hydra_app.typed_value(overrides, "task") in ("reconstruct", "interpolate"):
-        return ["sampler=ddim", "sampler.spacing=logsnr"]
-    return hydra_app.as_overrides({"sampler": trained_sampler(trained).to_dict()})
+def _default_sampler(typed: list[str]) -> list[str]:
+    return default_sampler.overrides("sample", SampleConfig, typed)
 
 
 def sample(config: SampleConfig) -> None:
@@ -108,7 +92,7 @@ def _finish(
         **figures,
         "evaluations_per_image": drawn.evaluations,
     }
-    with _folder(config, path) as out:
+    with folders.results(config.out, folders.of_run(path) / "samples" / "drawn") as out:
         files = _write(config, todo, drawn, out)
         about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
         write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
@@ -180,29 +164,6 @@ def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) ->
 
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
     return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
-
-
-@contextmanager
-def _folder(config: SampleConfig, checkpoint_file: Path) -> Iterator[Path]:
-    """Where the files go. A folder made for them goes again if they cannot all be written."""
-    if config.out is None:
-        home = checkpoint_file.parent
-        run = home.parent if home.name == "checkpoints" else home
-        out, new = folders.numbered_folder(run / "samples" / "drawn"), True
-    else:
-        out, new = Path(config.out), not Path(config.out).exists()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make out={config.out}: {reason(error)}") from None
-    try:
-        yield out
-    except BaseException as error:
-        if new:
-            shutil.rmtree(out, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write to {out}: {reason(error)}") from None
-        raise
 
 
 def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[str]:

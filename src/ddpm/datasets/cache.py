@@ -31,10 +31,11 @@ def cache_folder() -> Path:
         raise DataError(f"{error}; set DDPM_CACHE to a folder for the cache") from error
 
 
-def save_arrays(path: Path, arrays: Arrays) -> None:
-    """A safetensors file, written atomically, with the SHA-256 of its content in it. Raises OSError."""
+def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
+    """A safetensors file, written atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(arrays, metadata={"sha256": _content_hash(arrays)}))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
+    write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 
 
 def load_arrays(path: Path, limit: int) -> Arrays:
@@ -50,14 +51,15 @@ def load_arrays(path: Path, limit: int) -> Arrays:
     except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
         # The last three: types and shapes that numpy lacks.
         raise DataError(f"{path}: cannot be read as a safetensors file ({reason(error)})") from error
-    if metadata.get("sha256") != _content_hash(arrays):
+    if metadata.get("sha256") != content_hash(arrays):
         raise DataError(
             f"{path}: its content does not match the SHA-256 it carries; delete it and make it anew"
         )
     return arrays
 
 
-def _content_hash(arrays: Arrays) -> str:
+def content_hash(arrays: Arrays) -> str:
+    """SHA-256 over names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,0 +1,1 @@
+"""How good images are: every figure with its error, its floor and its cost."""

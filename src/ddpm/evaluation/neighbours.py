@@ -1,0 +1,74 @@
+"""Precision, recall, density and coverage: do generated features lie where real ones do, and the reverse.
+
+Each set's support is the union of balls around its features that reach to their k-th neighbour in the same set.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1000  # rows of a table of distances held at a time
+
+
+class Prdc(NamedTuple):
+    """`density` may exceed 1, the others lie in 0 … 1. Comparable only at the same n and k."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    n: int
+    k: int
+
+
+def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
+    """Four figures of two sets of features (n, d), with the same n.
+
+    - precision: share of fake features inside a real ball; recall: share of real ones inside a fake ball
+      (Kynkäänniemi et al. 2019, eq. 1-2);
+    - density: real balls that hold a fake feature, on average, over k; coverage: share of real balls that hold a
+      fake feature (Naeem et al. 2020, eq. 3-4).
+
+    Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. Raises
+    ValueError unless both have the same shape, n > k ≥ 1, and every number is finite.
+    """
+    if real.ndim != 2 or real.shape != fake.shape:
+        raise ValueError(
+            f"real and fake must be (n, d) alike, not {tuple(real.shape)} and {tuple(fake.shape)}"
+        )
+    if not 1 <= k < len(real):
+        raise ValueError(f"k={k} does not fit {len(real)} features; allowed: 1 to {len(real) - 1}")
+    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
+        raise ValueError("some features are not finite numbers")
+    n, centre = len(real), real.double().mean(0)
+    real, fake = real.double() - centre, fake.double() - centre  # so that less is lost in |a|² + |b|² - 2 a·b
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    precise = held = 0
+    recalled_by = torch.zeros(n, dtype=torch.bool)
+    covered_by = torch.zeros(n, dtype=torch.bool)
+    for part, radius in zip(torch.split(fake, CHUNK), torch.split(fake_radius, CHUNK), strict=True):
+        distance = squared_distances(part, real)
+        inside = distance <= real_radius
+        precise += int(inside.any(1).sum())
+        held += int(inside.count_nonzero())
+        covered_by |= inside.any(0)
+        recalled_by |= (distance <= radius[:, None]).any(0)
+    recalled, covered = int(recalled_by.sum()), int(covered_by.sum())
+    return Prdc(precise / n, recalled / n, held / (n * k), covered / n, n, k)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|², (N, d) and (M, d) → (N, M), by one matrix product, off by rounding of |a|²."""
+    return torch.addmm(a.square().sum(1, keepdim=True) + b.square().sum(1), a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Squared distance from each of x (n, d) to its k-th neighbour, itself not counted: (n,)."""
+    radii = []
+    for start in range(0, len(x), CHUNK):
+        distance = squared_distances(x[start : start + CHUNK], x)
+        rows = torch.arange(len(distance))
+        distance[rows, rows + start] = torch.inf
+        radii.append(distance.topk(k, largest=False).values[:, -1])
+    return torch.cat(radii)

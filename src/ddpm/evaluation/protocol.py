@@ -1,0 +1,46 @@
+"""What an evaluation was made with: how long each part took, on which machine, with which versions."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from ddpm import __version__
+
+
+class Clock:
+    """Seconds by part; `begin` hears of each part as it starts."""
+
+    def __init__(self, begin: Callable[[str], object] = lambda name: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.begin = begin
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self.begin(part)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+def seconds(of_parts: Mapping[str, float]) -> dict[str, float]:
+    """By part; `measuring` is all but making the images, asking the model and training classifiers."""
+    apart = ("sampling", "likelihood", "cas")
+    measuring = sum(value for part, value in of_parts.items() if part not in apart)
+    return {part: round(value, 3) for part, value in {**of_parts, "measuring": measuring}.items()}
+
+
+def machine(device: torch.device) -> str:
+    """For people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    return {"ddpm": __version__, "torch": torch.__version__, "python": platform.python_version()}
