@@ -22,6 +22,7 @@ LAYERS = [
         "sampler_file",
         "images",
         "metrics",
+        "optimizers",
     },
     {"plots", "validation", "build", "plugins", "report", "report_table"},
     {"sampling", "tasks", "inputs", "report_pictures"},

@@ -125,7 +125,7 @@ def test_previews_and_logging_change_nothing(tmp_path: Path) -> None:
         [],
         ["objective.timesteps=loss_aware", "schedule.num_timesteps=20", "model.conditional=true"],
         ["trainer.accumulate=3"],
-        ["model.dropout=0.3"],
+        ["model.dropout=0.3", "optimizer=muon", "model.channels=[8,32]"],
         ["trainer.precision=fp16"],
         ["trainer.log_every=4", "trainer.validate_every=0", "trainer.keep=1"],  # in the middle of a mean
     ],

@@ -17,6 +17,7 @@ from ddpm.diffusion import Objective, make_objective
 from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import DTYPES, Entry, Meta
 from ddpm.networks import NETWORKS
+from ddpm.optimizers import ADAMW_STATE
 from ddpm.schedules import SCHEDULES, NoiseSchedule
 from ddpm.timesteps import HISTORY
 from ddpm.world import ALONE, World
@@ -131,7 +132,7 @@ def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, nu
     allowed = needed | {
         f"optimizer.{name}.{key}": (torch.float32, () if key == "step" else tuple(parameter.shape))
         for name, parameter in network.named_parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        for key in (*ADAMW_STATE, "momentum")
     }
     scaler = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
     allowed |= {f"scaler.{key}": (torch.float64, ()) for key in scaler}

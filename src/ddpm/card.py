@@ -160,7 +160,7 @@ def _recipe(model: Model) -> dict[str, str]:
         "network": {"": config.model.name, **config.model.params},
         "schedule": {"": config.schedule.name, **config.schedule.params},
         "objective": {"predicts": config.objective.prediction, "weight": config.objective.weight},
-        "optimizer": {"": "AdamW", **vars(config.optimizer)},
+        "optimizer": {("" if key == "name" else key): value for key, value in vars(config.optimizer).items()},
         "training": {
             "": f"step {model.step:,}, {planned}",
             "batch": length.batch_size,

@@ -58,6 +58,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
+    name: str
     lr: float
     beta_1: float
     beta_2: float

@@ -60,6 +60,7 @@ LIMITS: dict[str, Allowed] = {
     "objective.vlb_weight": Between(0),
     "objective.logit_normal_mean": Between(-100, 100),
     "objective.logit_normal_std": Between(0, 100, above=True),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.lr": Between(0, above=True),
     "optimizer.beta_1": Between(0, 0.99999),
     "optimizer.beta_2": Between(0, 0.9999999),

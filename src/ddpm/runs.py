@@ -18,6 +18,7 @@ from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.diffusion import Objective
 from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Entry, Meta
+from ddpm.optimizers import OPTIMIZERS, state_names
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
 from ddpm.world import ALONE, World
@@ -33,7 +34,7 @@ class Run:
     objective: Objective
     network: nn.Module
     ema: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
     max_steps: int
@@ -60,8 +61,13 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     if config.trainer.compile:
         network.compile()  # in place: names of parameters stay as they are
     o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=o.weight_decay, fused=True
+    in_float32 = precision(config.trainer.precision, device) == torch.float32
+    optimizer = OPTIMIZERS[o.name](
+        network,
+        lr=o.lr,
+        betas=(o.beta_1, o.beta_2),
+        weight_decay=o.weight_decay,
+        dtype=torch.float32 if in_float32 else torch.bfloat16,
     )
     scaler = torch.amp.GradScaler(
         device.type, enabled=precision(config.trainer.precision, device) == torch.float16
@@ -260,14 +266,13 @@ def join(run: Run, world: World) -> None:
     if moments and not world.first:
         for parameter in run.network.parameters():
             run.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=run.device),
-                "exp_avg": torch.empty_like(parameter),
-                "exp_avg_sq": torch.empty_like(parameter),
+                key: torch.zeros((), device=run.device) if key == "step" else torch.empty_like(parameter)
+                for key in state_names(run.optimizer, parameter)
             }
     of_optimizer = [
         run.optimizer.state[parameter][key]
         for parameter in (run.network.parameters() if moments else ())
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        for key in state_names(run.optimizer, parameter)
     ]
     weights = [*run.network.state_dict().values(), *run.ema.state_dict().values()]
     distributed.spread(world, [*weights, *of_optimizer, run.history, run.loss_sum])
@@ -280,9 +285,15 @@ def join(run: Run, world: World) -> None:
 
 def _check_complete(path: Path, run: Run, table: Mapping[str, Entry]) -> None:
     """All of the optimizer's moments or, before the first step, none; likewise the scaler's numbers."""
-    parameters = sum(1 for _ in run.network.parameters())
-    for part, whole in (("optimizer", 3 * parameters), ("scaler", 5)):
-        if sum(name.startswith(part + ".") for name in table) not in (0, whole):
+    moments = {
+        f"optimizer.{name}.{key}"
+        for name, parameter in run.network.named_parameters()
+        for key in state_names(run.optimizer, parameter)
+    }
+    scaler = {name for name in table if name.startswith("scaler.")}
+    found = {name for name in table if name.startswith("optimizer.")}
+    for part, complete in (("optimizer", found in (set(), moments)), ("scaler", len(scaler) in (0, 5))):
+        if not complete:
             raise CheckpointError(
                 f"{path} does not fit its own config: a part of the {part}'s state is missing"
             )
