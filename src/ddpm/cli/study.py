@@ -97,11 +97,11 @@ def _planned(typed: list[str]) -> Plan:
             )
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"{len(jobs)} settings; allowed: {MAX_SETTINGS}")
-    before = MEASURED + evaluate._before_typed(jobs[0])  # what is not swept, and so the same for all
+    before = MEASURED + evaluate.before_typed(jobs[0])  # what is not swept, and so the same for all
     settings: list[EvalConfig] = []
     for job in jobs:
         config: EvalConfig = check(EvalConfig, hydra_app.compose("eval", before + job))
-        evaluate._check(config)
+        evaluate.check_keys(config)
         if config in settings:
             raise UserError(f"two settings are the same: {', '.join(o for o in job if _key(o) in swept)}")
         settings.append(config)
