@@ -225,14 +225,17 @@ def _name(identity: dict[str, Any]) -> str:
 
 
 def _kept(out: Path, identity: dict[str, Any]) -> "Evaluation | None":
-    """What an earlier start has measured. None where it is not there, or cannot be read."""
-    from ddpm.evaluation import record
+    """What an earlier start has measured. None where it is not there, or is not what one writes."""
+    from ddpm.evaluation import record, study
 
     try:
         found = record.read(str(out / _name(identity) / record.FILE))
-    except UserError:
+        study.table(study.gather([found], []))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return None
-    return found if found.protocol.get("setting") == _digest(identity) else None
+    about = found.protocol
+    same = about.get("setting") == _digest(identity) and about["sampler"] == identity["sampler"]
+    return found if same else None
 
 
 def _features(evaluation: "Evaluation | None") -> object:
