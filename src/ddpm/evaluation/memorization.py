@@ -50,8 +50,9 @@ class Memorization:
     `share` of the n samples is closer to a training image, after the search, than all but 1 % of the test images;
     `relative_share` the same for distances over their mean over the candidates, which does not take a common
     shape for a copy, nor misses the copy of a rare one; but samples that all lie off centre by the whole reach of the
-    search raise it a little without any copy (held-out digits moved by 2 and 2: 0.02 to 0.06). Where nothing is copied both are `expected`, 0.01, up to
-    `expected_error`, binomial in n and n_test. `identical` samples equal a training image in every pixel.
+    search raise it a little without any copy (held-out digits moved by 2 and 2: 0.02 to 0.06). Where nothing is
+    copied both are `expected`, 0.01, up to `expected_error`, binomial in n and n_test.
+    `identical` samples equal a training image in every pixel.
     """
 
     n: int
@@ -223,7 +224,8 @@ def _moves(size: int) -> list[tuple[int, int, float]]:
 def _moved_distances(images: Tensor, train: Tensor, close: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Least distance (N,) of images (N, C, H, W) to their candidates close (N, K) over all moves.
 
-    With it their mean over all candidates but the first (N,), and which candidate and move (N,) it was. Turned are the candidates, shifted the images (the other way), whose borders are repeated outwards.
+    With it their mean over all candidates but the first (N,), and which candidate and move (N,) it was.
+    Turned are the candidates, shifted the images (the other way), whose borders are repeated outwards.
     """
     size = images.shape[-1]
     angles = sorted({angle for _, _, angle in _moves(size)})
