@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
 def ddpm_eval(*arguments: str) -> None:
     """What the command does with these arguments, its errors raised."""
     typed = hydra_app.read_overrides([command._with_paths(argument) for argument in arguments])
-    config = check(command.EvalConfig, hydra_app.compose("eval", command._before_typed(typed) + typed))
+    config = check(command.EvalConfig, hydra_app.compose("eval", command.before_typed(typed) + typed))
     command.evaluate(config)
 
 

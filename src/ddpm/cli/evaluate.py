@@ -30,7 +30,13 @@ class EvalConfig:
 
 def main() -> None:
     sys.argv[1:] = [_with_paths(argument) for argument in sys.argv[1:]]
-    hydra_app.run("eval", EvalConfig, evaluate, defaults=_before_typed)
+    hydra_app.run("eval", EvalConfig, evaluate, sweep=_study, defaults=before_typed)
+
+
+def _study(typed: list[str]) -> None:
+    from ddpm.cli import study
+
+    study.study(typed)
 
 
 def _with_paths(argument: str) -> str:
@@ -42,7 +48,7 @@ def _with_paths(argument: str) -> str:
     return f"compare=[{','.join(hydra_app.quoted(item.strip(' ' + chr(39) + chr(34))) for item in items if item)}]"
 
 
-def _before_typed(typed: list[str]) -> list[str]:
+def before_typed(typed: list[str]) -> list[str]:
     """Of a checkpoint its sampler and the size of its images; the dataset that `samples` names."""
     from ddpm import checkpoint
 
@@ -69,7 +75,7 @@ def evaluate(config: EvalConfig) -> None:
     Of several processes (torchrun) each draws its share of the images and asks the model about its share of the real
     ones; rank 0 measures the rest, and writes.
     """
-    _check(config)
+    check_keys(config)
     if config.compare is not None:
         from ddpm.evaluation import record, table
 
@@ -85,7 +91,7 @@ def evaluate(config: EvalConfig) -> None:
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)
 
 
-def _check(config: EvalConfig) -> None:
+def check_keys(config: EvalConfig) -> None:
     """Raises UserError for keys that do not go together."""
     given = [key for key in ("ckpt", "samples", "compare") if getattr(config, key) is not None]
     if len(given) != 1:

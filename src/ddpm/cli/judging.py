@@ -34,11 +34,11 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     path = told(own, path)
     with agreed(own):
         model, meta = sampling.load(path, device, config.ema)
-    data = in_turn(own, lambda: _dataset_of(config, model))
-    _say(own, *notes, data.notice)
-    with agreed(own), _parts(config, own, clock):
-        bench = _bench(config, data, config.n, device, clock) if own.first else None
-    with _sampling(config, own, model, clock) as watched:
+    data = in_turn(own, lambda: dataset_of(config, model))
+    say(own, *notes, data.notice)
+    with agreed(own), shown_parts(config, own, clock):
+        bench = make_bench(config, data, config.n, device, clock) if own.first else None
+    with shown_steps(config, own, model, clock) as watched:
         drawn = judge.draw(
             model,
             config.sampler,
@@ -50,7 +50,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
             **watched,
         )
     odds = None
-    with _parts(config, own, clock):
+    with shown_parts(config, own, clock):
         if "likelihood" in config.measure:
             with clock("likelihood"):
                 odds = judge.likelihood(
@@ -63,10 +63,10 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
                 bench,
                 drawn.images,
                 drawn.labels,
-                subject=str(folders.of_run(path) if path.parent.name == "checkpoints" else path),
+                subject=subject(path),
                 seed=config.seed,
                 odds=odds,
-                about=_about(config, drawn, path, meta),
+                about=origin(config, drawn, path, meta),
                 clock=clock,
             )
             _finish(config, judged, _stem(path))
@@ -76,14 +76,14 @@ def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
     """All of it on rank 0: nothing is drawn."""
     assert config.samples is not None and config.dataset is not None
     stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
-    with agreed(own), _parts(config, own, clock):
+    with agreed(own), shown_parts(config, own, clock):
         if not own.first:
             return
         folders.check_results(config.out, stem)
         data = build.dataset(config.dataset, config.data_root)
-        _say(own, data.notice)
+        say(own, data.notice)
         found = source.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
-        bench = _bench(config, data, len(found.images), device, clock)
+        bench = make_bench(config, data, len(found.images), device, clock)
         about = {"samples": config.samples, "seed": config.seed}
         judged = judge.measure(
             bench,
@@ -98,11 +98,17 @@ def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
         _finish(config, judged, stem)
 
 
+def subject(checkpoint_file: Path) -> str:
+    """What an evaluation calls a model: its run, or a file that is of none."""
+    of_run = checkpoint_file.parent.name == "checkpoints"
+    return str(folders.of_run(checkpoint_file) if of_run else checkpoint_file)
+
+
 def _stem(checkpoint_file: Path) -> Path:
     return folders.of_run(checkpoint_file) / "evaluations" / "eval"
 
 
-def _dataset_of(config: EvalConfig, model: Model) -> Dataset:
+def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     """The typed one, or that of the training. Raises UserError where its images are not as the model's."""
     choice = config.dataset or model.config.dataset
     if config.dataset is None and any(
@@ -129,14 +135,14 @@ def _dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def _bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> judge.Bench:
+def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> judge.Bench:
     parts = tuple(part for part in judge.PARTS if part in config.measure)
     return judge.prepare(
-        data, n=n, parts=parts, device=device, say=lambda text: _say(ALONE, text), clock=clock
+        data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
     )
 
 
-def _about(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
+def origin(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
     return {
         "checkpoint": str(path),
         "checkpoint_sha256": meta.sha256,
@@ -160,7 +166,7 @@ def _finish(config: EvalConfig, judged: tuple[record.Evaluation, judge.Gallery],
         print(printable(str(out / file)))
 
 
-def _say(own: World, *lines: str) -> None:
+def say(own: World, *lines: str) -> None:
     """Above a bar, if there is one."""
     for line in lines if own.first else []:
         if line:
@@ -168,7 +174,7 @@ def _say(own: World, *lines: str) -> None:
 
 
 @contextmanager
-def _parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
+def shown_parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
     """On a terminal: which part is being measured, and for how long already."""
     hidden = not (own.first and sys.stderr.isatty())
     with tqdm(disable=hidden, bar_format="{desc} ({elapsed})", leave=False) as bar:
@@ -177,7 +183,7 @@ def _parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
 
 
 @contextmanager
-def _sampling(config: EvalConfig, own: World, model: Model, clock: Clock) -> Iterator[dict[str, Any]]:
+def shown_steps(config: EvalConfig, own: World, model: Model, clock: Clock) -> Iterator[dict[str, Any]]:
     """A bar on a terminal, and what `judge.draw` tells it."""
     num_steps, share = len(sampling.levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None
