@@ -53,6 +53,8 @@ def before_typed(typed: list[str]) -> list[str]:
     from ddpm import checkpoint
 
     ckpt, samples, dataset = (hydra_app.typed_value(typed, key) for key in ("ckpt", "samples", "dataset"))
+    if ckpt not in (None, "null") and samples not in (None, "null"):
+        raise UserError("ckpt and samples: leave one of them out")
     parameters = [override for override in typed if override.lstrip("+").startswith("dataset.")]
     named = re.match(r"(\w+):", samples or "")
     if named and dataset is None and named[1] in choices("dataset"):
