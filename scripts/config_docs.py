@@ -31,7 +31,7 @@ def page() -> str:
         parts += [f"## ddpm-{command}\n", _table(_top_keys(command))]
     parts.append(
         "## Groups\n\n`group=choice` takes a file of the group, `group.key=value` changes a key of it. All groups are "
-        "ddpm-train's; ddpm-sample has `sampler`.\n"
+        "ddpm-train's; ddpm-sample has `sampler`, ddpm-eval `dataset` and `sampler`.\n"
     )
     for group in GROUPS:
         files = choices(group)

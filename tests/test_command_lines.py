@@ -52,6 +52,8 @@ WRONG = [
     ("export", ["ckpt=none", "out=a"], "none does not exist"),
     ("export", ["ckpt=none", "out=a", "format=onnx"], "format=onnx: must be one of diffusers, safetensors"),
     ("export", ["ckpt=none", "out=a", "emma=true"], "unknown key 'emma'; did you mean 'ema'?"),
+    ("eval", [], "ckpt is needed: ckpt=… (or samples=…"),
+    ("eval", ["samples=none.npz", "dataset=digits"], "samples=none.npz: there is no such file or folder"),
     ("info", ["ckpt=a.pt"], "a.pt does not exist"),
 ]
 
@@ -83,7 +85,7 @@ def test_absent_dataset_without_network(command: Command, tmp_path: Path) -> Non
 
 
 def test_help_is_answered_without_torch_or_hydra(command: Command) -> None:
-    for program in ("train", "sample", "info", "report", "export"):
+    for program in ("train", "sample", "eval", "info", "report", "export"):
         result = command(program, "--help", PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}

@@ -151,7 +151,7 @@ def test_every_number_has_limits() -> None:
 
 
 def test_limits_name_real_keys() -> None:
-    known = set(itertools.chain(*map(hydra_app.known_keys, ("train", "sample", "report", "export"))))
+    known = set(itertools.chain(*map(hydra_app.known_keys, ("train", "sample", "eval", "report", "export"))))
     assert set(LIMITS) <= known | {
         field for schema in (SampleConfig, TrainConfig) for field in schema.__dataclass_fields__
     }

@@ -30,7 +30,7 @@ class EvalConfig:
 
 def main() -> None:
     sys.argv[1:] = [_with_paths(argument) for argument in sys.argv[1:]]
-    hydra_app.run("eval", EvalConfig, evaluate, sweep=_study, defaults=_before_typed)
+    hydra_app.run("eval", EvalConfig, evaluate, sweep=_study, defaults=before_typed)
 
 
 def _study(typed: list[str]) -> None:
@@ -48,11 +48,13 @@ def _with_paths(argument: str) -> str:
     return f"compare=[{','.join(hydra_app.quoted(item.strip(' ' + chr(39) + chr(34))) for item in items if item)}]"
 
 
-def _before_typed(typed: list[str]) -> list[str]:
+def before_typed(typed: list[str]) -> list[str]:
     """Of a checkpoint its sampler and the size of its images; the dataset that `samples` names."""
     from ddpm import checkpoint
 
     ckpt, samples, dataset = (hydra_app.typed_value(typed, key) for key in ("ckpt", "samples", "dataset"))
+    if ckpt not in (None, "null") and samples not in (None, "null"):
+        raise UserError("ckpt and samples: leave one of them out")
     parameters = [override for override in typed if override.lstrip("+").startswith("dataset.")]
     named = re.match(r"(\w+):", samples or "")
     if named and dataset is None and named[1] in choices("dataset"):
@@ -73,7 +75,7 @@ def evaluate(config: EvalConfig) -> None:
     Of several processes (torchrun) each draws its share of the images and asks the model about its share of the real
     ones; rank 0 measures the rest, and writes.
     """
-    _check(config)
+    check_keys(config)
     if config.compare is not None:
         from ddpm.evaluation import record, table
 
@@ -89,7 +91,7 @@ def evaluate(config: EvalConfig) -> None:
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)
 
 
-def _check(config: EvalConfig) -> None:
+def check_keys(config: EvalConfig) -> None:
     """Raises UserError for keys that do not go together."""
     given = [key for key in ("ckpt", "samples", "compare") if getattr(config, key) is not None]
     if len(given) != 1:

@@ -22,6 +22,7 @@ _HEAD = {
 
   ddpm-eval ckpt=latest n=10000
   ddpm-eval ckpt=latest n=2000 sampler=ddim sampler.num_steps=20 measure=[distance,neighbours]
+  ddpm-eval -m ckpt=latest sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50      which sampler to take
   ddpm-eval samples=their-images.npz dataset=mnist
   ddpm-eval samples=mnist:train:0-9999
   ddpm-eval compare=[runs/a/evaluations/eval-1,runs/b/evaluations/eval-1]

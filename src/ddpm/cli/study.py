@@ -97,11 +97,11 @@ def _planned(typed: list[str]) -> Plan:
             )
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"{len(jobs)} settings; allowed: {MAX_SETTINGS}")
-    before = MEASURED + evaluate._before_typed(jobs[0])  # what is not swept, and so the same for all
+    before = MEASURED + evaluate.before_typed(jobs[0])  # what is not swept, and so the same for all
     settings: list[EvalConfig] = []
     for job in jobs:
         config: EvalConfig = check(EvalConfig, hydra_app.compose("eval", before + job))
-        evaluate._check(config)
+        evaluate.check_keys(config)
         if config in settings:
             raise UserError(f"two settings are the same: {', '.join(o for o in job if _key(o) in swept)}")
         settings.append(config)
@@ -225,14 +225,17 @@ def _name(identity: dict[str, Any]) -> str:
 
 
 def _kept(out: Path, identity: dict[str, Any]) -> "Evaluation | None":
-    """What an earlier start has measured. None where it is not there, or cannot be read."""
-    from ddpm.evaluation import record
+    """What an earlier start has measured. None where it is not there, or is not what one writes."""
+    from ddpm.evaluation import record, study
 
     try:
         found = record.read(str(out / _name(identity) / record.FILE))
-    except UserError:
+        study.table(study.gather([found], []))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return None
-    return found if found.protocol.get("setting") == _digest(identity) else None
+    about = found.protocol
+    same = about.get("setting") == _digest(identity) and about["sampler"] == identity["sampler"]
+    return found if same else None
 
 
 def _features(evaluation: "Evaluation | None") -> object:

@@ -27,23 +27,24 @@ class FeatureNetwork(nn.Module):
     """Three stages of two 3×3 convolutions, halved between them; a classifier looks at the third stage.
 
     The moments are the spatial means and deviations of every channel after the first and the second stage, once
-    halved. SiLU is smooth, and halving blurs first (Zhang 2019, *Making Convolutional Networks Shift-Invariant Again*),
-    so a small change of an image is a small change of its features. Nothing is normalised: ink and contrast must stay
-    visible. Images of more than 40 pixels are halved once before the first stage.
+    halved (8×8 images are not halved again after the second). SiLU is smooth, and halving blurs first (Zhang 2019,
+    *Making Convolutional Networks Shift-Invariant Again*), so a small change of an image is a small change of its
+    features. Nothing is normalised: ink and contrast must stay visible. Images of more than 40 pixels are halved once
+    before the first stage.
     """
 
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         widths = (16, 24, 32) if image_size < SMALL else (16, 32, 64)
-        self.halve_first = image_size > LARGE
-        side = image_size // 2 if self.halve_first else image_size
+        self.halve_first, self.halve_twice = image_size > LARGE, image_size >= SMALL
+        side = image_size >> 1 + self.halve_first + self.halve_twice
         self.convolutions = nn.ModuleList()
         for width in widths:
             for before in (channels, width):
                 self.convolutions.append(nn.Conv2d(before, width, 3, padding=1))
             channels = width
         self.num_moments = 2 * (widths[0] + widths[1])
-        self.classifier = nn.Linear(widths[2] * (side // 4) ** 2, num_classes)
+        self.classifier = nn.Linear(widths[2] * side**2, num_classes)
 
     def forward(self, images: Tensor) -> Output:
         """Images float32 (N, C, S, S) in [0, 1]."""
@@ -52,7 +53,7 @@ class FeatureNetwork(nn.Module):
         for i, convolution in enumerate(self.convolutions):
             x = F.silu(convolution(x))
             if i in (1, 3):
-                x = halve(x)
+                x = halve(x) if i == 1 or self.halve_twice else x
                 mean = x.mean(dim=(2, 3))
                 moments += [mean, ((x - mean[:, :, None, None]).square().mean(dim=(2, 3)) + TINY).sqrt()]
         return Output(torch.cat(moments, dim=1), self.classifier(x.flatten(1)))
@@ -120,8 +121,11 @@ def whitening(x: Tensor, d: int) -> Whitening:
 
 
 def dimensions(n: int) -> int:
-    """How many features n training images and a test set of their kind bear: 8 to 64."""
-    return min(64, max(8, n // 200))
+    """How many features n training images and a test set of their kind bear: 8 to 32.
+
+    More would follow ever smaller variances, and a distance within one class of 1,000 images would be mostly floor.
+    """
+    return min(32, max(8, n // 200))
 
 
 def spread_out(n: int, most: int) -> Tensor:

@@ -19,7 +19,7 @@ def network(facts: Facts, device: torch.device, say: Callable[[str], None]) -> t
 
     The network of the usual FID (Heusel et al. 2017), as torch-fidelity has it: it resizes to 299×299 by itself; grey
     images are repeated three times. The features are used as all others are, whitened by PCA on the training images to
-    at most 64 directions, so that the floor formula holds: the distances are therefore not those published as FID.
+    at most 32 directions, so that the floor formula holds: the distances are therefore not those published as FID.
     Raises UserError where torch-fidelity is absent, the weights cannot be downloaded, or images are not grey or RGB.
     """
     if facts.channels not in (1, 3):

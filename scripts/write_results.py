@@ -1,0 +1,269 @@
+"""Writes docs/results.md: what the recipes under configs/experiment/ reached, from what was stored of their runs.
+
+python scripts/write_results.py             writes the page from benchmarks/results/<recipe>/<seed>/
+python scripts/write_results.py --check     fails where the page says anything else
+python scripts/write_results.py --store RUN RECIPE      copies what counts of a run that was judged, then writes
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddpm.evaluation import record, study
+from ddpm.evaluation.record import Evaluation, Figure
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+RECIPES = ROOT / "configs" / "experiment"
+TEXTS = (
+    "evaluation.json",
+    "result.json",
+    "environment.json",
+)  # needed; study.json, study.png and grid.png may be there
+FEWEST = 2  # seeds
+
+HEAD = """# Results
+
+Written by `python scripts/write_results.py` from the files under `benchmarks/results/`; do not edit by hand. Samples
+are held against the test images, and so are real training images beside them: what a perfect model of the training data
+would reach. `ddpm-eval compare=[benchmarks/results/RECIPE/SEED]` shows all figures of a run with their doubts. A value
+over several seeds is the mean, with the lowest and the highest. Pictures of all that `ddpm-sample` does are in
+[gallery.md](gallery.md).
+"""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What is stored of one run of a recipe."""
+
+    folder: Path
+    evaluation: Evaluation
+    result: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        return self.evaluation.figures
+
+
+def page(stored: Path, recipes: Path, place: Path) -> str:
+    """The page, with links as seen from the folder `place`."""
+    parts = [HEAD]
+    for recipe in sorted(recipes.glob("*.yaml")):
+        parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe.stem)}")
+        seeds = [
+            _read(folder) for folder in sorted((stored / recipe.stem).glob("*/"), key=lambda path: path.name)
+        ]
+        parts += list(_measured(seeds, place)) if seeds else ["Not run yet.\n"]
+    return "\n".join(parts)
+
+
+def _purpose(recipe: Path) -> str:
+    """The first comment that is no directive."""
+    lines = [line.lstrip("# ") for line in recipe.read_text().splitlines() if line.startswith("#")]
+    text = next(line for line in lines if not line.startswith("@package"))
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _commands(recipe: str) -> str:
+    run = f"runs/{recipe}-0"
+    lines = [
+        f"ddpm-train experiment={recipe} seed=0 run_dir={run}",
+        f"ddpm-eval ckpt={run} n=10000",
+        f"ddpm-sample ckpt={run} n=100",
+        f"ddpm-eval -m ckpt={run} n=10000 sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50",
+        f"python scripts/write_results.py --store {run} {recipe}",
+    ]
+    return "\n".join(["```", *lines, "```", ""])
+
+
+def _read(folder: Path) -> Seed:
+    result, environment = (json.loads((folder / name).read_text()) for name in TEXTS[1:])
+    return Seed(folder, record.read(str(folder)), result, environment)
+
+
+def _measured(seeds: list[Seed], place: Path) -> Iterator[str]:
+    """The parts of a recipe's section."""
+    few = f"\n\nOnly {len(seeds)} seed so far; {FEWEST} are wanted." if len(seeds) < FEWEST else ""
+    yield f"{_machine(seeds)}{few}\n"
+    yield _table([["", "value", "beside it"], *_rows(seeds)])
+    for seed in seeds:
+        if (file := seed.folder / "study.json").exists():
+            yield f"### {seed.folder.parent.name}: samplers\n\n{study.markdown(study.read(file))}\n"
+            if (picture := seed.folder / "study.png").exists():
+                yield f"![excess over cost]({_link(picture, place)})\n"
+    for seed in seeds:
+        if (picture := seed.folder / "grid.png").exists():
+            yield f"![{seed.folder.parent.name}, seed {seed.folder.name}]({_link(picture, place)})\n"
+
+
+def _machine(seeds: list[Seed]) -> str:
+    machines = dict.fromkeys(
+        f"{seed.environment['device']}, torch {seed.environment['torch']}, {seed.environment['precision']}"
+        for seed in seeds
+    )
+    names = ", ".join(seed.folder.name for seed in seeds)
+    return f"Seed{'s' * (len(seeds) > 1)} {names}, on {' and '.join(machines)}."
+
+
+def _rows(seeds: list[Seed]) -> Iterator[list[str]]:
+    """Name, value and what stands beside it, for all that at least one seed has."""
+    yield [
+        "training",
+        _over(seeds, lambda s: s.result["seconds"] / 60, "{:.1f} min"),
+        f"{seeds[0].result['step']:,} steps",
+    ]
+    yield ["val_loss", _over(seeds, lambda s: s.result["val_loss"], "{:.4f}"), ""]
+    yield ["val_eps_mse", _over(seeds, lambda s: s.result["val_eps_mse"], "{:.4f}"), ""]
+    eps = _over(seeds, lambda s: _value(s, "eps_loss"), "{:.5f}", lambda s: _error(s, "eps_loss"))
+    yield ["error in eps, test", eps, _beside(seeds, "eps_loss_train", "{:.5f}", "training images")]
+    excess = _over(
+        seeds, lambda s: _value(s, "fd_excess"), "{:.3f}", lambda s: _ends(s.figures.get("fd_excess"))
+    )
+    floor = _beside(seeds, "fd_excess", "{:.3f}", "floor", floor=True)
+    yield [
+        "Fréchet excess",
+        excess,
+        ", ".join(filter(None, [floor, _beside(seeds, "real_fd_excess", "{:.3f}")])),
+    ]
+    yield _plain(seeds, "Fréchet excess within classes", "class_fd_excess", "{:.3f}")
+    yield _plain(seeds, "Fréchet excess on pixels", "pixel_fd_excess", "{:.3f}")
+    yield _plain(seeds, "kernel distance", "kid", "{:.4f}")
+    for name in ("precision", "recall", "density", "coverage"):
+        yield _plain(seeds, name, name, "{:.3f}")
+    yield _plain(seeds, "sure of the class", "confident", "{:.1%}")
+    ends = [
+        _over(seeds, lambda s, key=key: _value(s, key), "{:.1%}")
+        for key in ("rarest_class", "most_frequent_class")
+    ]
+    real = [_beside(seeds, f"real_{key}", "{:.1%}", "") for key in ("rarest_class", "most_frequent_class")]
+    yield [
+        "class shares, from – to",
+        " – ".join(ends),
+        f"real images: {' – '.join(real)}" if all(real) else "",
+    ]
+    yield _plain(seeds, "classifier trained on samples", "cas", "{:.1%}")
+    yield _plain(seeds, "bits per dimension", "bits_per_dim", "{:.3f}")
+    yield _plain(seeds, "close to a training image", "memorized", "{:.2%}")
+    images = _over(seeds, lambda s: s.evaluation.protocol["seconds"].get("sampling"), "{:.0f} s")
+    yield [f"sampling, {_sampler(seeds[0])}", images, f"{seeds[0].evaluation.protocol['n']:,} images"]
+
+
+def _plain(seeds: list[Seed], title: str, key: str, form: str) -> list[str]:
+    own = _over(seeds, lambda s: _value(s, key), form, lambda s: _error(s, key))
+    return [title, own, _beside(seeds, f"real_{key}", form)]
+
+
+def _beside(seeds: list[Seed], key: str, form: str, what: str = "real images", floor: bool = False) -> str:
+    """The same figure of something else, which needs no range: the first seed's."""
+    for seed in seeds:
+        if (figure := seed.figures.get(key)) is not None:
+            value = figure.floor if floor else figure.value
+            return "" if value is None else f"{what}: {form.format(value)}" if what else form.format(value)
+    return ""
+
+
+def _over(
+    seeds: list[Seed],
+    of: Callable[[Seed], float | None],
+    form: str,
+    doubt: Callable[[Seed], str] = lambda seed: "",
+) -> str:
+    """Of one seed the value, with its own interval or error; of several the mean, with lowest and highest."""
+    values = [value for seed in seeds if (value := of(seed)) is not None]
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return form.format(values[0]) + doubt(next(seed for seed in seeds if of(seed) is not None))
+    low, high = form.format(min(values)), form.format(max(values))
+    each = [text for seed in seeds if (text := doubt(seed).strip())]
+    mean = f"{form.format(sum(values) / len(values))} ({low} … {high})"
+    return mean + (f"; each {', '.join(dict.fromkeys(each))}" if each else "")
+
+
+def _value(seed: Seed, key: str) -> float | None:
+    return None if key not in seed.figures else seed.figures[key].value
+
+
+def _ends(figure: Figure | None) -> str:
+    return "" if figure is None or figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def _error(seed: Seed, key: str) -> str:
+    figure = seed.figures.get(key)
+    return "" if figure is None or figure.error is None else f" ± {figure.error:.2g}"
+
+
+def _sampler(seed: Seed) -> str:
+    about = seed.evaluation.protocol
+    return f"{about['sampler']['name']} with {about['num_steps']} steps"
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *others = [row for row in rows if row[1] not in ("–", "– – –")]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *others)]
+    return "\n".join(lines) + "\n"
+
+
+def _link(file: Path, place: Path) -> str:
+    return Path(os.path.relpath(file, place)).as_posix()
+
+
+def store(run: Path, recipe: str) -> Path:
+    """Copies what counts of a judged run to benchmarks/results/<recipe>/<seed>. Paths go: they are of one machine."""
+    if not (RECIPES / f"{recipe}.yaml").exists():
+        raise SystemExit(f"no recipe configs/experiment/{recipe}.yaml")
+    seed = yaml.safe_load((run / "config.yaml").read_text())["seed"]
+    judged = sorted((run / "evaluations").glob("eval-*"), key=lambda path: path.stat().st_mtime)
+    if not judged:
+        raise SystemExit(f"{run} was not judged yet: ddpm-eval ckpt={run}")
+    folder = STORED / recipe / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{recipe}, seed {seed}"
+    evaluation = json.loads((judged[-1] / "evaluation.json").read_text())
+    evaluation["subject"] = name
+    evaluation["protocol"]["checkpoint"] = Path(evaluation["protocol"]["checkpoint"]).name
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    for text in TEXTS[1:]:
+        (folder / text).write_text(json.dumps(json.loads((run / text).read_text()), indent=2) + "\n")
+    if (studied := run / "evaluations" / "study" / "study.json").exists():
+        content = json.loads(studied.read_text())
+        content["about"] |= {"subject": name, "checkpoint": Path(content["about"]["checkpoint"]).name}
+        (folder / "study.json").write_text(json.dumps(content, indent=2) + "\n")
+        shutil.copyfile(studied.with_name("study.png"), folder / "study.png")
+    grids = sorted(run.glob("samples/drawn-*/grid.png"), key=lambda path: path.stat().st_mtime)
+    if grids:
+        shutil.copyfile(grids[-1], folder / "grid.png")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--store", nargs=2, metavar=("RUN", "RECIPE"))
+    arguments = parser.parse_args()
+    if arguments.store:
+        print(store(Path(arguments.store[0]), arguments.store[1]))
+    text = page(STORED, RECIPES, PAGE.parent)
+    if arguments.check:
+        if not PAGE.exists() or PAGE.read_text() != text:
+            raise SystemExit(
+                f"{PAGE} is not what the stored results say: run python scripts/write_results.py"
+            )
+        return
+    PAGE.write_text(text)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""docs/results.md says what the stored results say."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.evaluation import record, study
+from ddpm.evaluation.record import Evaluation, Figure
+from tests.test_study import of
+
+ROOT = Path(__file__).parents[1]
+SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
+
+
+def made(folder: Path, excess: float, **more: Figure) -> Path:
+    """What is stored of a run."""
+    folder.mkdir(parents=True)
+    ours = of("ddim", 20, excess, seconds=83.0)
+    figures = {**ours.figures, **more, "real_cas": Figure(0.99, error=0.001, n=10000)}
+    figures["fd_excess"] = Figure(excess, low=excess - 0.1, high=excess + 0.1, floor=0.25)
+    record.write(folder / "evaluation.json", Evaluation("a run", figures, ours.protocol))
+    result = {"step": 1500, "val_loss": 0.04, "val_eps_mse": 0.05, "seconds": 600.0 + 60 * excess}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "environment.json").write_text('{"device": "CPU x", "torch": "2.1", "precision": "float32"}')
+    return folder
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"
+    ]
+    return {first: others for first, *others in cells}
+
+
+def test_the_page_is_what_the_stored_results_say() -> None:
+    page = SCRIPT["page"](SCRIPT["STORED"], SCRIPT["RECIPES"], SCRIPT["PAGE"].parent)
+    assert SCRIPT["PAGE"].read_text() == page, "run python scripts/write_results.py"
+    for file in SCRIPT["STORED"].glob("*/*/*.json"):
+        assert '"/' not in file.read_text(), f"{file} holds a path of one machine"
+
+
+def test_two_seeds_are_a_mean_and_a_range(tmp_path: Path) -> None:
+    for seed, excess in ((0, 0.4), (1, 0.6)):
+        made(tmp_path / "mnist_cpu" / str(seed), excess, cas=Figure(0.9 + excess / 10, error=0.003))
+    page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path)
+    found = rows(page)
+    assert found["Fréchet excess"][0] == "0.500 (0.400 … 0.600); each [0.300, 0.500], [0.500, 0.700]"
+    assert found["Fréchet excess"][1] == "floor: 0.250, real images: 0.010"
+    assert found["training"] == ["10.5 min (10.4 min … 10.6 min)", "1,500 steps"]
+    assert found["classifier trained on samples"] == [
+        "95.0% (94.0% … 96.0%); each ± 0.003",
+        "real images: 99.0%",
+    ]
+    assert "bits per dimension" not in found and found["sampling, ddim with 20 steps"][0].startswith("83 s")
+    assert "Seeds 0, 1, on CPU x, torch 2.1, float32." in page and "wanted" not in page
+    assert page.count("Not run yet.") == len(list(SCRIPT["RECIPES"].glob("*.yaml"))) - 1
+
+
+def test_one_seed_has_its_own_interval_and_is_said_to_be_few(tmp_path: Path) -> None:
+    folder = made(tmp_path / "digits_cpu" / "7", 0.4)
+    study.write(folder / "study.json", study.gather([of("ddim", 5, 0.9), of("ddim", 20, 0.3)], []))
+    for name in ("study.png", "grid.png"):
+        (folder / name).write_bytes(b"")
+    page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path / "docs")
+    assert rows(page)["Fréchet excess"][0] == "0.400 [0.300, 0.500]" and "Only 1 seed so far" in page
+    assert "| ddim | 20 | 20 |" in page and "![digits_cpu, seed 7](../digits_cpu/7/grid.png)" in page
+
+
+def test_a_run_is_stored_without_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "home" / "run"
+    for name in ("result.json", "environment.json"):
+        made(tmp_path / name, 0.4)
+        run.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / name).rename(run / name)
+    (run / "config.yaml").write_text("seed: 5\n")
+    store = SCRIPT["store"]
+    monkeypatch.setitem(store.__globals__, "STORED", tmp_path / "stored")
+    with pytest.raises(SystemExit, match="was not judged yet"):
+        store(run, "mnist_cpu")
+    evaluation = of("ddim", 5, 0.4)
+    path = {**evaluation.protocol, "checkpoint": str(run / "checkpoints" / "best.safetensors")}
+    (run / "evaluations" / "eval-1").mkdir(parents=True)
+    record.write(
+        run / "evaluations" / "eval-1" / "evaluation.json", Evaluation(str(run), evaluation.figures, path)
+    )
+    assert store(run, "mnist_cpu") == tmp_path / "stored" / "mnist_cpu" / "5"
+    text = (tmp_path / "stored" / "mnist_cpu" / "5" / "evaluation.json").read_text()
+    assert '"/' not in text and "best.safetensors" in text
+    with pytest.raises(SystemExit, match="no recipe"):
+        store(run, "mnist_tpu")
