@@ -129,8 +129,10 @@ def copied(found: Memorization) -> dict[str, Figure]:
     """Shares of samples that lie closer to a training image than all but 1 % of the test images do."""
     text = f"{found.identical} to the bit"
     return {
-        "memorized": Figure(found.share, error=found.share_error, n=found.n, text=text),
-        "memorized_relative": Figure(found.relative_share, error=found.relative_share_error, n=found.n),
+        "memorized": Figure(found.share, error=found.share_error, n=found.searched, text=text),
+        "memorized_relative": Figure(
+            found.relative_share, error=found.relative_share_error, n=found.searched
+        ),
         "real_memorized": Figure(found.expected, n=found.n_test),
         "real_memorized_relative": Figure(found.expected, n=found.n_test),
     }

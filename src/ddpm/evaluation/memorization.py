@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm.randomness import permutation
+
 QUANTILE = 0.01
 ANGLES = (-10.0, -5.0, 0.0, 5.0, 10.0)  # degrees
 LARGE = 16  # pixels a side; below it a shift by two or a turn makes another digit
 LOOKS = (-8.0, 0.0, 8.0)  # degrees by which an image is turned to find candidates
 CANDIDATES = 6  # training images searched for each look, besides the nearest one
+SEARCHED = (
+    4000  # images of each set for which moved copies are searched, drawn at random; takes most of the time
+)
 FEW = 500  # test images, below which the quantile rests on fewer than five of them
 CHUNK_ELEMENTS = 1 << 24  # numbers in a table of distances or of turned images held at a time
 
@@ -47,17 +52,18 @@ class Quantiles(NamedTuple):
 class Memorization:
     """Distances are Euclidean, of pixels in 0 … 1.
 
-    `share` of the n samples is closer to a training image, after the search, than all but 1 % of the test images;
+    `share` of the samples is closer to a training image, after the search, than all but 1 % of the test images;
     `relative_share` the same for distances over their mean over the candidates, which does not take a common
     shape for a copy, nor misses the copy of a rare one; but samples that all lie off centre by the whole reach of the
     search raise it a little without any copy (held-out digits moved by 2 and 2: 0.02 to 0.06). Where nothing is
-    copied both are `expected`, 0.01, up to `expected_error`, binomial in n and n_test.
+    copied both are `expected`, 0.01, up to `expected_error`, binomial in what was searched of both sets.
     `identical` samples equal a training image in every pixel.
     """
 
     n: int
     n_train: int
     n_test: int
+    searched: int  # of the n samples
     share: float
     share_error: float
     relative_share: float
@@ -74,18 +80,19 @@ class Memorization:
 class _Search(NamedTuple):
     nearest: Tensor  # (N,) distance to the nearest training image as it is
     ratio: Tensor  # (N,) of that to the second distance
-    distance: Tensor  # (N,) after the search
-    relative: Tensor  # (N,)
-    train: Tensor  # (N,) index of the training image found by the search
-    move: Tensor  # (N,) index into `_moves`
+    distance: Tensor  # (M,) after the search
+    relative: Tensor  # (M,)
+    train: Tensor  # (M,) index of the training image found by the search
+    move: Tensor  # (M,) index into `_moves`
+    image: Tensor  # (M,) of the N images, that was searched for
 
 
 def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 16) -> Memorization:
     """Search for copies. samples (N, C, H, W), train and test likewise, uint8 on the CPU.
 
-    The nearest training image is exact. Candidates for the search are that one and the nearest 18 among the images
-    centred, blurred and halved; from 16 pixels a side on they are shifted by up to 2 pixels and turned by up to
-    10°, smaller ones shifted by 1. Raises ValueError if the images are not uint8 of one shape, or a set is too small.
+    The nearest training image is exact, of every image. For at most `SEARCHED` of each set moved copies are searched:
+    candidates are that one and the nearest 18 among the images centred, blurred and halved; from 16 pixels a side on
+    they are shifted by up to 2 pixels and turned by up to 10°, smaller ones shifted by 1. Raises ValueError if the images are not uint8 of one shape, or a set is too small.
     """
     for name, images, least in (("samples", samples, 1), ("train", train, 2), ("test", test, 1)):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != samples.shape[1:]:
@@ -96,15 +103,16 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
             raise ValueError(f"{name}: {len(images)} images; at least {least}")
     coarse = _coarse(train)
     own, held = _search(samples, train, coarse), _search(test, train, coarse)
-    lines, n, n_test = _quantiles(held), len(samples), len(test)
+    lines, n, n_test = _quantiles(held), len(own.image), len(held.image)
     share = float((own.distance < lines.searched).double().mean())
     relative_share = float((own.relative < lines.relative).double().mean())
     moves = _moves(samples.shape[-1])
     order = own.relative.argsort(stable=True)[:num_pairs].tolist()
     return Memorization(
-        n=n,
+        n=len(samples),
         n_train=len(train),
-        n_test=n_test,
+        n_test=len(test),
+        searched=n,
         share=share,
         share_error=math.sqrt(share * (1 - share) / n),
         relative_share=relative_share,
@@ -116,7 +124,11 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
         test=lines,
         pairs=tuple(
             Pair(
-                i, int(own.train[i]), float(own.distance[i]), float(own.relative[i]), *moves[int(own.move[i])]
+                int(own.image[i]),
+                int(own.train[i]),
+                float(own.distance[i]),
+                float(own.relative[i]),
+                *moves[int(own.move[i])],
             )
             for i in order
         ),
@@ -149,18 +161,21 @@ def _search(images: Tensor, train: Tensor, coarse: Tensor) -> _Search:
     exact, order = exact.sort(dim=1, stable=True)  # without cancellation, which may have turned their order
     index = index.gather(1, order)
     ratio = torch.where(exact[:, 1] > 0, exact[:, 0] / exact[:, 1], 1.0)
+    chosen = permutation(0, "memorization", 0, len(images))[:SEARCHED].sort().values
+    images, index, first = images[chosen], index[chosen], exact[chosen, 0]
     looks = LOOKS if images.shape[-1] >= LARGE else (0.0,)
     found = [nearest(_coarse(images, look), coarse, min(CANDIDATES, len(train)))[1] for look in looks]
     close = torch.cat([index[:, :1], *found], 1)
     distance, typical, place, move = _moved_distances(images, train, close)
-    still = exact[:, 0] <= distance + 1e-3  # rounding must not choose a move over none
-    distance = torch.where(still, exact[:, 0], distance)
+    still = first <= distance + 1e-3  # rounding must not choose a move over none
+    distance = torch.where(still, first, distance)
     place, move = (
         place.masked_fill(still, 0),
         move.masked_fill(still, _moves(images.shape[-1]).index((0, 0, 0.0))),
     )
     relative = torch.where(typical > 0, distance / typical, 0.0)
-    return _Search(exact[:, 0], ratio, distance, relative, close.gather(1, place[:, None])[:, 0], move)
+    found_in = close.gather(1, place[:, None])[:, 0]
+    return _Search(exact[:, 0], ratio, distance, relative, found_in, move, chosen)
 
 
 def nearest(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
