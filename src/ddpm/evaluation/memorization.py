@@ -92,7 +92,8 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
 
     The nearest training image is exact, of every image. For at most `SEARCHED` of each set moved copies are searched:
     candidates are that one and the nearest 18 among the images centred, blurred and halved; from 16 pixels a side on
-    they are shifted by up to 2 pixels and turned by up to 10°, smaller ones shifted by 1. Raises ValueError if the images are not uint8 of one shape, or a set is too small.
+    they are shifted by up to 2 pixels and turned by up to 10°, smaller ones shifted by 1. Raises ValueError if the
+    images are not uint8 of one shape, or a set is too small.
     """
     for name, images, least in (("samples", samples, 1), ("train", train, 2), ("test", test, 1)):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != samples.shape[1:]:
