@@ -26,6 +26,8 @@ def draw(study: Study, picture: Path) -> None:
 
 def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -> None:
     """A line for each sampler, the interval of the best as a band, a ring around the cheapest within it."""
+    from matplotlib.ticker import LogLocator
+
     for title, rows in _lines(study).items():
         points = sorted((cost(row), *row.excess) for row in rows if row.excess)
         x, values, lows, highs = zip(*points, strict=True)
@@ -44,9 +46,8 @@ def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -
     if real := study.real.get(f"real_{QUALITY}"):
         axes.axhline(real.value, color="0.4", ls=":", lw=1, label="real training images")
     axes.set(xlabel=label, xscale="log")
-    axes.set_xticks(
-        ticks := sorted({float(f"{cost(row):.2g}") for row in study.rows}), [f"{x:g}" for x in ticks]
-    )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
 
