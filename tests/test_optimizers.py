@@ -27,7 +27,7 @@ def muon(net: nn.Module, lr: float = 0.01, weight_decay: float = 0.0) -> Muon:
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 288), (2, 288, 32)])
 def test_orthogonal_keeps_the_directions_and_evens_out_the_sizes(shape: tuple[int, int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
-    y = orthogonal(x, torch.float64)
+    y = orthogonal(x)
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ y @ v.mT  # diagonal: the same singular vectors
     size = inner.diagonal(dim1=1, dim2=2)

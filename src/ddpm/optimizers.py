@@ -25,19 +25,13 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(
-        self,
-        network: nn.Module,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        dtype: torch.dtype = torch.float32,
+        self, network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
     ) -> None:
         matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p).shape) >= SMALLEST]
         own = set(matrices)
         rest = [p for p in network.parameters() if p not in own]
         groups = [{"params": p, "turned": turned} for p, turned in ((matrices, True), (rest, False)) if p]
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,18 +45,23 @@ class Muon(torch.optim.Optimizer):
     def _turn(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         skipped = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         weight = (1 - MOMENTUM) * (1 - skipped)
-        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in parameters:
-            assert p.grad is not None
-            gradient = torch.where(skipped > 0, 0, p.grad)  # 0 times inf is nan
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(gradient, weight)
-            nesterov = _matrix(gradient.lerp(momentum, MOMENTUM))
-            by_shape.setdefault(nesterov.shape, []).append((p, nesterov))
+            by_shape.setdefault(_matrix(p).shape, []).append(p)
         for shape, members in by_shape.items():
-            rate = lr * 0.2 * max(shape) ** 0.5 * (1 - skipped)
-            updates = orthogonal(torch.stack([update for _, update in members]), self.dtype)
-            for (p, _), update in zip(members, updates, strict=True):
-                p.mul_(1 - lr * weight_decay * (1 - skipped)).sub_(rate * update.view(p.shape))
+            gradient = torch.stack([_matrix(p.grad) for p in members if p.grad is not None])
+            gradient = torch.where(skipped > 0, 0, gradient)  # 0 times inf is nan
+            momenta = [
+                self.state[p].setdefault("momentum", torch.zeros(p.shape, device=p.device)) for p in members
+            ]
+            for momentum, own in zip(momenta, gradient, strict=True):
+                momentum.lerp_(own.view(momentum.shape), weight)
+            nesterov = gradient.lerp(torch.stack([_matrix(momentum) for momentum in momenta]), MOMENTUM)
+            updates = orthogonal(nesterov) * (lr * 0.2 * max(shape) ** 0.5 * (1 - skipped))
+            for p, update in zip(members, updates, strict=True):
+                if weight_decay:
+                    p.mul_(1 - lr * weight_decay * (1 - skipped))
+                p.sub_(update.view(p.shape))
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in parameters:
@@ -90,20 +89,23 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """Matrices (N, rows, columns) with their singular values brought near 1: U V' of U S V', roughly.
 
-    Five rounds of a quintic Newton-Schulz iteration (Jordan et al. 2024, after Bernstein & Newhouse 2024).
+    Five rounds of a quintic Newton-Schulz iteration (Jordan et al. 2024, after Bernstein & Newhouse 2024), on the
+    small square Gram matrix: all that the rounds do is multiply by a polynomial of it.
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     y = x.mT if tall else x
-    y = (y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    gram, factor = y @ y.mT, torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
     for _ in range(5):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    turned: Tensor = y.mT if tall else y
-    return turned.to(x.dtype)
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        factor, gram = step @ factor, step @ gram @ step
+    turned: Tensor = factor @ y
+    return turned.mT if tall else turned
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -111,9 +113,9 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def adamw(
-    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, dtype: torch.dtype
+    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused. Its arithmetic is float32 whatever `dtype`."""
+    """AdamW (Loshchilov & Hutter 2019), fused."""
     parameters = network.parameters()
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 

@@ -61,14 +61,7 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     if config.trainer.compile:
         network.compile()  # in place: names of parameters stay as they are
     o = config.optimizer
-    in_float32 = precision(config.trainer.precision, device) == torch.float32
-    optimizer = OPTIMIZERS[o.name](
-        network,
-        lr=o.lr,
-        betas=(o.beta_1, o.beta_2),
-        weight_decay=o.weight_decay,
-        dtype=torch.float32 if in_float32 else torch.bfloat16,
-    )
+    optimizer = OPTIMIZERS[o.name](network, lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=o.weight_decay)
     scaler = torch.amp.GradScaler(
         device.type, enabled=precision(config.trainer.precision, device) == torch.float16
     )
