@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
     config: TrainConfig = check(TrainConfig, hydra_app.compose("train", typed))
     torch.manual_seed(0)
     weights = build.network(config.model, config.objective, digits.facts).state_dict()
-    tensors = {f"{part}.{name}": value for part in ("model", "ema") for name, value in weights.items()}
+    tensors = {
+        f"{part}.{name}": value.clone() for part in ("model", "ema") for name, value in weights.items()
+    }
     (folder / "checkpoints").mkdir(parents=True)
     meta = Meta(to_dict(config), dataclasses.asdict(digits.facts), 2, {}, {}, "")
     checkpoint.save(folder / "checkpoints" / "step_0000002.safetensors", tensors, meta)
@@ -520,7 +524,7 @@ def test_nothing_is_left_where_something_goes_wrong(
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write", full)
+    monkeypatch.setattr(picture, "draw", full)
     with pytest.raises(UserError, match=r"cannot write to outputs.*No space left"):
         ddpm_eval("samples=digits:test", "measure=[distance]", "device=cpu")
     assert not list(tmp_path.rglob("eval-*")) and capsys.readouterr().out == ""
@@ -530,4 +534,4 @@ def test_nothing_is_left_where_something_goes_wrong(
     home = Path("outputs/evaluations/eval-1")
     assert sorted(file.name for file in home.iterdir()) == ["evaluation.json", "evaluation.png"]
     ddpm_eval(f"compare=[{home},{home / 'evaluation.json'}]")
-    assert capsys.readouterr().out.splitlines()[0 - 0].count("digits:test") == 1
+    assert capsys.readouterr().out.count("digits:test: 180 images") == 2
