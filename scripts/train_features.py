@@ -48,7 +48,7 @@ def main() -> None:
             "training_images": len(data.train),
             "seed": args.seed,
             "version": features.RECIPE,
-            "steps": features.steps(args.dataset),
+            **features.recipe(args.dataset)._asdict(),
             "batch_size": feature_training.BATCH_SIZE,
             "dim": made.dim,
             "test_accuracy": round((guess == data.test.labels).double().mean().item(), 4),

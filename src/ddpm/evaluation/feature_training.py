@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,20 @@ from ddpm.evaluation.feature_network import (
 from ddpm.randomness import permutation
 
 BATCH_SIZE = 128
-LR = 4e-3
 WARMUP = 0.1  # of the steps
 WEIGHT_DECAY = 0.01
 RECONSTRUCTION = 10.0  # weight of a squared error of pixels in 0 … 1 beside the cross-entropy
 WHITENED_ON = 20_000  # images, spread over the training images: enough for this many moments
 
 
-def train_features(split: Split, num_classes: int, steps: int, seed: int, device: torch.device) -> Arrays:
+class Recipe(NamedTuple):
+    """Steps of 128 images, and the largest learning rate."""
+
+    steps: int
+    lr: float
+
+
+def train_features(split: Split, num_classes: int, recipe: Recipe, seed: int, device: torch.device) -> Arrays:
     """A feature network and its whitening, as the arrays that `features.load` reads.
 
     Weights are rounded to float16 before the whitening is computed, so that nothing is lost in the file.
@@ -37,7 +44,7 @@ def train_features(split: Split, num_classes: int, steps: int, seed: int, device
     channels, image_size = split.images.shape[1:3]
     network = FeatureNetwork(channels, image_size, num_classes)
     head = reconstruction_head(network.num_moments, channels, image_size)
-    fit(network, split.images, split.labels, steps, seed, device, head)
+    fit(network, split.images, split.labels, recipe, seed, device, head)
     network.half().float()
     few = split.images[spread_out(len(split), WHITENED_ON)]
     moments, _ = run(network, few, device)
@@ -50,7 +57,7 @@ def fit(
     network: FeatureNetwork,
     images: Tensor,
     labels: Tensor,
-    steps: int,
+    recipe: Recipe,
     seed: int,
     device: torch.device,
     head: nn.Module | None = None,
@@ -65,9 +72,9 @@ def fit(
     modules.to(device)
     modules.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(modules.parameters(), weight_decay=WEIGHT_DECAY)
-    for step, index in enumerate(batches(len(images), steps, seed)):
+    for step, index in enumerate(batches(len(images), recipe.steps, seed)):
         for group in optimizer.param_groups:
-            group["lr"] = LR * pace((step + 0.5) / steps)
+            group["lr"] = recipe.lr * pace((step + 0.5) / recipe.steps)
         x = unit(images[index], device)
         moments, logits = network(x)
         loss = F.cross_entropy(logits, labels[index].to(device))

@@ -21,16 +21,17 @@ from ddpm.datasets.cache import Arrays, cache_folder, content_hash, load_arrays,
 from ddpm.datasets.reading import reason
 from ddpm.datasets.types import Dataset, Facts
 from ddpm.errors import DataError
-from ddpm.evaluation import feature_training, inception
+from ddpm.evaluation import inception
 from ddpm.evaluation.feature_network import FeatureNetwork, Whitening, dimensions, spread_out, whitening
+from ddpm.evaluation.feature_training import Recipe, run, train_features
 from ddpm.files import leftovers
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES = 1 << 22  # of a file of weights; those shipped have a quarter of a million
 RECIPE = 1  # count up when network or training change, so that no older cache is used
 SEED = 0
-STEPS = {"digits": 500}
-USUAL_STEPS = 1_500
+RECIPES = {"digits": Recipe(steps=500, lr=4e-3)}
+USUAL = Recipe(steps=1_500, lr=4e-3)
 FEWEST = 10_000  # training images to train features on
 SIZES = range(16, 65)  # pixels a side, for features that are trained here
 CLASSES = range(2, 101)
@@ -40,7 +41,7 @@ PIXEL_SIDE = 32  # larger images are averaged down to at most this before their 
 # What is shipped, by (dataset, image size): the hash of its content.
 SHIPPED = {
     ("digits", 8): "7ab093a76f43888e876f841d044acc66426b866202b5285188413a0425d536bf",
-    ("mnist", 28): "836a56a10f508c859269a44bc5fb542c5d30f736dc7df462a9227038fa7bfd54",
+    ("mnist", 28): "c093c7131a66548e10a9e2157c2020cd33bc6e181ac964142347231e9e1e389a",
 }
 
 
@@ -115,7 +116,7 @@ def _from_arrays(arrays: Arrays, facts: Facts, device: torch.device) -> Features
         num_classes=facts.num_classes,
         image_size=facts.image_size,
         channels=facts.channels,
-        run=lambda images, batch_size: feature_training.run(network, images, device, batch_size),
+        run=lambda images, batch_size: run(network, images, device, batch_size),
         whitening=transform,
     )
 
@@ -154,14 +155,12 @@ def _trained(data: Dataset, device: torch.device, say: Callable[[str], None]) ->
 
 def train(data: Dataset, seed: int, device: torch.device) -> Arrays:
     """The recipe, on the training images alone."""
-    return feature_training.train_features(
-        data.train, data.facts.num_classes, steps(data.facts.name), seed, device
-    )
+    return train_features(data.train, data.facts.num_classes, recipe(data.facts.name), seed, device)
 
 
-def steps(name: str) -> int:
-    """How many the recipe has for the dataset of this name."""
-    return STEPS.get(name, USUAL_STEPS)
+def recipe(name: str) -> Recipe:
+    """How the features of the dataset of this name are trained."""
+    return RECIPES.get(name, USUAL)
 
 
 def cache_name(data: Dataset) -> str:
@@ -175,9 +174,9 @@ def cache_name(data: Dataset) -> str:
 
 
 def _inception(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Features:
-    run, sha256 = inception.network(data.facts, device, say)
+    embed, sha256 = inception.network(data.facts, device, say)
     few = data.train.images[spread_out(len(data.train), PIXEL_IMAGES)]
-    transform = whitening(run(few, 50)[0], dimensions(len(few)))
+    transform = whitening(embed(few, 50)[0], dimensions(len(few)))
     facts = data.facts
     return Features(
         name="inception-v3",
@@ -186,7 +185,7 @@ def _inception(data: Dataset, device: torch.device, say: Callable[[str], None]) 
         num_classes=0,
         image_size=facts.image_size,
         channels=facts.channels,
-        run=run,
+        run=embed,
         whitening=transform,
     )
 
