@@ -100,10 +100,11 @@ def orthogonal(x: Tensor) -> Tensor:
     y = x.mT if tall else x
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
     gram, factor = y @ y.mT, torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
-    for _ in range(5):
+    for left in reversed(range(5)):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=1, dim2=2).add_(a)
-        factor, gram = step @ factor, step @ gram @ step
+        factor = step @ factor
+        gram = step @ gram @ step if left else gram
     turned: Tensor = factor @ y
     return turned.mT if tall else turned
 

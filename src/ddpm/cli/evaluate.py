@@ -81,11 +81,12 @@ def evaluate(config: EvalConfig) -> None:
 
         print(table.table(record.read_all(config.compare)))
         return
-    from ddpm import build
+    from ddpm import build, memory
     from ddpm.cli import judging
     from ddpm.distributed import joined
 
     own = world()
+    memory.keep_freed()
     device = build.device(config.device, own)
     with joined(own, device):
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)

@@ -40,10 +40,11 @@ def sample(config: SampleConfig) -> None:
 
     Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
     """
-    from ddpm import build
+    from ddpm import build, memory
     from ddpm.distributed import joined
 
     started, own = time.perf_counter(), world()
+    memory.keep_freed()
     device = build.device(config.device, own)
     with joined(own, device):
         _sample_on(config, own, device, started)

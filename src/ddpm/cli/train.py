@@ -162,6 +162,9 @@ def _set_up_torch(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from ddpm import memory
+
+    memory.keep_freed()
     # only where it is a change: to set it imports the compiler, which takes a second
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
