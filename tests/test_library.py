@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,11 @@ def test_save_grid(model: ddpm.Model, tmp_path: Path) -> None:
         assert picture.size == (3 * 58 + 2, 2 * 58 + 2) and picture.mode == "L"
     with pytest.raises(OSError):
         ddpm.save_grid(torch.zeros(1, 1, 8, 8), tmp_path / "none" / "a.png")
+
+
+def test_bf16_is_the_networks_alone_and_near_float32(model: ddpm.Model) -> None:
+    low = replace(model, precision=torch.bfloat16)
+    whole, rounded = (each.sample(8, sampler="ddim", num_steps=4) for each in (model, low))
+    assert rounded.dtype == torch.float32
+    error = (whole - rounded).square().mean().sqrt().item()
+    assert 0 < error < 0.05

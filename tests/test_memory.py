@@ -1,5 +1,6 @@
 """Out of memory: one line with what would have fitted, and smaller chunks where nothing else changes."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,17 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
     denoise = sampling.denoiser(model, sampler, None, sampling.Guidance())
     with pytest.raises(UserError, match=r"not finite from sampling step 2 of 4 on: image 9;"):
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_memory_that_is_freed_is_not_given_back() -> None:
+    """Once it has been touched, the kernel need not clear it again."""
+    import resource
+
+    assert memory.keep_freed()
+    pages = 2**26 // resource.getpagesize()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages

@@ -121,6 +121,7 @@ class SampleConfig:
     index: Several | None
     batch_size: int
     device: str
+    precision: str
     ema: bool
     label: Several | str | None  # "all": every class
     guidance_scale: float

@@ -245,6 +245,7 @@ class Denoiser:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)  # of sigma / alpha
     null_label: int | None = None
+    precision: torch.dtype = torch.float32  # of the network; all else is float32
     evaluations: int = field(default=0, init=False)  # passes of one image through the network so far
 
     def __post_init__(self) -> None:
@@ -289,5 +290,7 @@ class Denoiser:
 
     def _evaluate(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         self.evaluations += 1
-        output: Tensor = self.network(x_t, t, y)
+        low = self.precision != torch.float32
+        with torch.autocast(x_t.device.type, self.precision, enabled=low):
+            output: Tensor = self.network(x_t, t, y)
         return output.float()

@@ -97,6 +97,7 @@ LIMITS: dict[str, Allowed] = {
     "guidance_scale": Between(0, 1000),
     "guidance_rescale": _PART,
     "guidance_interval": Between(0),
+    "precision": ("fp32", "bf16"),
     "task": ("generate", "inpaint", "variation", "interpolate", "reconstruct"),
     "jump_length": Between(1, 100_000),
     "jump_n_sample": Between(1, 1000),

@@ -32,6 +32,9 @@ class Model:
     step: int = 0  # of the training
     figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
     folder: Path | None = None  # of the checkpoint
+    precision: torch.dtype = (
+        torch.float32
+    )  # of the network when it draws; what it says of real images is float32
 
     @property
     def conditional(self) -> bool:
@@ -88,7 +91,10 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
 
 
-def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Meta]:
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
     """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
     meta, config, network = build.outline(path)
     which = "ema" if ema else "model"
@@ -98,7 +104,8 @@ def load(path: Path, device: torch.device, ema: bool = True) -> tuple[Model, Met
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
     schedule, facts = build.schedule(config.schedule), build.facts(meta.facts)
-    return Model(network, schedule, config, facts, device, meta.step, meta.figures, path.parent), meta
+    about = (meta.step, meta.figures, path.parent, PRECISIONS[precision])
+    return Model(network, schedule, config, facts, device, *about), meta
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
@@ -150,6 +157,7 @@ def denoiser(model: Model, sampler: Choice, y: Tensor | None, guidance: Guidance
             guidance_rescale=guidance.rescale,
             guidance_interval=guidance.interval,
             null_label=model.facts.num_classes if model.conditional else None,
+            precision=model.precision,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

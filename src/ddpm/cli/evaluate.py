@@ -20,6 +20,7 @@ class EvalConfig:
     seed: int
     batch_size: int
     device: str
+    precision: str
     ema: bool
     guidance_scale: float
     sampler: Choice

@@ -68,6 +68,7 @@ NOTES = {
     "n": "how many images: 64; of each input: 1; from end to end of an interpolation: 8",
     "index": "only this image of the seed (or a list; of the input): the same whatever n is",
     "batch_size": "how many at once",
+    "precision": "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX",
     "label": "a class, a list [0,1,2], or all: image i has class i mod K",
     "guidance_scale": "1 is off; above 1 more typical of the class, 0 without class",
     "guidance_rescale": "0 to 1: back towards the contrast without guidance",

@@ -33,7 +33,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
             folders.check_results(config.out, _stem(path))
     path = told(own, path)
     with agreed(own):
-        model, meta = sampling.load(path, device, config.ema)
+        model, meta = sampling.load(path, device, config.ema, config.precision)
     data = in_turn(own, lambda: dataset_of(config, model))
     say(own, *notes, data.notice)
     with agreed(own), shown_parts(config, own, clock):
@@ -148,6 +148,7 @@ def origin(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> di
         "checkpoint_sha256": meta.sha256,
         "step": meta.step,
         "ema": config.ema,
+        "precision": config.precision,
         "seed": config.seed,
         "guidance_scale": config.guidance_scale,
         "sampler": config.sampler.to_dict(),

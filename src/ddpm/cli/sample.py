@@ -61,7 +61,7 @@ def _sample_on(config: SampleConfig, own: World, device: "torch.device", started
             path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
     path = told(own, path)
     with agreed(own):
-        model, meta = sampling.load(path, device, config.ema)
+        model, meta = sampling.load(path, device, config.ema, config.precision)
         todo = plan.make(config, model)
     for note in [*notes, *todo.notes] if own.first else []:
         print(printable(note), flush=True)

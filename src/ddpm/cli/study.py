@@ -58,7 +58,7 @@ def study(typed: list[str]) -> None:
     folders.check_results(str(out), out)
     for note in notes:
         tell(printable(note))
-    model, meta = sampling.load(path, device, plan.common.ema)
+    model, meta = sampling.load(path, device, plan.common.ema, plan.common.precision)
     for setting in plan.settings:
         _try(setting, model)
     tell(printable(f"{len(plan.settings)} settings, {plan.common.n:,} images each; kept in {out}"))
@@ -207,6 +207,7 @@ def _identity(setting: EvalConfig, model: "Model", meta: "Meta") -> dict[str, An
     return {
         "checkpoint_sha256": meta.sha256,
         "ema": setting.ema,
+        "precision": setting.precision,
         "n": setting.n,
         "seed": setting.seed,
         "guidance_scale": setting.guidance_scale,
