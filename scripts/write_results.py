@@ -58,10 +58,10 @@ def page(stored: Path, recipes: Path, place: Path) -> str:
     """The page, with links as seen from the folder `place`."""
     parts = [HEAD]
     for recipe in sorted(recipes.glob("*.yaml")):
-        parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe.stem)}")
         seeds = [
             _read(folder) for folder in sorted((stored / recipe.stem).glob("*/"), key=lambda path: path.name)
         ]
+        parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe.stem, seeds)}")
         parts += list(_measured(seeds, place)) if seeds else ["Not run yet.\n"]
     return "\n".join(parts)
 
@@ -73,16 +73,32 @@ def _purpose(recipe: Path) -> str:
     return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
-def _commands(recipe: str) -> str:
-    run = f"runs/{recipe}-0"
+def _commands(recipe: str, seeds: list[Seed]) -> str:
+    """Those that made what is stored; else those that would."""
+    number = seeds[0].folder.name if seeds else "0"
+    run = f"runs/{recipe}-{number}"
     lines = [
-        f"ddpm-train experiment={recipe} seed=0 run_dir={run}",
-        f"ddpm-eval ckpt={run} n=10000",
+        f"ddpm-train experiment={recipe} seed={number} run_dir={run}",
+        f"ddpm-eval ckpt={run} {_told(seeds[0].evaluation.protocol if seeds else {})}",
         f"ddpm-sample ckpt={run} n=100",
-        f"ddpm-eval -m ckpt={run} n=10000 sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50",
-        f"python scripts/write_results.py --store {run} {recipe}",
     ]
-    return "\n".join(["```", *lines, "```", ""])
+    studies = [study.read(file) for seed in seeds if (file := seed.folder / "study.json").exists()]
+    swept, about = "sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50", dict[str, Any]()
+    if studies:
+        rows, about = studies[0].rows, dict(studies[0].about)
+        names, steps = (
+            ",".join(dict.fromkeys(values))
+            for values in ([row.sampler["name"] for row in rows], [str(row.num_steps) for row in rows])
+        )
+        swept = f"sampler={names} sampler.num_steps={steps}"
+    lines.append(f"ddpm-eval -m ckpt={run} {_told(about)} {swept}")
+    return "\n".join(["```", *lines, f"python scripts/write_results.py --store {run} {recipe}", "```", ""])
+
+
+def _told(about: Mapping[str, Any]) -> str:
+    """n, and precision where it is not the default."""
+    precision = about.get("precision", "fp32")
+    return f"n={about.get('n', 10_000)}" + (f" precision={precision}" if precision != "fp32" else "")
 
 
 def _read(folder: Path) -> Seed:

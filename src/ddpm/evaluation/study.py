@@ -79,6 +79,7 @@ def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:
     first = evaluations[0]
     real = {name: figure for name, figure in first.figures.items() if name.startswith("real_")}
     about = {"subject": first.subject, **{key: first.protocol[key] for key in COMMON}}
+    about["precision"] = first.protocol.get("precision", "fp32")
     machines = dict.fromkeys(str(evaluation.protocol["machine"]) for evaluation in evaluations)
     about["machine"] = " and ".join(machines) + ", whose seconds do not compare" * (len(machines) > 1)
     others = tuple(key for key in varied if key not in ("sampler", "sampler.num_steps"))
