@@ -96,9 +96,12 @@ def _commands(recipe: str, seeds: list[Seed]) -> str:
 
 
 def _told(about: Mapping[str, Any]) -> str:
-    """n, and precision where it is not the default."""
+    """n, precision where it is not the default, and the sampler of an evaluation."""
     precision = about.get("precision", "fp32")
-    return f"n={about.get('n', 10_000)}" + (f" precision={precision}" if precision != "fp32" else "")
+    told = f"n={about.get('n', 10_000)}" + (f" precision={precision}" if precision != "fp32" else "")
+    if "sampler" in about:
+        told += f" sampler={about['sampler']['name']} sampler.num_steps={about['num_steps']}"
+    return told
 
 
 def _read(folder: Path) -> Seed:
@@ -245,6 +248,9 @@ def store(run: Path, recipe: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{recipe}, seed {seed}"
     evaluation = json.loads((judged[-1] / "evaluation.json").read_text())
+    step = json.loads((run / "result.json").read_text())["step"]
+    if evaluation["protocol"]["step"] != step or "cas" not in evaluation["protocol"]["measure"]:
+        raise SystemExit(f"{judged[-1]} is not of step {step}, or leaves parts out: ddpm-eval ckpt={run}")
     evaluation["subject"] = name
     evaluation["protocol"]["checkpoint"] = Path(evaluation["protocol"]["checkpoint"]).name
     (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
@@ -252,6 +258,8 @@ def store(run: Path, recipe: str) -> Path:
         (folder / text).write_text(json.dumps(json.loads((run / text).read_text()), indent=2) + "\n")
     if (studied := run / "evaluations" / "study" / "study.json").exists():
         content = json.loads(studied.read_text())
+        if content["about"]["checkpoint_sha256"] != evaluation["protocol"]["checkpoint_sha256"]:
+            raise SystemExit(f"{studied} is of another checkpoint than {judged[-1]}: repeat the study")
         content["about"] |= {"subject": name, "checkpoint": Path(content["about"]["checkpoint"]).name}
         (folder / "study.json").write_text(json.dumps(content, indent=2) + "\n")
         shutil.copyfile(studied.with_name("study.png"), folder / "study.png")

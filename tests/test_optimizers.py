@@ -35,8 +35,10 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_sizes(shape: tuple[in
     assert size.flatten().quantile(0.05) > 0.6 and size.max() < 1.3
 
 
-def test_orthogonal_of_nothing_is_nothing() -> None:
-    assert orthogonal(torch.zeros(1, 32, 40)).abs().max() == 0
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-25, 1e-20])
+def test_orthogonal_of_almost_nothing_is_no_more(size: float) -> None:
+    """A gradient that has ended leaves a momentum that fades through all sizes."""
+    assert orthogonal(torch.full((1, 32, 40), size)).abs().max() < 1e-3
 
 
 def test_small_weights_and_all_biases_are_adamws() -> None:

@@ -51,9 +51,10 @@ class Muon(torch.optim.Optimizer):
         for shape, members in by_shape.items():
             gradient = torch.stack([_matrix(p.grad) for p in members if p.grad is not None])
             gradient = torch.where(skipped > 0, 0, gradient)  # 0 times inf is nan
-            momenta = [
-                self.state[p].setdefault("momentum", torch.zeros(p.shape, device=p.device)) for p in members
-            ]
+            for p in members:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros(p.shape, device=p.device)
+            momenta = [self.state[p]["momentum"] for p in members]
             for momentum, own in zip(momenta, gradient, strict=True):
                 momentum.lerp_(own.view(momentum.shape), weight)
             nesterov = gradient.lerp(torch.stack([_matrix(momentum) for momentum in momenta]), MOMENTUM)
@@ -98,7 +99,7 @@ def orthogonal(x: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     y = x.mT if tall else x
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)  # the squares of what is smaller vanish
     gram, factor = y @ y.mT, torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
     for left in reversed(range(5)):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
