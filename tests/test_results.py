@@ -82,10 +82,14 @@ def test_a_run_is_stored_without_its_paths(tmp_path: Path, monkeypatch: pytest.M
         store(run, "mnist_cpu")
     evaluation = of("ddim", 5, 0.4)
     path = {**evaluation.protocol, "checkpoint": str(run / "checkpoints" / "best.safetensors")}
-    (run / "evaluations" / "eval-1").mkdir(parents=True)
-    record.write(
-        run / "evaluations" / "eval-1" / "evaluation.json", Evaluation(str(run), evaluation.figures, path)
-    )
+    file = run / "evaluations" / "eval-1" / "evaluation.json"
+    file.parent.mkdir(parents=True)
+    for wrong in ({"step": 1499, "measure": ["distance", "cas"]}, {"step": 1500, "measure": ["distance"]}):
+        record.write(file, Evaluation(str(run), evaluation.figures, {**path, **wrong}))
+        with pytest.raises(SystemExit, match="is not of step 1500, or leaves parts out"):
+            store(run, "mnist_cpu")
+    whole = {**path, "step": 1500, "measure": ["distance", "cas"]}
+    record.write(file, Evaluation(str(run), evaluation.figures, whole))
     assert store(run, "mnist_cpu") == tmp_path / "stored" / "mnist_cpu" / "5"
     text = (tmp_path / "stored" / "mnist_cpu" / "5" / "evaluation.json").read_text()
     assert '"/' not in text and "best.safetensors" in text
