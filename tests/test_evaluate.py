@@ -136,6 +136,56 @@ def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -
     assert found.figures["confident"].n == 20
 
 
+def test_accuracy_scores_are_of_guidance_1(
+    digits: Dataset, bench: judge.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> dict[str, Figure]:
+        return {"cas": Figure(0.5)}
+
+    monkeypatch.setattr(judge.of, "classification", asked)
+    only = dataclasses.replace(bench, parts=("cas",), eyes=None, test=None)
+    train = digits.train
+    for scale, there in ((1.0, True), (3.0, False)):
+        about = {"guidance_scale": scale}
+        found, _ = judge.measure(only, train.images[:9], train.labels[:9], subject="x", about=about)  # type: ignore[index]
+        assert ("cas" in found.figures) is there
+        assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
+
+
+def test_features_without_classes_are_said(bench: judge.Bench, digits: Dataset) -> None:
+    assert bench.eyes is not None and bench.test is not None
+
+    class Classless(judge.Eyes):
+        def see(self, images: torch.Tensor) -> judge.of.Seen:
+            return super().see(images)._replace(probabilities=None)
+
+    eyes, test = Classless(*bench.eyes), bench.test._replace(probabilities=None)
+    blind = dataclasses.replace(bench, parts=("distance",), eyes=eyes, test=test)
+    found = measured(blind, digits.train.images[:300])
+    assert "fd" in found.figures and "confident" not in found.figures and not found.histogram
+    assert [note for note in found.notes if "no figures of classes: the features digits" in note]
+
+
+def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
+    train, test = digits.train.images, digits.test.images
+    own = torch.cat([train[:3], test[:2], train[:1], 255 - train[:1].roll(1, 3)])
+    notes = judge.of.copies(own, judge.of.known(digits))
+    assert [note.split(" image")[0] for note in notes] == ["2 of 7", "4 of 7", "1 of 7"]
+
+
+def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
+    model, _ = sampling.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
+    two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
+    odds = judge.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
+    assert odds.figures.keys() == {"eps_loss", "eps_loss_train"} and odds.curves.keys() == {"test", "train"}
+    assert odds.notes == ("no bits_per_dim: levels = 2: the images have greys between these levels",)
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    odds = judge.likelihood(model, digits, n=40, seed=0)
+    assert not odds.figures and not odds.curves and len(odds.notes) == 3
+    assert all("are not finite" in note for note in odds.notes)
+
+
 def test_images_of_another_kind_are_refused(bench: judge.Bench) -> None:
     for images in (torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 9, 8).byte(), torch.zeros(0, 1, 8, 8).byte()):
         with pytest.raises(ValueError, match="do not fit those of digits"):
@@ -472,7 +522,9 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:
     colour = judge.Gallery(torch.zeros(3, 3, 8, 8).byte(), None, torch.empty(0, 2, 3, 8, 8).byte())
-    picture.draw(evaluation(subject="costs $5 and $6", notes=("$x",) * 30), colour, tmp_path / "it.png")
+    curve = {"t": [0.0, 1.0], "lambda_": [3.0, None], "eps_mse": [1.0, 0.1], "error": [0.1, 0.1]}
+    strange = evaluation(subject="costs $5 and $6", notes=("$x",) * 30, curves={"train": curve})
+    picture.draw(strange, colour, tmp_path / "it.png")
     assert Image.open(tmp_path / "it.png").size > (800, 600)
 
 
