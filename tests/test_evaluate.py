@@ -79,7 +79,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
         ddpm_eval(f"ckpt={run}", "n=120", f"out={tmp_path / out}", *QUICK, *more)
         assert str(tmp_path / out / "evaluation.json") in capsys.readouterr().out
         result: dict[str, Any] = json.loads((tmp_path / out / "evaluation.json").read_text())
-        del result["protocol"]["seconds"]
+        del result["protocol"]["seconds"], result["protocol"]["batch_size"]
         return result
 
     first = numbers("a")
@@ -496,6 +496,9 @@ def test_evaluation_json_is_read_back(tmp_path: Path) -> None:
         lambda d: d["figures"].update(fd={"valu": 1.0}),
         lambda d: d["figures"].update(fd={}),
         lambda d: d["figures"].update(fd={"value": 10**400}),
+        lambda d: d["figures"].update(fd={"value": 1.0, "low": 1.1, "high": 2.0}),
+        lambda d: d["figures"].update(fd={"value": 1.0, "high": 0.9}),
+        lambda d: d["protocol"].update(seconds={"sampling": float("inf")}),
         lambda d: d.update(notes=7),
         lambda d: d.clear(),
     ],
@@ -518,6 +521,24 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
     both = table.table([evaluation(), other])
     assert "not to be compared: n differs (180, 90)" in both and "real images" not in both
     assert "\x1b" not in both
+    drawn = {**evaluation().protocol, "sampler": {"name": "ddim"}, "guidance_scale": 1.0, "ema": True}
+    assert "guidance" not in table.table([evaluation(protocol={**drawn, "precision": "fp32"})])
+    unusual = {**drawn, "guidance_scale": 2.5, "ema": False, "precision": "bf16"}
+    copied = {"memorized": Figure(0.0, error=0.0, text="7 to the bit")}
+    text = table.table([evaluation(protocol=unusual, figures=copied)])
+    assert (
+        "guidance_scale=2.5, ema=false, precision=bf16, seed 0" in text
+        and "0.0 ± 0.0 % (7 to the bit)" in text
+    )
+
+
+def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
+    long = "x" * 100_000
+    figures = {"rarest_class": Figure(0.1, text=long[:4000])}
+    made = evaluation(protocol={**evaluation().protocol, "image_size": long}, figures=figures, notes=(long,))
+    record.write(tmp_path / "evaluation.json", made)
+    lines = table.table([record.read(str(tmp_path))]).splitlines()
+    assert max(map(len, lines)) < 4200 and sum(len(line) > 300 for line in lines) == 1  # the note
 
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ def _protocol(bench: Bench, n: int) -> dict[str, Any]:
         "image_size": facts.image_size,
         "split": "test",
         "split_images": len(bench.split),
+        "test_sha256": protocol.sha256(bench.data.test.images),
         **features,
         "measure": list(bench.parts),
         "machine": protocol.machine(bench.device),
