@@ -79,7 +79,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
         ddpm_eval(f"ckpt={run}", "n=120", f"out={tmp_path / out}", *QUICK, *more)
         assert str(tmp_path / out / "evaluation.json") in capsys.readouterr().out
         result: dict[str, Any] = json.loads((tmp_path / out / "evaluation.json").read_text())
-        del result["protocol"]["seconds"]
+        del result["protocol"]["seconds"], result["protocol"]["batch_size"]
         return result
 
     first = numbers("a")
@@ -134,6 +134,56 @@ def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -
         assert name not in found.figures and f"real_{name}" not in found.figures
         assert name in text, name
     assert found.figures["confident"].n == 20
+
+
+def test_accuracy_scores_are_of_guidance_1(
+    digits: Dataset, bench: judge.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> dict[str, Figure]:
+        return {"cas": Figure(0.5)}
+
+    monkeypatch.setattr(judge.of, "classification", asked)
+    only = dataclasses.replace(bench, parts=("cas",), eyes=None, test=None)
+    train = digits.train
+    for scale, there in ((1.0, True), (3.0, False)):
+        about = {"guidance_scale": scale}
+        found, _ = judge.measure(only, train.images[:9], train.labels[:9], subject="x", about=about)  # type: ignore[index]
+        assert ("cas" in found.figures) is there
+        assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
+
+
+def test_features_without_classes_are_said(bench: judge.Bench, digits: Dataset) -> None:
+    assert bench.eyes is not None and bench.test is not None
+
+    class Classless(judge.Eyes):
+        def see(self, images: torch.Tensor) -> judge.of.Seen:
+            return super().see(images)._replace(probabilities=None)
+
+    eyes, test = Classless(*bench.eyes), bench.test._replace(probabilities=None)
+    blind = dataclasses.replace(bench, parts=("distance",), eyes=eyes, test=test)
+    found = measured(blind, digits.train.images[:300])
+    assert "fd" in found.figures and "confident" not in found.figures and not found.histogram
+    assert [note for note in found.notes if "no figures of classes: the features digits" in note]
+
+
+def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
+    train, test = digits.train.images, digits.test.images
+    own = torch.cat([train[:3], test[:2], train[:1], 255 - train[:1].roll(1, 3)])
+    notes = judge.of.copies(own, judge.of.known(digits))
+    assert [note.split(" image")[0] for note in notes] == ["2 of 7", "4 of 7", "1 of 7"]
+
+
+def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
+    model, _ = sampling.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
+    two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
+    odds = judge.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
+    assert odds.figures.keys() == {"eps_loss", "eps_loss_train"} and odds.curves.keys() == {"test", "train"}
+    assert odds.notes == ("no bits_per_dim: levels = 2: the images have greys between these levels",)
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    odds = judge.likelihood(model, digits, n=40, seed=0)
+    assert not odds.figures and not odds.curves and len(odds.notes) == 3
+    assert all("are not finite" in note for note in odds.notes)
 
 
 def test_images_of_another_kind_are_refused(bench: judge.Bench) -> None:
@@ -446,6 +496,9 @@ def test_evaluation_json_is_read_back(tmp_path: Path) -> None:
         lambda d: d["figures"].update(fd={"valu": 1.0}),
         lambda d: d["figures"].update(fd={}),
         lambda d: d["figures"].update(fd={"value": 10**400}),
+        lambda d: d["figures"].update(fd={"value": 1.0, "low": 1.1, "high": 2.0}),
+        lambda d: d["figures"].update(fd={"value": 1.0, "high": 0.9}),
+        lambda d: d["protocol"].update(seconds={"sampling": float("inf")}),
         lambda d: d.update(notes=7),
         lambda d: d.clear(),
     ],
@@ -468,11 +521,31 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
     both = table.table([evaluation(), other])
     assert "not to be compared: n differs (180, 90)" in both and "real images" not in both
     assert "\x1b" not in both
+    drawn = {**evaluation().protocol, "sampler": {"name": "ddim"}, "guidance_scale": 1.0, "ema": True}
+    assert "guidance" not in table.table([evaluation(protocol={**drawn, "precision": "fp32"})])
+    unusual = {**drawn, "guidance_scale": 2.5, "ema": False, "precision": "bf16"}
+    copied = {"memorized": Figure(0.0, error=0.0, text="7 to the bit")}
+    text = table.table([evaluation(protocol=unusual, figures=copied)])
+    assert (
+        "guidance_scale=2.5, ema=false, precision=bf16, seed 0" in text
+        and "0.0 ± 0.0 % (7 to the bit)" in text
+    )
+
+
+def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
+    long = "x" * 100_000
+    figures = {"rarest_class": Figure(0.1, text=long[:4000])}
+    made = evaluation(protocol={**evaluation().protocol, "image_size": long}, figures=figures, notes=(long,))
+    record.write(tmp_path / "evaluation.json", made)
+    lines = table.table([record.read(str(tmp_path))]).splitlines()
+    assert max(map(len, lines)) < 4200 and sum(len(line) > 300 for line in lines) == 1  # the note
 
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:
     colour = judge.Gallery(torch.zeros(3, 3, 8, 8).byte(), None, torch.empty(0, 2, 3, 8, 8).byte())
-    picture.draw(evaluation(subject="costs $5 and $6", notes=("$x",) * 30), colour, tmp_path / "it.png")
+    curve = {"t": [0.0, 1.0], "lambda_": [3.0, None], "eps_mse": [1.0, 0.1], "error": [0.1, 0.1]}
+    strange = evaluation(subject="costs $5 and $6", notes=("$x",) * 30, curves={"train": curve})
+    picture.draw(strange, colour, tmp_path / "it.png")
     assert Image.open(tmp_path / "it.png").size > (800, 600)
 
 

@@ -1,5 +1,7 @@
 """Bits per dimension and the loss in eps: against chains whose bound is known, and their errors by simulation."""
 
+import contextlib
+import json
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -290,11 +292,37 @@ def test_batches_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     measure = Terms(m.schedule, 17).decoder
     whole = evaluate(m, data, draws, measure, labelled=False, batch_size=256, world=ALONE)
     monkeypatch.setattr(distributed, "gathered", lambda world, part, n: part)
+    monkeypatch.setattr(distributed, "agreed", lambda world: contextlib.nullcontext())
     shares = [
         evaluate(m, data, draws, measure, labelled=False, batch_size=2, world=World(rank, 12))
         for rank in range(12)  # two of them have nothing to do
     ]
     assert torch.allclose(torch.cat(shares, 1), whole)
+
+
+def test_batches_are_halved_where_memory_runs_out() -> None:
+    m, data = model(cosine(20), bayes(17)), split(60, 17, 0)
+    draws = stratified(0, "any", 50, torch.arange(60), torch.ones(20).double())
+    options: Any = {"labelled": False, "batch_size": 32, "world": ALONE}
+    whole = evaluate(m, data, draws, Terms(m.schedule, 17).decoder, **options)
+    network, asked = m.network, list[int]()
+
+    def room_for(most: int) -> None:
+        def forward(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            asked.append(len(x_t))
+            if len(x_t) > most:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate much")
+            out: Tensor = network(x_t, t, y)
+            return out
+
+        object.__setattr__(m, "network", forward)
+
+    room_for(9)
+    assert torch.equal(evaluate(m, data, draws, Terms(m.schedule, 17).decoder, **options), whole)
+    assert asked == [32, 16, *[8] * 6, 2]
+    room_for(0)
+    with pytest.raises(UserError, match="out of memory on cpu, even for 1 image"):
+        evaluate(m, data, draws, Terms(m.schedule, 17).decoder, **options)
 
 
 def test_every_image_serves_and_the_draws_are_spread() -> None:
@@ -332,6 +360,15 @@ def test_the_curve_and_its_mean_are_of_the_same_draws() -> None:
     assert loss_by_noise_level(m, data, n=500, seed=0) == eps_loss(m, data, n=500, n_draws=1, seed=0).curve
     gap, error = loss_gap(test, eps_loss(m, split(500, 17, 1), n_draws=4000, seed=1))
     assert abs(gap) < 4 * error
+
+
+def test_the_curve_has_no_lambda_where_nothing_is_left_of_the_image() -> None:
+    dark = cosine(10, zero_terminal_snr=True)
+    curve = eps_loss(model(dark, zero), split(320, 17, 0), n_draws=320, seed=0).curve
+    assert curve.lambda_[-1] == -math.inf and math.isfinite(curve.eps_mse[-1])
+    plain = json.loads(json.dumps(curve.to_dict(), allow_nan=False))
+    assert plain["lambda_"][-1] is None and plain["lambda_"][:-1] == list(curve.lambda_[:-1])
+    assert plain["eps_mse"] == list(curve.eps_mse) and None not in plain["error"]
 
 
 def test_conditional_models_get_the_labels() -> None:

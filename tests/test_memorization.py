@@ -94,6 +94,17 @@ def test_nearest_is_exact_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(squared.double(), expected.values[:, :2], atol=1e-5)
 
 
+def test_copies_show_though_test_images_are_training_images_too() -> None:
+    """One test image in 20 is one: the line is 0, and yet a model that copies all is told from one that does not."""
+    train, test, held = digits(8)
+    mixed = torch.cat([test[:190], train[500:510]])
+    copied, fair = (memorization(x, train[:600], mixed) for x in (train[:100], held[:100]))
+    assert copied.test.searched == 0 and copied.expected == fair.expected == 0.05
+    assert copied.share == copied.relative_share == 1 and copied.identical == 100
+    assert fair.share == fair.relative_share == 0 and fair.identical == 0
+    assert any("5.0 % of the test images equal a training image" in note for note in copied.notes)
+
+
 def test_what_cannot_be_told_is_said() -> None:
     train, test, held = digits(8)
     assert len(memorization(held[:10], train, test).notes) == 2

@@ -1,6 +1,9 @@
 """`ddpm-eval -m`: which setting is named, what is kept and skipped, and that mistakes come before the first image."""
 
+import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from ddpm import build, sampler_file
 from ddpm.cli import evaluate as command
 from ddpm.cli import hydra_app, judging, signals
 from ddpm.cli import study as studying
-from ddpm.config import Choice, check
+from ddpm.config import Choice, check, choose_sampler
+from ddpm.datasets.types import Dataset, Split
 from ddpm.errors import UserError
 from ddpm.evaluation import judge, record, study, study_picture
 from ddpm.evaluation.record import Evaluation, Figure
@@ -79,6 +83,61 @@ def test_the_table_shows_what_was_varied_and_comes_back_from_its_file(tmp_path: 
         assert Image.open(tmp_path / "study.png").width > 1000
 
 
+def concluded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *evaluations: Evaluation, **settings: Any
+) -> Choice | None:
+    """The sampler that a study of these evaluations leaves beside its checkpoint."""
+    monkeypatch.setattr(study_picture, "draw", lambda *_: None)
+    usual = {"ema": True, "n": 1000, **settings}
+    configs = [
+        SimpleNamespace(sampler=choose_sampler(str(each.protocol["sampler"]["name"]), {}), **usual)
+        for each in evaluations
+    ]
+    plan: Any = studying.Plan(configs, ["sampler", "guidance_scale"])  # type: ignore[arg-type]
+    (folder / "sampler.yaml").unlink(missing_ok=True)
+    studying._conclude(plan, folder / "a.safetensors", folder, list(evaluations))
+    return sampler_file.read(folder / "sampler.yaml")
+
+
+def guided(made: Evaluation, scale: float) -> Evaluation:
+    return dataclasses.replace(made, protocol={**made.protocol, "guidance_scale": scale})
+
+
+def test_only_a_study_that_can_tell_names_the_next_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, second, third = guided(of("ddim", 9, 0.1), 3.0), of("unipc", 9, 0.4), of("heun", 9, 0.3)
+    found = concluded(tmp_path, monkeypatch, best, second, third)
+    assert (
+        found is not None and found.name == "unipc"
+    )  # the cheapest at guidance 1, which ddpm-sample draws with
+    text = (tmp_path / "sampler.yaml").read_text()
+    assert "of 2 settings" in text and "ddim" not in text and "guidance_scale 1\n" in text
+    capsys.readouterr()
+    for evaluations, settings, why in (
+        ([second, third], {"n": 999}, "n=999 is too few"),
+        ([second, third], {"ema": False}, "with ema=false"),
+        ([second], {}, "1 of the settings at guidance_scale=1"),
+        ([best, second], {}, "1 of the settings at guidance_scale=1"),
+        ([best, guided(third, 2.0)], {}, "0 of the settings at guidance_scale=1"),
+        ([second, of("ddim", 4, None)], {}, "1 of the settings"),
+    ):
+        assert concluded(tmp_path, monkeypatch, *evaluations, **settings) is None
+        assert f"sampler.yaml is not written: {why}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}])
+def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
+    identity = {"sampler": {"name": "ddim", "num_steps": 4}}
+    about = {**of("ddim", 4, 0.2).protocol, "setting": studying._digest(identity)}
+    file = tmp_path / studying._name(identity) / "evaluation.json"
+    file.parent.mkdir()
+    for more, there in (({}, True), (change, False)):
+        kept = dataclasses.replace(of("ddim", 4, 0.2), protocol={**about, **more}).to_dict()
+        file.write_text(json.dumps(kept))
+        assert (studying._kept(tmp_path, identity) is not None) is there
+
+
 # As users type it.
 
 
@@ -96,6 +155,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ddpm_eval_m(*typed: str) -> None:
     studying.study(hydra_app.read_overrides(list(typed)))
+
+
+def inverted(data: Dataset) -> Dataset:
+    return dataclasses.replace(data, test=Split(255 - data.test.images, data.test.labels))
 
 
 def forbid_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +180,7 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
         return draw(model, sampler, **options)
 
     monkeypatch.setattr(judge, "draw", draw_three)
+    monkeypatch.setattr(studying, "FEWEST", 120)
     with pytest.raises(signals.Stopped) as stopped:  # Ctrl-C in the fourth
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert stopped.value.said and "the same command goes on" in capsys.readouterr().out
@@ -153,9 +217,12 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
     monkeypatch.setattr(judge, "prepare", None)  # nor is anything else done again
     ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert "all of them are there already" in capsys.readouterr().out
-    with pytest.raises(AttributeError):  # which nothing but new work does
-        monkeypatch.setattr(judging, "dataset_of", lambda *_: None)
+    with pytest.raises(TypeError):  # which nothing but new work does
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, "n=121", *QUICK[1:], "seed=3")
+    load = judging.dataset_of
+    monkeypatch.setattr(judging, "dataset_of", lambda *some: inverted(load(*some)))
+    with pytest.raises(TypeError):  # other test images of the same name
+        ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
 
     monkeypatch.undo()  # a setting's figures are those of ddpm-eval for the same
     typed = [
@@ -207,6 +274,7 @@ def test_a_mistake_is_one_line_before_the_first_image(
 def test_a_study_needs_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="ckpt is needed"):
         ddpm_eval_m("sampler=ddim,heun")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)  # as MPI's and Slurm's users set them, too
     with pytest.raises(UserError, match="leave torchrun out"):
         ddpm_eval_m("ckpt=run", "sampler=ddim,heun")

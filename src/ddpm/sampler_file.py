@@ -3,6 +3,7 @@
 It may come from anywhere, as checkpoints do: it is read as plain data and passes the checks of a typed config.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode) or not all(map(_is_flat, node.value)):
             raise UserError("it is no list of keys with plain values")
         names = [key.value for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"'{twice[0]}' stands twice")
         return {str(key): value for key, value in yaml.safe_load(data.decode()).items()}
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -150,6 +150,7 @@ def origin(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> di
         "ema": config.ema,
         "precision": config.precision,
         "seed": config.seed,
+        "batch_size": config.batch_size,
         "guidance_scale": config.guidance_scale,
         "sampler": config.sampler.to_dict(),
         "num_steps": drawn.num_steps,

@@ -6,22 +6,22 @@ the study's folder as soon as it is measured; a repeat skips what is there.
 
 import hashlib
 import json
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm import sampler_file
+from ddpm import __version__, sampler_file
 from ddpm.cli import evaluate, folders, hydra_app, signals
 from ddpm.cli.evaluate import EvalConfig
 from ddpm.cli.progress import tell
 from ddpm.config import check
 from ddpm.errors import UserError, printable
 from ddpm.files import reason, write_atomically
-from ddpm.world import ALONE
+from ddpm.world import ALONE, world
 
 if TYPE_CHECKING:
+    from ddpm.datasets.types import Dataset
     from ddpm.evaluation.judge import Bench
     from ddpm.evaluation.record import Evaluation
     from ddpm.meta import Meta
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
 MAX_SETTINGS = 1000
+FEWEST = 1000  # images for a sampler that is taken from then on
 FILES = ("study.md", "study.json", "study.png")
 
 
@@ -75,7 +76,7 @@ def _planned(typed: list[str]) -> Plan:
     """Every setting, composed and checked. Raises UserError."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if world().size > 1:  # by whatever launcher
         raise UserError("-m measures one setting after the other in one process: leave torchrun out")
     for override in typed:
         if override.lstrip("+~").startswith("hydra"):
@@ -139,11 +140,11 @@ def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta
     from ddpm.cli import judging
     from ddpm.evaluation.protocol import Clock
 
-    kept = [_kept(out, _identity(setting, model, meta)) for setting in plan.settings]
+    data, clock = judging.dataset_of(plan.common, model), Clock()
+    kept = [_kept(out, _identity(setting, meta, data)) for setting in plan.settings]
     if None not in kept and len({_features(each) for each in kept}) == 1:
         tell("all of them are there already")
         return [each for each in kept if each is not None]
-    data, clock = judging.dataset_of(plan.common, model), Clock()
     judging.say(ALONE, data.notice)
     with judging.shown_parts(plan.common, ALONE, clock):
         bench = judging.make_bench(plan.common, data, plan.common.n, model.device, clock)
@@ -175,7 +176,7 @@ def _measured(
     from ddpm.evaluation import judge, record
     from ddpm.evaluation.protocol import Clock
 
-    clock, identity = Clock(), _identity(setting, model, meta)
+    clock, identity = Clock(), _identity(setting, meta, bench.data)
     with judging.shown_steps(setting, ALONE, model, clock) as watched:
         drawn = judge.draw(
             model,
@@ -202,9 +203,12 @@ def _measured(
     return evaluation
 
 
-def _identity(setting: EvalConfig, model: "Model", meta: "Meta") -> dict[str, Any]:
+def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, Any]:
     """All that decides an evaluation's figures, beside the features."""
+    from ddpm.evaluation import protocol
+
     return {
+        "ddpm": __version__,
         "checkpoint_sha256": meta.sha256,
         "ema": setting.ema,
         "precision": setting.precision,
@@ -212,7 +216,8 @@ def _identity(setting: EvalConfig, model: "Model", meta: "Meta") -> dict[str, An
         "seed": setting.seed,
         "guidance_scale": setting.guidance_scale,
         "sampler": setting.sampler.to_dict(),
-        "dataset": (setting.dataset or model.config.dataset).to_dict(),
+        "dataset": data.facts.name,
+        "test_sha256": protocol.sha256(data.test.images),
         "measure": sorted(setting.measure),
     }
 
@@ -233,7 +238,7 @@ def _kept(out: Path, identity: dict[str, Any]) -> "Evaluation | None":
     try:
         found = record.read(str(out / _name(identity) / record.FILE))
         study.table(study.gather([found], []))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None
     about = found.protocol
     same = about.get("setting") == _digest(identity) and about["sampler"] == identity["sampler"]
@@ -255,15 +260,17 @@ def _conclude(plan: Plan, path: Path, out: Path, evaluations: "list[Evaluation]"
     print(study.table(result))
     for name in FILES:
         print(printable(str(out / name)))
-    chosen = study.cheapest(result)
-    if chosen is None:
+    plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
+    chosen, about, file = study.cheapest(plain), result.about, path.parent / sampler_file.NAME
+    why = _unfit(plan, sum(row.excess is not None for row in plain.rows))
+    if chosen is None or why:
+        print(printable(f"{file} is not written: {why}"))
         return
     setting = plan.settings[result.rows.index(chosen)]
-    about, file = result.about, path.parent / sampler_file.NAME
     lines = [
-        f"written by ddpm-eval -m, {date.today()}: of {len(result.rows)} settings, {study.verdict(result)}",
+        f"written by ddpm-eval -m, {date.today()}: of {len(plain.rows)} settings, {study.verdict(plain)}",
         f"checkpoint: step {about['step']}, SHA-256 {about['checkpoint_sha256']}; {about['n']} images, seed "
-        f"{about['seed']}, guidance_scale {setting.guidance_scale:g}",
+        f"{about['seed']}, guidance_scale 1",
         "ddpm-sample and ddpm-eval take this sampler unless sampler=… is typed; deleting the file is safe",
     ]
     try:
@@ -272,3 +279,14 @@ def _conclude(plan: Plan, path: Path, out: Path, evaluations: "list[Evaluation]"
         print(printable(f"cannot write {file}: {reason(error)}; {study.name(chosen)} is not the default"))
     else:
         print(printable(f"{file}: what ddpm-sample now takes; sampler=… takes another"))
+
+
+def _unfit(plan: Plan, comparable: int) -> str:
+    """Why no setting is to be taken from now on, if so: ddpm-sample draws with averaged weights at guidance 1."""
+    if not plan.common.ema:
+        return "with ema=false these are not the weights that ddpm-sample takes"
+    if plan.common.n < FEWEST:
+        return f"n={plan.common.n} is too few to choose by; {FEWEST:,} at least"
+    if comparable < 2:
+        return f"{comparable} of the settings at guidance_scale=1 can be compared; 2 at least"
+    return ""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm import distributed
+from ddpm import distributed, memory
 from ddpm.datasets.types import Split
 from ddpm.diffusion import Estimate, add_noise, invert, split
 from ddpm.errors import UserError
@@ -56,13 +56,13 @@ def evaluate(
     """What `of` makes of each draw, (k, n) float64 on the CPU, the same for every batch_size and number of processes.
 
     The network is asked in float32, with the images' labels or (labelled=False) without. The evaluations are spread
-    over the processes, which all get the same. Raises UserError where a result is not finite.
+    over the processes, which all get the same; a batch is halved where memory does not suffice. Raises UserError where
+    a result is not finite, or memory does not suffice for one image.
     """
     device, shape = model.device, model.shape
     tables = (model.schedule.alpha.to(device), model.schedule.sigma.to(device))
-    own, parts = world.share(draws.n), []
-    for start in range(own.start, own.stop, batch_size):
-        index = torch.arange(start, min(start + batch_size, own.stop))
+
+    def asked(index: Tensor) -> Tensor:
         image, t = draws.image[index], draws.t[index].to(device)
         x_0 = normalise(data.images[image].to(device))
         y = data.labels[image].to(device) if labelled and data.labels is not None else None
@@ -71,7 +71,11 @@ def evaluate(
         x_t = add_noise(x_0, eps, alpha, sigma)
         output, fraction = split(model.network(x_t, t, y).float(), shape[0])
         estimate = Estimate(*invert(model.config.objective.prediction, output, x_t, alpha, sigma), fraction)
-        parts.append(of(x_0, t, eps, estimate).double())
+        return of(x_0, t, eps, estimate).double()
+
+    own = world.share(draws.n)
+    with distributed.agreed(world):
+        parts = _in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
     part = torch.cat(parts, 1) if parts else _nothing(model, of)
     values = distributed.gathered(world, part, draws.n).cpu()
     if not (finite := torch.isfinite(values).all(0)).all():
@@ -80,6 +84,29 @@ def evaluate(
             f"the network's answers at t = {worst} are not finite, so its likelihood has no value"
         )
     return values
+
+
+def _in_batches(
+    asked: Callable[[Tensor], Tensor], index: Tensor, size: int, device: torch.device
+) -> list[Tensor]:
+    """What is asked of an index, a batch at a time, of half the size wherever memory does not suffice."""
+    parts, done = list[Tensor](), 0
+    while done < len(index):
+        now = index[done : done + size]
+        try:
+            parts.append(asked(now))
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+        else:
+            done += len(now)
+            continue
+        if len(now) == 1:  # what filled the memory is free only now that the error itself is gone
+            raise UserError(f"out of memory on {device}, even for 1 image at a time")
+        size = len(now) // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return parts
 
 
 def _nothing(model: Model, of: Measure) -> Tensor:

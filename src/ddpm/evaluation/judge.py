@@ -90,6 +90,7 @@ class Bench:
     parts: tuple[str, ...]
     device: torch.device
     split: Split  # the test images
+    known: of.Known  # the images of data.test and data.train, to the bit
     eyes: Eyes | None = None
     test: of.Seen | None = None
     real: Mapping[str, Figure] = field(default_factory=dict)
@@ -111,9 +112,10 @@ def prepare(
     At most n test images, all of them if there are fewer. Raises UserError where there are no features.
     """
     clock = clock or Clock()
-    bench = Bench(data, parts, device, of.some(data.test, "test", n))
+    with clock("real"):
+        bench = Bench(data, parts, device, of.some(data.test, "test", n), of.known(data))
     if not {"distance", "neighbours"} & set(parts):
-        return bench
+        return replace(bench, seconds={"real": clock.seconds["real"]})
     with clock("loading"):
         try:
             eyes = Eyes(features_for(data, device, say), pixel_features(data.train.images))
@@ -164,22 +166,26 @@ def likelihood(
 ) -> Odds:
     """Bits per dimension of n test images, and the error in eps on n test and n training images (or all, if fewer).
 
-    Raises UserError.
+    What cannot be had is left out, with a note that says why: the images that were drawn are worth keeping.
     """
     if min(n, len(data.test), len(data.train)) < 2:
         return Odds({}, {}, ("no bits_per_dim, no eps_loss: they need 2 images",))
     common = _Common(seed=seed, batch_size=batch_size, world=world)
-    figures, curves = dict[str, Figure](), dict[str, Mapping[str, Any]]()
+    figures, curves, notes = dict[str, Figure](), dict[str, Mapping[str, Any]](), list[str]()
     try:
         bits = bits_per_dimension(model, data.test, data.facts.levels, n=n, **common)
-    except ValueError as error:
-        raise UserError(f"dataset {data.facts.name}: {error}") from None
-    figures["bits_per_dim"] = Figure(bits.value, error=bits.error, n=bits.n)
+        figures["bits_per_dim"] = Figure(bits.value, error=bits.error, n=bits.n)
+    except (UserError, ValueError) as error:
+        notes.append(f"no bits_per_dim: {error}")
     for name, figure, split in (("test", "eps_loss", data.test), ("train", "eps_loss_train", data.train)):
-        loss = eps_loss(model, split, n=min(n, len(split)), n_draws=n, **common)
+        try:
+            loss = eps_loss(model, split, n=min(n, len(split)), n_draws=n, **common)
+        except UserError as error:
+            notes.append(f"no {figure}: {error}")
+            continue
         figures[figure] = Figure(loss.mean, error=loss.error, n=loss.draws)
-        curves[name] = {key: list(values) for key, values in loss.curve._asdict().items()}
-    return Odds(figures, curves)
+        curves[name] = loss.curve.to_dict()
+    return Odds(figures, curves, tuple(notes))
 
 
 class _Common(TypedDict):
@@ -208,7 +214,9 @@ def measure(
     facts, clock = bench.data.facts, clock or Clock()
     if images.dtype != torch.uint8 or images.shape[1:] != bench.data.test.images.shape[1:] or not len(images):
         raise ValueError(f"images: {images.dtype} {tuple(images.shape)} do not fit those of {facts.name}")
-    said = [*notes, *of.copies(images, bench.data), *(odds.notes if odds else ())]
+    with clock("copies"):
+        copies = of.copies(images, bench.known)
+    said = [*notes, *copies, *(odds.notes if odds else ())]
     found, histogram = dict[str, Figure](), dict[str, Any]()
     if bench.eyes is not None and bench.test is not None:
         with clock("features"):
@@ -216,6 +224,8 @@ def measure(
         with clock("distances"):
             found, more = _compare(bench, seen, bench.test)
         said += [*more, *bench.notes]
+        if "distance" in bench.parts and seen.probabilities is None and facts.num_classes:
+            said.append(f"no figures of classes: the features {bench.eyes.features.name} know none")
         if "distance" in bench.parts and seen.probabilities is not None:
             found |= of.classes(seen, labels, facts.class_names)
             histogram = {
@@ -237,7 +247,10 @@ def measure(
         }
         both = [(images[pair.sample], bench.data.train.images[pair.train]) for pair in copied.pairs]
         pairs = torch.stack([torch.stack(each) for each in both])
-    if "cas" in bench.parts and labels is not None:
+    guidance = (about or {}).get("guidance_scale", 1)
+    if "cas" in bench.parts and guidance != 1:
+        said.append(f"no cas: it is asked at guidance_scale=1, these are drawn at {guidance:g}")
+    elif "cas" in bench.parts and labels is not None:
         with clock("cas"):
             found |= of.classification(images, labels, bench.data, seed, bench.device, said)
     elif "cas" in bench.parts:
@@ -276,6 +289,7 @@ def _protocol(bench: Bench, n: int) -> dict[str, Any]:
         "image_size": facts.image_size,
         "split": "test",
         "split_images": len(bench.split),
+        "test_sha256": protocol.sha256(bench.data.test.images),
         **features,
         "measure": list(bench.parts),
         "machine": protocol.machine(bench.device),

@@ -97,6 +97,13 @@ class Curve(NamedTuple):
     eps_mse: tuple[float, ...]
     error: tuple[float, ...]
 
+    def to_dict(self) -> dict[str, list[float | None]]:
+        """For JSON, which knows no infinity: lambda is None where nothing is left of the image (alpha = 0)."""
+        return {
+            key: [value if math.isfinite(value) else None for value in values]
+            for key, values in self._asdict().items()
+        }
+
 
 class EpsLoss(NamedTuple):
     """Mean squared error in eps at uniform t, with its standard error over images and draws."""

@@ -57,7 +57,8 @@ class Memorization:
     shape for a copy, nor misses the copy of a rare one; but samples that all lie off centre by the whole reach of the
     search raise it a little without any copy (held-out digits moved by 2 and 2: 0.02 to 0.06). Where nothing is
     copied both are `expected`, 0.01, up to `expected_error`, binomial in what was searched of both sets.
-    `identical` samples equal a training image in every pixel.
+    `identical` of all n samples equal a training image in every pixel. Where 1 % of the test images do, too, the line
+    is 0: what lies on it counts then, and `expected` is the share of the test images that do.
     """
 
     n: int
@@ -105,8 +106,8 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
     coarse = _coarse(train)
     own, held = _search(samples, train, coarse), _search(test, train, coarse)
     lines, n, n_test = _quantiles(held), len(own.image), len(held.image)
-    share = float((own.distance < lines.searched).double().mean())
-    relative_share = float((own.relative < lines.relative).double().mean())
+    share, relative_share = _below(own.distance, lines.searched), _below(own.relative, lines.relative)
+    expected = QUANTILE if lines.searched > 0 else _below(held.distance, 0.0)
     moves = _moves(samples.shape[-1])
     order = own.relative.argsort(stable=True)[:num_pairs].tolist()
     return Memorization(
@@ -118,8 +119,8 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
         share_error=math.sqrt(share * (1 - share) / n),
         relative_share=relative_share,
         relative_share_error=math.sqrt(relative_share * (1 - relative_share) / n),
-        expected=QUANTILE,
-        expected_error=math.sqrt(QUANTILE * (1 - QUANTILE) * (1 / n + 1 / n_test)),
+        expected=expected,
+        expected_error=math.sqrt(expected * (1 - expected) * (1 / n + 1 / n_test)),
         identical=int((own.nearest == 0).sum()),
         samples=_quantiles(own),
         test=lines,
@@ -133,12 +134,22 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
             )
             for i in order
         ),
-        notes=_notes(n, n_test),
+        notes=_notes(n, n_test, expected if lines.searched == 0 else 0.0),
     )
 
 
-def _notes(n: int, n_test: int) -> tuple[str, ...]:
+def _below(values: Tensor, line: float) -> float:
+    """The share below a line; on it, where nothing can be below."""
+    return float(((values < line) if line > 0 else (values == 0)).double().mean())
+
+
+def _notes(n: int, n_test: int, repeated: float) -> tuple[str, ...]:
     notes = []
+    if repeated:
+        notes.append(
+            f"memorization: {100 * repeated:.1f} % of the test images equal a training image, so the 1 % line is 0 and "
+            "only samples that equal one count"
+        )
     if n_test < FEW:
         notes.append(
             f"memorization: the 1 % line rests on {max(1, n_test // 100)} of {n_test} test images; "

@@ -123,10 +123,13 @@ def _classes(axes: Any, evaluation: Evaluation, gallery: Gallery) -> None:
 
 def _curves(axes: Any, evaluation: Evaluation, gallery: Gallery) -> None:
     for name, colour, label in (("test", SAMPLE, "test images"), ("train", TRAIN, "training images")):
-        curve = evaluation.curves[name]
-        axes.errorbar(
-            curve["lambda_"], curve["eps_mse"], curve["error"], color=colour, label=label, marker=".", lw=1
-        )
+        curve = evaluation.curves.get(name)
+        if curve is None:
+            continue
+        points = zip(curve["lambda_"], curve["eps_mse"], curve["error"], strict=True)
+        known = [point for point in points if None not in point]  # lambda = -∞ has no place on an axis
+        if known:
+            axes.errorbar(*zip(*known, strict=True), color=colour, label=label, marker=".", lw=1)
     axes.set_yscale("log")
     axes.set_title("squared error in eps by noise level", fontsize=9)
     axes.set_xlabel("lambda = log(alpha / sigma): noise … image", fontsize=8)

@@ -1,5 +1,6 @@
 """What an evaluation was made with: how long each part took, on which machine, with which versions."""
 
+import hashlib
 import os
 import platform
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ddpm import __version__
 
@@ -40,6 +42,11 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def sha256(images: Tensor) -> str:
+    """Of uint8 images: which they were, whatever their dataset is called."""
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -75,6 +75,7 @@ def read(spec: str) -> Evaluation:
 
 def _checked(raw: Any) -> Evaluation:
     """Raises ValueError and its kin for what no `write` has written."""
+    json.dumps(raw, allow_nan=False)  # JSON of Python's may hold NaN and infinity, anywhere
     if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
         raise ValueError("another format")
     if not isinstance(raw["subject"], str) or len(raw["subject"]) > MAX_TEXT:
@@ -83,7 +84,7 @@ def _checked(raw: Any) -> Evaluation:
     if not all(isinstance(part, dict) for part in parts.values()) or len(parts["figures"]) > MAX_FIGURES:
         raise ValueError("no sets of keys")
     parts["figures"] = {name: _figure(figure) for name, figure in parts["figures"].items()}
-    notes = tuple(note for note in raw["notes"] if isinstance(note, str))
+    notes = tuple(note[:MAX_TEXT] for note in raw["notes"] if isinstance(note, str))
     return Evaluation(subject=raw["subject"], notes=notes, **parts)
 
 
@@ -97,7 +98,11 @@ def _figure(raw: Mapping[str, Any]) -> Figure:
             right = type(value) in (int, float) and math.isfinite(value)
         if not right:
             raise ValueError(key)
-    return Figure(**raw)
+    figure = Figure(**raw)
+    low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
+    if not low <= figure.value <= high:
+        raise ValueError("an interval without its value")
+    return figure
 
 
 def read_all(specs: list[str]) -> list[Evaluation]:

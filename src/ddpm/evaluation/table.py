@@ -12,6 +12,8 @@ NOTES = 12  # at most
 # What must be the same for figures to be compared.
 SAME = ("dataset", "image_size", "split", "split_images", "feature_sha256", "n")
 
+USUAL = {"guidance_scale": 1, "ema": True, "precision": "fp32"}  # said where it is not so
+
 
 class Row(NamedTuple):
     """How a figure is shown, and which way is better: -1 less, 1 more, 0 as the real ones."""
@@ -40,8 +42,8 @@ def _share(figure: Figure) -> str:
     return f"{100 * figure.value:.1f}{error} %"
 
 
-def _class_share(figure: Figure) -> str:
-    return f"{100 * figure.value:.1f} %" + (f" ({figure.text})" if figure.text else "")
+def _named_share(figure: Figure) -> str:
+    return _share(figure) + (f" ({_short(figure.text)})" if figure.text else "")
 
 
 ROWS = (
@@ -56,10 +58,10 @@ ROWS = (
     Row("coverage", "coverage", _number, 1),
     Row("confident", "sure of the class", _share, 1),
     Row("right_class", "of the class asked for", _share, 1),
-    Row("rarest_class", "rarest class", _class_share),
-    Row("most_frequent_class", "most frequent class", _class_share),
+    Row("rarest_class", "rarest class", _named_share),
+    Row("most_frequent_class", "most frequent class", _named_share),
     Row("cas", "classifier trained on it", _share, 1),
-    Row("memorized", "close to a training image", _share, -1),
+    Row("memorized", "close to a training image", _named_share, -1),
     Row("memorized_relative", "  for its neighbourhood", _share, -1),
     Row("bits_per_dim", "bits per dimension", _number, -1),
     Row("eps_loss", "error in eps, test", _number, -1),
@@ -117,12 +119,18 @@ def differing(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
 def protocol(evaluation: Evaluation) -> str:
     """What the figures are of, and what they cost, in one line."""
     about: Mapping[str, object] = evaluation.protocol
-    size, sampler, seconds = (about.get(key) for key in ("image_size", "sampler", "seconds"))
+    size, sampler, seconds = _short(about.get("image_size")), about.get("sampler"), about.get("seconds")
     text = f"{_count(about.get('n'))} images"
     if isinstance(sampler, dict):
         text += f" of {evaluation.subject} (step {_short(about.get('step'))})"
         text += f" by {_short(sampler.get('name'))}, {_short(about.get('num_steps'))} steps"
         text += f" ({_short(about.get('evaluations_per_image'))} evaluations each)"
+        unusual = [
+            f"{key}={_short(about[key])}"
+            for key, usual in USUAL.items()
+            if key in about and about[key] != usual
+        ]
+        text += "".join(f", {each.lower()}" for each in unusual)
     text += f", seed {_short(about.get('seed', '?'))}"
     text += f"; against {_count(about.get('split_images'))} test images of {_short(about.get('dataset'))} {size}×{size}"
     if "feature_network" in about:
@@ -143,7 +151,7 @@ def _head(subject: str) -> str:
 
 
 def _count(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else _short(value)
+    return _short(f"{value:,}" if isinstance(value, int) else value)
 
 
 def _short(value: object) -> str:
