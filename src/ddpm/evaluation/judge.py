@@ -180,11 +180,8 @@ def likelihood(
         figures["bits_per_dim"] = Figure(bits.value, error=bits.error, n=bits.n)
     except (UserError, ValueError) as error:
         notes.append(f"no bits_per_dim: {error}")
-    few = min(n, ENOUGH)
-    for name, figure, split, k in (
-        ("test", "eps_loss", data.test, n),
-        ("train", "eps_loss_train", data.train, few),
-    ):
+    for name, figure, k in (("test", "eps_loss", n), ("train", "eps_loss_train", min(n, ENOUGH))):
+        split: Split = getattr(data, name)
         try:
             loss = eps_loss(model, split, n=min(k, len(split)), n_draws=k, **common)
         except UserError as error:
