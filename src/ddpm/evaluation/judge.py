@@ -168,7 +168,6 @@ def likelihood(
     """Bits per dimension of test images, and the error in eps on n test images (or all) and on training images.
 
     Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what judging costs.
-
     What cannot be had is left out, with a note that says why: the images that were drawn are worth keeping.
     """
     if min(n, len(data.test), len(data.train)) < 2:
