@@ -337,6 +337,12 @@ def many_entries(path: Path) -> str:
     return str(path)
 
 
+def nameless(path: Path) -> str:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", header_of("'|u1'", "(4, 8, 8)", bytes(256)))
+    return str(path)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], str], str]] = {
     "objects": (lambda p: saved(p, images=np.array([{}], object)), "must be whole numbers"),
     "code in the header": (
@@ -363,6 +369,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], str], str]] = {
         lambda p: zipped(p, images=b"\x93NUMPY\x02\x00\xff\xff\xff\xff"),
         "a header of 4294967295",
     ),
+    "truth in eight bytes": (
+        lambda p: zipped(p, images=header_of("'|b8'", "(4, 8, 8)", bytes(2048))),
+        "must be whole numbers",
+    ),
+    "a name without its ending": (nameless, "has no array 'images'"),
     "no array": (lambda p: zipped(p, images=b"hello"), "no array of numpy"),
     "many entries": (many_entries, "too many entries"),
     "damaged": (lambda p: damaged(p, 600), "no whole .npz file"),

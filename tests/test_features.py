@@ -234,6 +234,25 @@ def test_features_are_trained_once_and_cached(unknown, tmp_path):
     assert len(said) == 3 and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+def test_a_cached_file_is_looked_at_closely_but_needs_no_lock(unknown, tmp_path, monkeypatch):
+    made = features_for(unknown, CPU, ignore)
+    (file,) = tmp_path.glob("*.safetensors")
+    arrays = load_arrays(file, features.MAX_BYTES)
+    matrix, said = arrays["whitening.matrix"], list[str]()
+    for wrong in (
+        {"whitening.matrix": matrix.astype(np.int8)},
+        {"whitening.matrix": matrix.astype(np.float32)},
+        {"whitening.matrix": matrix[:, :0]},
+        {"whitening.mean": np.full(len(matrix), np.nan)},
+        {"classifier.bias": np.zeros(4, np.uint16)},
+    ):
+        save_arrays(file, {**arrays, **wrong})
+        assert features_for(unknown, CPU, said.append).sha256 == made.sha256
+    assert len(said) == 5, "made anew each time"
+    monkeypatch.setattr(features, "FileLock", None)  # a folder that may only be read
+    assert features_for(unknown, CPU, said.append).sha256 == made.sha256 and len(said) == 5
+
+
 def test_a_cache_that_cannot_be_written_is_an_error(unknown, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file"))
@@ -265,12 +284,14 @@ class FakeInception(nn.Module):
         self.register_buffer("table", torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        assert x.dtype == torch.uint8 and x.shape[1] == 3 and len(x) <= 50
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
         assert torch.equal(x[:, 0], x[:, 2]), "grey images are repeated"
         return ((x[:, 1].flatten(1).float() / 255) @ self.table,)
 
 
 def test_inception_features_are_whitened_too(monkeypatch):
+    """And made in batches that a GPU can hold."""
     module = ModuleType("torch_fidelity")
     module.FeatureExtractorInceptionV3 = FakeInception
     monkeypatch.setitem(sys.modules, "torch_fidelity", module)
@@ -348,6 +369,21 @@ def test_accuracy_score_of_real_mnist():
     train, test = data.train, data.test
     score = accuracy_score(train.images[:10_000], train.labels[:10_000], test.images, test.labels, 10, 0, CPU)
     assert score.value >= 0.975 and score.n == 10_000
+
+
+def test_training_is_repeatable_on_a_gpu_too(data, monkeypatch):
+    """As far as can be seen without one: convolutions are asked for the same bits, as they are for embedding."""
+    asked, forward = [], FeatureNetwork.forward
+
+    def watched(self: FeatureNetwork, images: Tensor) -> object:
+        asked.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
+        return forward(self, images)
+
+    monkeypatch.setattr(FeatureNetwork, "forward", watched)
+    feature_training.fit(
+        FeatureNetwork(1, 8, 10), data.train.images, data.train.labels, Recipe(1, 1e-3), 0, CPU
+    )
+    assert asked == [(True, False)]
 
 
 def test_training_depends_on_seed_and_images_alone(data):

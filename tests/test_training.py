@@ -284,3 +284,12 @@ def test_labels_are_dropped_at_the_asked_rate() -> None:
     assert labels is not None
     dropped = labels == 3
     assert abs(dropped.float().mean() - 0.25) < 0.015 and torch.equal(labels[~dropped], y[~dropped])
+
+
+def test_bf16_on_a_cpu_that_lacks_it_is_said_by_the_key_that_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert runs.slow_in_bf16("precision", "bf16", cpu).startswith("precision=bf16: this CPU")
+    assert runs.slow_in_bf16("precision", "fp32", cpu) == ""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert runs.slow_in_bf16("precision", "bf16", cpu) == ""

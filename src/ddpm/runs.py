@@ -93,14 +93,14 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def slow_in_bf16(name: str, device: torch.device) -> str:
-    """What to tell a user who asks for bf16 on a CPU that has no instructions for it; else nothing."""
+def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
+    """What to tell a user whose `key` asks for bf16 on a CPU that has no instructions for it; else nothing."""
     if device.type != "cpu" or precision(name, device) != torch.bfloat16:
         return ""
     asked = getattr(torch.cpu, "get_capabilities", None)  # younger than the oldest torch that will do
     if asked is None or any(asked().get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16")):
         return ""
-    return f"trainer.precision={name}: this CPU has no instructions for it; fp32 is likely to be faster"
+    return f"{key}={name}: this CPU has no instructions for it; fp32 is likely to be faster"
 
 
 DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes")  # of the environment

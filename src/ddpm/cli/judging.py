@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, sampling
+from ddpm import build, checkpoint, runs, sampling
 from ddpm.cli import folders
 from ddpm.cli.evaluate import EvalConfig
-from ddpm.cli.progress import tell
+from ddpm.cli.progress import of_steps, tell
 from ddpm.config import choices
 from ddpm.datasets.types import Dataset
 from ddpm.distributed import agreed, in_turn, told
@@ -35,7 +35,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     with agreed(own):
         model, meta = sampling.load(path, device, config.ema, config.precision)
     data = in_turn(own, lambda: dataset_of(config, model))
-    say(own, *notes, data.notice)
+    say(own, *notes, data.notice, runs.slow_in_bf16("precision", config.precision, device))
     with agreed(own), shown_parts(config, own, clock):
         bench = make_bench(config, data, config.n, device, clock) if own.first else None
     with shown_steps(config, own, model, clock) as watched:
@@ -189,17 +189,8 @@ def shown_steps(config: EvalConfig, own: World, model: Model, clock: Clock) -> I
     """A bar on a terminal, and what `judge.draw` tells it."""
     num_steps, share = len(sampling.levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None
-    with tqdm(
-        unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True, leave=False
-    ) as bar:
-
-        def count(left: int, size: int) -> None:
-            bar.total = bar.n + num_steps * -(-left // size)
-
-        def halved(left: int, size: int) -> None:
-            count(left, size)
-            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
-
-        count(share.stop - share.start, config.batch_size)
-        with clock("sampling"):
-            yield {"watch": lambda places, step: bar.update(), "halved": halved}
+    with (
+        of_steps(own, num_steps, share.stop - share.start, config.batch_size, leave=False) as (bar, smaller),
+        clock("sampling"),
+    ):
+        yield {"watch": lambda places, step: bar.update(), "halved": smaller}

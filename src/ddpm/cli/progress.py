@@ -3,11 +3,14 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ddpm.config import CONFIG_DIR
 from ddpm.errors import printable
+from ddpm.world import World
 
 if TYPE_CHECKING:
     from ddpm.runs import Run
@@ -58,6 +61,27 @@ class Log:
         if bar.disable or "val_loss" in record:
             line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
             self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
+
+
+@contextmanager
+def of_steps(
+    own: World, num_steps: int, n: int, batch_size: int, leave: bool
+) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
+    """On a terminal a bar over the steps of all batches; with it what is to be called when batches get smaller."""
+    from tqdm import tqdm
+
+    hidden = not (own.first and sys.stderr.isatty())
+    with tqdm(unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
+
+        def count(left: int, size: int) -> None:
+            bar.total = bar.n + num_steps * -(-left // size)
+
+        def smaller(left: int, size: int) -> None:
+            count(left, size)
+            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
+
+        count(n, batch_size)
+        yield bar, smaller
 
 
 def tell(text: str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +50,7 @@ def sample(config: SampleConfig) -> None:
 
 
 def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
-    from ddpm import build, checkpoint, sampling
+    from ddpm import build, checkpoint, runs, sampling
     from ddpm.cli import plan
     from ddpm.distributed import agreed, collected, told
 
@@ -63,7 +62,8 @@ def _sample_on(config: SampleConfig, own: World, device: "torch.device", started
     with agreed(own):
         model, meta = sampling.load(path, device, config.ema, config.precision)
         todo = plan.make(config, model)
-    for note in [*notes, *todo.notes] if own.first else []:
+    slow = runs.slow_in_bf16("precision", config.precision, device)
+    for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
         print(printable(note), flush=True)
     with agreed(own):
         drawn = _draw(config, model, todo, own)
@@ -115,18 +115,18 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE
     """This process's images, with a bar on a terminal."""
     import torch
     from torch import Tensor
-    from tqdm import tqdm
 
+    from ddpm.cli import progress
     from ddpm.cli.brought import guidance
     from ddpm.samplers import Step
     from ddpm.sampling import draw_all
 
     share, filmed = own.share(todo.n), _filmed(config, todo.n)
     film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
-    with tqdm(unit="step", disable=not (own.first and sys.stderr.isatty()), dynamic_ncols=True) as bar:
-
-        def count(left: int, size: int) -> None:
-            bar.total = bar.n + todo.num_steps * -(-left // size)
+    with progress.of_steps(own, todo.num_steps, share.stop - share.start, config.batch_size, leave=True) as (
+        bar,
+        smaller,
+    ):
 
         def watch(places: Tensor, step: Step) -> None:
             bar.update()
@@ -135,10 +135,8 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE
 
         def halved(left: int, size: int) -> None:
             film.pop(share.stop - left, None)
-            count(left, size)
-            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
+            smaller(left, size)
 
-        count(share.stop - share.start, config.batch_size)
         x, evaluations = draw_all(
             model,
             todo.sampler,

@@ -103,7 +103,7 @@ def _prepare(
     from ddpm import runs
 
     run = runs.prepare(config, data, device)
-    if note := runs.slow_in_bf16(config.trainer.precision, device):
+    if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
     if source is not None:
         runs.restore(run, source.path)

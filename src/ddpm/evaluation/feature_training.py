@@ -15,6 +15,7 @@ from ddpm.evaluation.feature_network import (
     dimensions,
     initialise,
     reconstruction_head,
+    repeatable,
     spread_out,
     unit,
     whitening,
@@ -72,17 +73,18 @@ def fit(
     modules.to(device)
     modules.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(modules.parameters(), weight_decay=WEIGHT_DECAY)
-    for step, index in enumerate(batches(len(images), recipe.steps, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * pace((step + 0.5) / recipe.steps)
-        x = unit(images[index], device)
-        moments, logits = network(x)
-        loss = F.cross_entropy(logits, labels[index].to(device))
-        if head is not None:
-            loss = loss + RECONSTRUCTION * F.mse_loss(head(moments), x.flatten(1))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    with repeatable():
+        for step, index in enumerate(batches(len(images), recipe.steps, seed)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * pace((step + 0.5) / recipe.steps)
+            x = unit(images[index], device)
+            moments, logits = network(x)
+            loss = F.cross_entropy(logits, labels[index].to(device))
+            if head is not None:
+                loss = loss + RECONSTRUCTION * F.mse_loss(head(moments), x.flatten(1))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
 
 
 def pace(part: float) -> float:
@@ -105,10 +107,7 @@ def batches(n: int, steps: int, seed: int) -> Iterator[Tensor]:
 def run(
     network: FeatureNetwork, images: Tensor, device: torch.device, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Moments (N, M) and logits (N, num_classes) of uint8 images, float32 on the CPU.
-
-    Without TF32, which a GPU would use by itself and which keeps 10 bits of 23: features must be the same everywhere.
-    """
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    """Moments (N, M) and logits (N, num_classes) of uint8 images, float32 on the CPU."""
+    with repeatable():
         parts = [network(unit(part, device)) for part in torch.split(images, batch_size)]
     return tuple(torch.cat([part[i] for part in parts]).cpu() for i in range(2))  # type: ignore[return-value]

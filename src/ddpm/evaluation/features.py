@@ -100,13 +100,17 @@ def load(path: Path, facts: Facts, device: torch.device) -> Features:
 
 def _from_arrays(arrays: Arrays, facts: Facts, device: torch.device) -> Features:
     network = FeatureNetwork(facts.channels, facts.image_size, facts.num_classes)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     try:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("not all of it is finite")
         transform = Whitening(tensors.pop("whitening.mean"), tensors.pop("whitening.matrix"))
         network.load_state_dict(tensors)
         if not transform.matrix.shape[:-1] == transform.mean.shape == (network.num_moments,):
-            raise KeyError("whitening")
-    except (KeyError, RuntimeError) as error:
+            raise ValueError("another whitening")
+        if transform.matrix.shape[1] < 1 or any(part.dtype != torch.float64 for part in transform):
+            raise ValueError("another whitening")
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"features of {facts.name}: the file holds those of another network") from error
     network.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
     return Features(
@@ -131,15 +135,13 @@ def _shipped(facts: Facts) -> Arrays:
 
 def _trained(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Arrays:
     path = cache_folder() / cache_name(data)
+    if arrays := _cached(path, data.facts):  # without a lock, as the folder may be read-only
+        return arrays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            try:
-                arrays = load_arrays(path, MAX_BYTES)
-                _from_arrays(arrays, data.facts, torch.device("cpu"))
+            if arrays := _cached(path, data.facts):  # another process has just made it
                 return arrays
-            except DataError:  # absent, or broken: made anew
-                pass
             for left_by_a_killed_process in leftovers(path.parent):
                 if left_by_a_killed_process.name.startswith(f".{path.name}."):
                     left_by_a_killed_process.unlink()
@@ -151,6 +153,16 @@ def _trained(data: Dataset, device: torch.device, say: Callable[[str], None]) ->
         raise DataError(
             f"{path}: cannot be written ({reason(error)}); set DDPM_CACHE to another folder"
         ) from error
+
+
+def _cached(path: Path, facts: Facts) -> Arrays | None:
+    """None where there is no such file, or a broken one."""
+    try:
+        arrays = load_arrays(path, MAX_BYTES)
+        _from_arrays(arrays, facts, torch.device("cpu"))
+    except DataError:
+        return None
+    return arrays
 
 
 def train(data: Dataset, seed: int, device: torch.device) -> Arrays:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ddpm.datasets.types import Facts
 from ddpm.errors import UserError
+from ddpm.evaluation.feature_network import repeatable
 
 Run = Callable[[Tensor, int], tuple[Tensor, None]]
+MAX_BATCH = 50  # images; each becomes 299×299, and a batch of hundreds takes gigabytes
 LAYER = "2048"  # the pooled features before the logits, those of the usual FID
 
 
@@ -41,10 +43,11 @@ def network(facts: Facts, device: torch.device, say: Callable[[str], None]) -> t
 
     @torch.inference_mode()
     def run(images: Tensor, batch_size: int) -> tuple[Tensor, None]:
-        parts = [
-            model(part.expand(-1, 3, -1, -1).contiguous().to(device))[0]
-            for part in torch.split(images, batch_size)
-        ]
+        with repeatable():
+            parts = [
+                model(part.expand(-1, 3, -1, -1).contiguous().to(device))[0]
+                for part in torch.split(images, min(batch_size, MAX_BATCH))
+            ]
         return torch.cat(parts).float().cpu(), None
 
     return run, _hash(model)

@@ -151,18 +151,6 @@ def eps_loss(
     return EpsLoss(mean, root_of_squares(additions), curve, len(images), draws.n, labelled)
 
 
-def loss_by_noise_level(
-    model: Model, data: Split, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
-) -> Curve:
-    """The curve of `eps_loss` from n evaluations of n images."""
-    return eps_loss(model, data, n=n, n_draws=n, seed=seed, batch_size=batch_size, world=world).curve
-
-
-def loss_gap(test: EpsLoss, train: EpsLoss) -> tuple[float, float]:
-    """How much larger the loss is on images that the model was not trained on, and its standard error."""
-    return test.mean - train.mean, math.hypot(test.error, train.error)
-
-
 def _eps_errors(x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
     return (estimate.eps - eps).double().square().mean(dim=(1, 2, 3))[None]
 

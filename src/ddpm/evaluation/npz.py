@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 31  # of a file, and of an array in it
 CHUNK = 1 << 20
 # What numpy.save writes in front of an array of plain numbers; anything else in there is not read.
 _HEADER = re.compile(
-    r"\{'descr': '([<|][biu][1248])', 'fortran_order': False, 'shape': \(((?:\d{1,12}, ?)*\d{0,12})\), \} *\n"
+    r"\{'descr': '([<|](?:b1|[iu][1248]))', 'fortran_order': False, 'shape': \(((?:\d{1,12}, ?)*\d{0,12})\), \} *\n"
 )
 
 

@@ -178,7 +178,7 @@ def _from_npz(text: str, path: Path, facts: Facts) -> Brought:
             raise UserError(f"samples={text}: {len(pixels):,} images, but labels of shape {header.shape}")
 
     with npz.opened(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         if not (of_images := next((name for name in IMAGES if name in names), None)):
             raise UserError(f"samples={text}: has no array '{IMAGES[0]}' (or '{IMAGES[1]}')")
         pixels = npz.read(archive, of_images, images_fit)
