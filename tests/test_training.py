@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import checkpoint, metrics, training
+from ddpm import checkpoint, metrics, runs, training
 from ddpm.cli import hydra_app
 from ddpm.config import TrainConfig, check
 from ddpm.datasets.batches import Batches
@@ -286,7 +286,9 @@ def test_labels_are_dropped_at_the_asked_rate() -> None:
     assert abs(dropped.float().mean() - 0.25) < 0.015 and torch.equal(labels[~dropped], y[~dropped])
 
 
-def test_bf16_on_a_cpu_that_lacks_it_is_said_by_the_key_that_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_on_a_cpu_that_lacks_it_is_said_by_the_key_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert runs.slow_in_bf16("precision", "bf16", cpu).startswith("precision=bf16: this CPU")
