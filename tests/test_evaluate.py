@@ -115,6 +115,7 @@ def test_test_images_lie_at_distance_0_and_are_found_out(bench: judge.Bench, dig
     assert "180 of 180 images are test images themselves: by construction" in " ".join(found.notes)
 
 
+@pytest.mark.slow
 def test_training_images_score_as_the_row_of_real_images(bench: judge.Bench, digits: Dataset) -> None:
     """Others than those that the row is of."""
     found = measured(bench, digits.train.images[-500:]).figures
@@ -211,7 +212,10 @@ def _noisy(x: torch.Tensor) -> torch.Tensor:
     return (x + noise).clamp(0, 255).round().byte()
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in list(CORRUPTIONS)[1:]), "blur"],
+)
 def test_what_is_wrong_with_images_shows(bench: judge.Bench, digits: Dataset, name: str) -> None:
     corrupt, figure, direction = CORRUPTIONS[name]
     images, labels = digits.train.images[-600:], digits.train.labels
@@ -280,6 +284,7 @@ def test_npz_is_read_as_it_was_written(tmp_path: Path, digits: Dataset) -> None:
     assert len(some.labels.unique()) > 5  # drawn, not the first of a sorted file
 
 
+@pytest.mark.slow
 def test_ddpm_samples_own_npz_is_read(run: Path, tmp_path: Path, digits: Dataset) -> None:
     from ddpm.cli import sample
     from ddpm.config import SampleConfig
@@ -401,6 +406,7 @@ def test_a_file_that_is_not_as_it_should_be_is_refused(tmp_path: Path, digits: D
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_file_makes_more_than_one_line(tmp_path: Path, digits: Dataset) -> None:
     """Every byte flipped, one at a time: either the same images, or a line."""
     file = tmp_path / "it.npz"
@@ -591,6 +597,7 @@ def test_mistakes_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_not_the_models_is_refused(run: Path, tmp_path: Path) -> None:
     for i in range(6):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
@@ -601,6 +608,7 @@ def test_a_dataset_that_is_not_the_models_is_refused(run: Path, tmp_path: Path) 
         ddpm_eval(f"ckpt={run}", *other, "dataset.image_size=16", *QUICK)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_something_goes_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,7 +88,10 @@ def test_the_floor_is_what_two_sets_of_one_gaussian_differ_by() -> None:
     assert abs(distances.mean().item() - floor) < 3 * error + 0.01 * floor
 
 
-@pytest.mark.parametrize("shape", ["gaussian", "laplace", "coloured", "different"])
+SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ("gaussian", "coloured", "different")]
+
+
+@pytest.mark.parametrize("shape", ["laplace", *SLOW])
 def test_the_bias_is_what_finite_sets_add(shape: str) -> None:
     n, d, repeats = 300, 5, 100
     make = {"gaussian": draws, "laplace": laplace, "coloured": draws, "different": draws}[shape]
@@ -136,7 +139,9 @@ def test_kid_is_the_mean_over_pairs() -> None:
     assert kid(x, y).value == pytest.approx(own_x + own_y - 2 * np.mean([k(a, b) for a in x for b in y]))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.05, 1.5])
+@pytest.mark.parametrize(
+    "scale", [pytest.param(1.0, marks=pytest.mark.slow), pytest.param(1.05, marks=pytest.mark.slow), 1.5]
+)
 def test_kid_is_unbiased_and_its_error_is_its_spread(scale: float) -> None:
     """E k(x, y) for independent centred Gaussians is 1 + 3 tr(AB)/d²; here A = I, B = scale² I."""
     d, repeats = 4, 200

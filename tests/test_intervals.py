@@ -42,7 +42,9 @@ def coverage(make: Make, scale: float, shift: float, n: int, m: int, d: int, rep
     return hits / repeats
 
 
-@pytest.mark.parametrize(("make", "scale", "shift"), [(white, 1, 0), (heavy, 0.9, 0.3)])
+@pytest.mark.parametrize(
+    ("make", "scale", "shift"), [(white, 1, 0), pytest.param(heavy, 0.9, 0.3, marks=pytest.mark.slow)]
+)
 def test_intervals_contain_the_truth(make: Make, scale: float, shift: float) -> None:
     assert coverage(make, scale, shift, n=150, m=300, d=4, repeats=60) >= 0.88
 

@@ -32,6 +32,10 @@ SCHEDULES = {
     "straight": straight(8),
     "zero": cosine(8, zero_terminal_snr=True),
 }
+FIRST_QUICK = [
+    schedule if name == "cosine" else pytest.param(schedule, marks=pytest.mark.slow)
+    for name, schedule in SCHEDULES.items()
+]
 
 
 class Knows(nn.Module):
@@ -139,7 +143,7 @@ def test_a_uniform_model_needs_log2_levels(levels: int, std: float) -> None:
     assert (bits.n, bits.evaluations, bits.labelled) == (50, 50, False)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", FIRST_QUICK, ids=SCHEDULES)
 def test_a_model_that_knows_nothing_pays_for_all_that_noising_hides(schedule: NoiseSchedule) -> None:
     """With x_0 = 0 said at every t, terms and prior add up to |x_0|^2 snr_0 / 2: each pays a difference."""
     data = split(300, 17, 1)
@@ -188,7 +192,7 @@ def joint_bound(schedule: NoiseSchedule, m: float, s: float, fraction: float) ->
 
 
 @pytest.mark.parametrize("fraction", [None, 0.3])
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", FIRST_QUICK, ids=SCHEDULES)
 def test_gaussian_data_have_the_bound_of_the_chains_own_recursion(
     schedule: NoiseSchedule, fraction: float | None
 ) -> None:
@@ -210,7 +214,10 @@ def test_gaussian_data_have_the_bound_of_the_chains_own_recursion(
     assert total.item() == pytest.approx(joint_bound(schedule, m, s, fraction or 0.0), rel=1e-9)
 
 
-@pytest.mark.parametrize(("prediction", "fraction"), [*((name, None) for name in PREDICTIONS), ("v", 0.3)])
+@pytest.mark.parametrize(
+    ("prediction", "fraction"),
+    [*(pytest.param(name, None, marks=pytest.mark.slow) for name in PREDICTIONS), ("v", 0.3)],
+)
 def test_of_gaussian_images_with_all_that_is_drawn(prediction: str, fraction: float | None) -> None:
     """16 pixels N(0, 0.25^2) in 256 greys: the recursion, and as the decoder a density times the grey's width."""
     schedule, s = linear(100), 0.25

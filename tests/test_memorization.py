@@ -58,7 +58,9 @@ def test_shifted_copies_are_found(down: int, right: int) -> None:
     assert result.identical == 0 and result.samples.nearest > result.samples.searched
 
 
-@pytest.mark.parametrize("degrees", [pytest.param(5.0, marks=slow), -7.5, pytest.param(10.0, marks=slow)])
+@pytest.mark.parametrize(
+    "degrees", [pytest.param(5.0, marks=slow), pytest.param(-7.5, marks=slow), pytest.param(10.0, marks=slow)]
+)
 def test_turned_copies_are_found(degrees: float) -> None:
     train, test, _ = digits(28)
     turned = turn(train[:60].float(), degrees).round().to(torch.uint8)

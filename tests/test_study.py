@@ -168,6 +168,7 @@ def forbid_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "draw", draw)
 
 
+@pytest.mark.slow
 def test_a_study_from_the_first_image_to_the_sampler_file(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
