@@ -154,4 +154,4 @@ def test_limits_name_real_keys() -> None:
     known = set(itertools.chain(*map(hydra_app.known_keys, ("train", "sample", "eval", "report", "export"))))
     assert set(LIMITS) <= known | {
         field for schema in (SampleConfig, TrainConfig) for field in schema.__dataclass_fields__
-    }
+    } | {"optimizer.name"}  # typed as optimizer=…
