@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from ddpm.datasets import mnist
-from ddpm.datasets.cache import Arrays, _content_hash
+from ddpm.datasets.cache import Arrays, content_hash
 from ddpm.datasets.folder import folder as image_folder
 from ddpm.datasets.folder import read_image
 from ddpm.datasets.hoda import Crops, load_crops, pack, read_cdb
@@ -226,7 +226,7 @@ def _check(crops: Crops) -> None:
 
 def _stored(arrays: Arrays) -> bytes:
     """What `save_arrays` writes, with the right hash."""
-    return safetensors.numpy.save(arrays, metadata={"sha256": _content_hash(arrays)})
+    return safetensors.numpy.save(arrays, metadata={"sha256": content_hash(arrays)})
 
 
 def _hash_again(data: bytes) -> bytes:
