@@ -268,6 +268,7 @@ def exact_figures(m: Model, levels: int, part: Tensor) -> tuple[float, float]:
     return nats.item() / NAT, loss.item()
 
 
+@pytest.mark.slow
 def test_the_errors_are_as_large_as_they_say() -> None:
     """Many small measurements, of other images each: they scatter around the exact figures by their own errors."""
     levels, part = 5, torch.tensor([0.6, 0.05, 0.1, 0.05, 0.2])

@@ -47,7 +47,8 @@ def test_held_out_images_pass_and_copies_do_not(size: int, channels: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("down", "right"), [pytest.param(1, 0, marks=slow), pytest.param(-1, 1, marks=slow), (2, -2)]
+    ("down", "right"),
+    [pytest.param(1, 0, marks=slow), pytest.param(-1, 1, marks=slow), pytest.param(2, -2, marks=slow)],
 )
 def test_shifted_copies_are_found(down: int, right: int) -> None:
     train, test, _ = digits(28)

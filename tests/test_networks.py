@@ -220,7 +220,7 @@ def test_unet_starts_by_predicting_zero_yet_learns_everywhere() -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_compiles_into_one_graph(precision: torch.dtype) -> None:
     network = scrambled(tiny(num_classes=3))
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

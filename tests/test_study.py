@@ -238,27 +238,30 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
     assert record.read(str(tmp_path / "one")).figures == record.read(str(first)).figures
 
 
+MISTAKES = [
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: a study loads model and data once"),
+    (["n=100,200"], "n: -m varies the sampler"),
+    (["dataset=digits,mnist"], "dataset: -m varies the sampler"),
+    (["sampler.num_steps=4,1001"], "1001"),
+    (["sampler.num_steps=4,0"], "sampler.num_steps=0: must be a number"),
+    (["sampler=ddim,ddimm"], "sampler=ddimm: must be one of .*did you mean 'ddim'"),
+    (["sampler=ddim,dpmpp_2m", "sampler.eta=0,1"], "sampler.eta"),
+    (["sampler=ddim", "sampler.num_steps=5,5"], "two settings are the same: sampler.num_steps=5"),
+    (["sampler=ddpm,ddim", "sampler.num_steps=4", "guidance_scale=1,2"], "guidance_scale need a model"),
+    (["sampler=ddpm", "sampler.variance=small,learned"], "sampler.variance=learned"),
+    (["sampler.spacing=logsnr,karas"], "sampler.spacing"),
+    (
+        ["sampler.num_steps=4,5", "measure=[neighbours]"],
+        r"measure=\[neighbours\]: -m compares by distance",
+    ),
+    (["sampler.num_steps=4,5", "compare=[a]"], "leave all but one out"),
+    (["sampler.num_steps=4,5", "out=FILE/x"], "cannot write to .*it is no folder"),
+]
+
+
 @pytest.mark.parametrize(
     ("typed", "words"),
-    [
-        (["hydra/launcher=joblib"], "hydra/launcher=joblib: a study loads model and data once"),
-        (["n=100,200"], "n: -m varies the sampler"),
-        (["dataset=digits,mnist"], "dataset: -m varies the sampler"),
-        (["sampler.num_steps=4,1001"], "1001"),
-        (["sampler.num_steps=4,0"], "sampler.num_steps=0: must be a number"),
-        (["sampler=ddim,ddimm"], "sampler=ddimm: must be one of .*did you mean 'ddim'"),
-        (["sampler=ddim,dpmpp_2m", "sampler.eta=0,1"], "sampler.eta"),
-        (["sampler=ddim", "sampler.num_steps=5,5"], "two settings are the same: sampler.num_steps=5"),
-        (["sampler=ddpm,ddim", "sampler.num_steps=4", "guidance_scale=1,2"], "guidance_scale need a model"),
-        (["sampler=ddpm", "sampler.variance=small,learned"], "sampler.variance=learned"),
-        (["sampler.spacing=logsnr,karas"], "sampler.spacing"),
-        (
-            ["sampler.num_steps=4,5", "measure=[neighbours]"],
-            r"measure=\[neighbours\]: -m compares by distance",
-        ),
-        (["sampler.num_steps=4,5", "compare=[a]"], "leave all but one out"),
-        (["sampler.num_steps=4,5", "out=FILE/x"], "cannot write to .*it is no folder"),
-    ],
+    [*MISTAKES[:3], *(pytest.param(*each, marks=pytest.mark.slow) for each in MISTAKES[3:])],
     ids=str,
 )
 def test_a_mistake_is_one_line_before_the_first_image(

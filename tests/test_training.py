@@ -131,7 +131,9 @@ def test_previews_and_logging_change_nothing(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("killed", [1, 3, 5])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str], killed: int) -> None:
     data = tiny_data()
     whole = train(tmp_path / "whole", *overrides)
