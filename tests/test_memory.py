@@ -1,8 +1,6 @@
 """Out of memory: one line with what would have fitted, and smaller chunks where nothing else changes."""
 
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,26 +134,6 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
 
 
-FAULTS = """
-import resource, sys
-import torch
-from ddpm import memory
-assert sys.argv[1] == "as it is" or memory.keep_freed()
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(2**24)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
-def test_memory_that_is_freed_is_not_given_back() -> None:
-    """Once it has been touched, the kernel need not clear it again: ten times 64 MiB, in units of 64 MiB."""
-
-    def cleared(how: str) -> float:
-        line = [sys.executable, "-c", FAULTS, how]
-        return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
-
-    assert cleared("kept") < 1 and cleared("as it is") > 9
+def test_memory_that_is_freed_is_kept_where_glibc_is() -> None:
+    """What that gains in a step, scripts/bench_recipe.py measures: it depends on where blocks happen to lie."""
+    assert memory.keep_freed() == (platform.libc_ver()[0] == "glibc")
