@@ -49,7 +49,7 @@ class Plan:
 def study(typed: list[str]) -> None:
     """The whole of a multirun. Raises UserError before anything is drawn where one setting is wrong."""
     plan = _planned(typed)
-    from ddpm import build, checkpoint, memory, sampling
+    from ddpm import build, checkpoint, memory, runs, sampling
 
     memory.keep_freed()
     ckpt, device = plan.common.ckpt, build.device(plan.common.device)
@@ -57,6 +57,8 @@ def study(typed: list[str]) -> None:
     path, notes = checkpoint.newest_good(checkpoint.find(ckpt), check=build.examine)
     out = Path(plan.common.out) if plan.common.out else folders.of_run(path) / "evaluations" / "study"
     folders.check_results(str(out), out)
+    if slow := runs.slow_in_bf16("precision", plan.common.precision, device):
+        notes.append(slow)
     for note in notes:
         tell(printable(note))
     model, meta = sampling.load(path, device, plan.common.ema, plan.common.precision)
