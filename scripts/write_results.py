@@ -91,7 +91,8 @@ def _commands(recipe: str, seeds: list[Seed]) -> str:
             for values in ([row.sampler["name"] for row in rows], [str(row.num_steps) for row in rows])
         )
         swept = f"sampler={names} sampler.num_steps={steps}"
-    lines.append(f"ddpm-eval -m ckpt={run} {_told(about)} {swept}")
+    if studies or not seeds:
+        lines.append(f"ddpm-eval -m ckpt={run} {_told(about)} {swept}")
     return "\n".join(["```", *lines, f"python scripts/write_results.py --store {run} {recipe}", "```", ""])
 
 
