@@ -54,7 +54,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
         zipfile.BadZipFile,
         zlib.error,
         struct.error,
-        NotImplementedError,
+        NotImplementedError,  # what zipfile says of a compression that it does not know
         RuntimeError,
         EOFError,
         ValueError,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ddpm.errors import printable
 from ddpm.evaluation.record import Evaluation, Figure
+from ddpm.evaluation.table import aligned
 from ddpm.files import write_atomically
 
 FORMAT_VERSION = 1
@@ -176,16 +177,8 @@ def _value(figure: Figure | None) -> str:
 
 def table(study: Study) -> str:
     """For a terminal."""
-    lines = cells(study)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*(line.rstrip() for line in aligned), described(study), verdict(study)])
+    text = aligned(cells(study))
+    return "\n".join([*(line.rstrip() for line in text), described(study), verdict(study)])
 
 
 def described(study: Study) -> str:

@@ -84,17 +84,21 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return lines
 
 
-def table(evaluations: Sequence[Evaluation]) -> str:
-    """For a terminal: figures in rows, each evaluation in a column, then what they were made with and their doubts."""
-    lines = rows(evaluations)
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """For a terminal: figures in rows, each evaluation in a column, then what they were made with and their doubts."""
+    text = aligned(rows(evaluations))
     for key, values in differing(evaluations).items():
         text.append(f"not to be compared: {key} differs ({', '.join(values)})")
     for evaluation in evaluations:
