@@ -129,18 +129,18 @@ def _load(text: str, name: str, facts: Facts, trained_on: Choice, data_root: str
     return data
 
 
-def indices(places: str, text: str) -> list[int]:
-    """Numbers and ranges, such as 0-15 or 3,5,8 or 0-3,7."""
+def indices(places: str, text: str, key: str = "input", most: int = MAX_INPUTS) -> list[int]:
+    """Numbers and ranges, such as 0-15 or 3,5,8 or 0-3,7. Raises UserError that names `key` for more than `most`."""
     wanted: list[int] = []
     for item in places.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise UserError(
-                f"input={text}: '{item}' must be a number or a rising range, as in mnist:test:0-3,7"
+                f"{key}={text}: '{item}' must be a number or a rising range, as in mnist:test:0-3,7"
             )
-        if len(wanted) + last - first >= MAX_INPUTS:
-            raise UserError(f"input={text}: too many images; allowed: 1 to {MAX_INPUTS}")
+        if len(wanted) + last - first >= most:
+            raise UserError(f"{key}={text}: too many images; allowed: 1 to {most}")
         wanted += range(first, last + 1)
     return wanted
 

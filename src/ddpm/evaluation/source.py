@@ -23,6 +23,7 @@ from ddpm.datasets.reading import reason, user_path
 from ddpm.datasets.types import Dataset, Facts
 from ddpm.errors import DataError, UserError
 from ddpm.evaluation import npz
+from ddpm.inputs import indices
 from ddpm.randomness import permutation
 from ddpm.values import nearest
 
@@ -103,26 +104,11 @@ def _from_dataset(
     labels = split.labels if same else None
     if places is None:
         return Brought(split.images, labels)
-    wanted = torch.tensor(_places(text, places, len(split)))
+    chosen = indices(places, text, "samples", MAX_IMAGES)
+    if max(chosen) >= len(split):
+        raise UserError(f"samples={text}: this split has the images 0 to {len(split) - 1}")
+    wanted = torch.tensor(chosen)
     return Brought(split.images[wanted], None if labels is None else labels[wanted])
-
-
-def _places(text: str, places: str, have: int) -> list[int]:
-    """Numbers and ranges, such as 0-9999 or 3,5,8."""
-    wanted: list[int] = []
-    for item in places.split(","):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise UserError(
-                f"samples={text}: '{item}' must be a number or a rising range, as in mnist:train:0-9999"
-            )
-        if last >= have:
-            raise UserError(f"samples={text}: this split has the images 0 to {have - 1}")
-        if len(wanted) + last - first >= MAX_IMAGES:
-            raise UserError(f"samples={text}: too many images; allowed: {MAX_IMAGES:,}")
-        wanted += range(first, last + 1)
-    return wanted
 
 
 def _from_folder(text: str, folder: Path, facts: Facts) -> Brought:
