@@ -80,7 +80,8 @@ def test_only_config_and_cli_know_hydra_and_only_cli_prints_or_exits() -> None:
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
         }
         assert not calls & {"print", "exit", "exec", "eval"}, file
-        assert not tops & {"pickle", "subprocess"}, file
+        starts_gcc = {"subprocess"} if file.name == "native.py" else set()
+        assert not (tops & {"pickle", "subprocess"}) - starts_gcc, file
         harmless = {"importlib.util.find_spec"}  # which looks for a package and does not import it
         assert not {name for name in imports(file) if name.startswith("importlib")} - harmless, file
 

@@ -18,6 +18,7 @@ from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.diffusion import Objective
 from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Entry, Meta
+from ddpm.networks import group_norm
 from ddpm.optimizers import OPTIMIZERS, state_names
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
@@ -103,9 +104,8 @@ def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
     return f"{key}={name}: this CPU has no instructions for it; fp32 is likely to be faster"
 
 
-DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes")  # of the environment
-
-
+# of the environment
+DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm")
 _OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  # the data itself is compared
 
 
@@ -121,6 +121,7 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
+        "group_norm": "torch" if cuda or group_norm.missing() else "own",
     }
 
 

@@ -101,10 +101,13 @@ def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
     from ddpm import runs
+    from ddpm.networks import group_norm
 
     run = runs.prepare(config, data, device)
     if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
+    if device.type == "cpu" and (why := group_norm.missing()):
+        run.notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     if source is not None:
         runs.restore(run, source.path)
     elif own.first and config.trainer.init_from is not None:

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.networks.group_norm import normed
+
+WIDE_HEAD, FEW_TOKENS = 32, 256  # where plain products beat fused attention in bf16 on a CPU
+
 
 class UNet(nn.Module):
     """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
@@ -100,7 +104,7 @@ class UNet(nn.Module):
                 x = attention(block(torch.cat([x, skips.pop()], dim=1), emb))
             if "resize" in level:
                 x = level["resize"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        x = self.conv_out(F.silu(_normed(self.norm_out, x)))
+        x = self.conv_out(normed(self.norm_out, x))
         return x
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -132,9 +136,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h: Tensor = self.conv_1(F.silu(_normed(self.norm_1, x)))
-        h = h + self.time(emb)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(_normed(self.norm_2, h))))
+        h: Tensor = self.conv_1(normed(self.norm_1, x))
+        h = self.conv_2(self.dropout(normed(self.norm_2, h, self.time(emb))))
         x = self.shortcut(x)
         return x + h
 
@@ -152,15 +155,30 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = _normed(self.norm, x).permute(0, 2, 3, 1).reshape(n, h * w, c)  # a view in channels_last
+        tokens = (
+            normed(self.norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        )  # a view in channels_last
         qkv = self.qkv(tokens)
-        if x.device.type == "cpu":  # bf16 attention's backward takes up to 12 times as long there
-            qkv = qkv.to(self.qkv.weight.dtype)
         q, k, v = qkv.view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        with torch.autocast("cpu", enabled=False):  # else it casts back; touches no other device's autocast
-            mixed: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
-        mixed = self.out(mixed)
+        mixed = self.out(_attend(q, k, v).transpose(1, 2).reshape(n, h * w, c))
         return x + mixed.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v (Vaswani et al. 2017, eq. 1) for (N, heads, tokens, d).
+
+    On a CPU the backward pass of PyTorch's own attention is slow in bf16, up to 12 times slower than in float32. Two
+    products of matrices are the fastest where they are large enough for the CPU's bf16 units and few enough to store.
+    """
+    mixed: Tensor
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    elif q.shape[-1] >= WIDE_HEAD and q.shape[-2] <= FEW_TOKENS:
+        mixed = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
+    else:
+        with torch.autocast("cpu", enabled=False):  # else it casts back
+            mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return mixed
 
 
 def _zero(layer: nn.Conv2d | nn.Linear) -> None:
@@ -173,14 +191,6 @@ def _zero(layer: nn.Conv2d | nn.Linear) -> None:
 
 def _level(blocks: nn.ModuleList, resize: nn.Module | None) -> nn.ModuleDict:
     return nn.ModuleDict({"blocks": blocks} if resize is None else {"blocks": blocks, "resize": resize})
-
-
-def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """GroupNorm in the precision of its weights: float32 under autocast, as CUDA's autocast has it by itself.
-    On a CPU this is faster too: its bf16 kernel for channels_last takes about twice as long.
-    """
-    normed: Tensor = norm(x.to(norm.weight.dtype))
-    return normed.to(x.dtype)
 
 
 def class_table(num_classes: int, width: int) -> nn.Embedding:
