@@ -155,12 +155,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = (
-            normed(self.norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        )  # a view in channels_last
-        qkv = self.qkv(tokens)
+        pixels = normed(self.norm, x, silu=False).permute(0, 2, 3, 1)
+        qkv = self.qkv(pixels.reshape(n, h * w, c))  # a view in channels_last
         q, k, v = qkv.view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = self.out(_attend(q, k, v).transpose(1, 2).reshape(n, h * w, c))
+        mixed: Tensor = self.out(_attend(q, k, v).transpose(1, 2).reshape(n, h * w, c))
         return x + mixed.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
