@@ -8,6 +8,7 @@ import pytest
 
 from ddpm import config
 from ddpm.cli import hydra_app
+from ddpm.cli.keys import known_keys
 from ddpm.config import CONFIG_DIR, SampleConfig, TrainConfig, check, to_dict
 from ddpm.errors import UserError
 from ddpm.limits import LIMITS
@@ -141,7 +142,7 @@ def test_schema_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def test_every_number_has_limits() -> None:
-    keys = [key for key in hydra_app.known_keys("train") + hydra_app.known_keys("sample") if "." in key]
+    keys = [key for key in known_keys("train") + known_keys("sample") if "." in key]
     for key in keys:
         group, name = key.split(".")
         for content in config.choices(group).values():
@@ -151,7 +152,7 @@ def test_every_number_has_limits() -> None:
 
 
 def test_limits_name_real_keys() -> None:
-    known = set(itertools.chain(*map(hydra_app.known_keys, ("train", "sample", "eval", "report", "export"))))
+    known = set(itertools.chain(*map(known_keys, ("train", "sample", "eval", "report", "export"))))
     assert set(LIMITS) <= known | {
         field for schema in (SampleConfig, TrainConfig) for field in schema.__dataclass_fields__
     } | {"optimizer.name"}  # typed as optimizer=…

@@ -65,7 +65,7 @@ assert "load" in dir(ddpm) and issubclass(ddpm.UserError, Exception)
 heavy = {"torch", "numpy", "hydra", "omegaconf", "PIL", "sklearn", "matplotlib", "diffusers"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 ddpm.load
-assert "torch" in sys.modules and not {"hydra", "sklearn", "matplotlib", "diffusers"} & sys.modules.keys()
+assert "torch" in sys.modules and not heavy - {"torch", "numpy", "PIL"} & sys.modules.keys()
 try:
     ddpm.lead
 except AttributeError as error:

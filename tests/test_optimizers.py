@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition it stands for, and against AdamW where it is AdamW."""
+"""Muon against the singular value decomposition it stands for, and AdamW against torch's."""
 
 from copy import deepcopy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.optimizers import MOMENTUM, Muon, orthogonal, state_names
+from ddpm.optimizers import MOMENTUM, OPTIMIZERS, Optimizer, orthogonal, state_names
 
 
 def network() -> nn.Sequential:
@@ -20,8 +20,8 @@ def with_gradients(net: nn.Module, scale: float = 1.0) -> nn.Module:
     return net
 
 
-def muon(net: nn.Module, lr: float = 0.01, weight_decay: float = 0.0) -> Muon:
-    return Muon(net, lr, (0.9, 0.99), weight_decay)
+def muon(net: nn.Module, lr: float = 0.01, weight_decay: float = 0.0) -> Optimizer:
+    return OPTIMIZERS["muon"](net, lr, (0.9, 0.99), weight_decay)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 288), (2, 288, 32)])
@@ -41,19 +41,19 @@ def test_orthogonal_of_almost_nothing_is_no_more(size: float) -> None:
     assert orthogonal(torch.full((1, 32, 40), size)).abs().max() < 1e-3
 
 
-def test_small_weights_and_all_biases_are_adamws() -> None:
+@pytest.mark.parametrize(("name", "others"), [("adamw", ()), ("muon", ("1.weight", "3.weight"))])
+def test_adamw_is_torchs_and_so_is_muon_but_for_the_matrices(name: str, others: tuple[str, ...]) -> None:
     ours, theirs = with_gradients(network()), with_gradients(network())
-    optimizer, adamw = (
-        muon(ours, weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1, fused=True),
-    )
-    for _ in range(3):
+    optimizer = OPTIMIZERS[name](ours, 0.01, (0.9, 0.99), 0.1)
+    adamw = torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    for found_inf in (0, 0, 1, 0):  # as a skipped step does not count
+        optimizer.found_inf = adamw.found_inf = torch.tensor(float(found_inf))  # type: ignore[attr-defined]
         optimizer.step()
         adamw.step()
-    for name, p in ours.named_parameters():
-        same = torch.equal(p, theirs.get_parameter(name))
-        assert same == (name not in ("1.weight", "3.weight")), name
-        assert set(optimizer.state[p]) == set(state_names(optimizer, p)), name
+    for parameter, p in ours.named_parameters():
+        same = torch.equal(p, theirs.get_parameter(parameter))
+        assert same == (parameter not in others), parameter
+        assert set(optimizer.state[p]) == set(state_names(optimizer, p)), parameter
 
 
 def test_first_update_of_a_matrix_is_the_orthogonal_gradient() -> None:
@@ -87,6 +87,23 @@ def test_what_is_not_finite_leaves_weights_and_state_alone() -> None:
     with_gradients(net)
     optimizer.step()
     assert not any(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_scaler_skips_what_overflowed_and_does_not_wait(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, scaler = with_gradients(network(), float("inf")), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = OPTIMIZERS[name](net, 0.01, (0.9, 0.99), 0.1)
+    before = deepcopy(net.state_dict())
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("asked the device"))
+        scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+    assert scaler.get_scale() == 2.0
 
 
 def test_memory_layout_changes_nothing() -> None:

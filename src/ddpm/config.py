@@ -14,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from ddpm import yaml_files
 from ddpm.errors import UserError
 from ddpm.values import like, nearest
 
@@ -224,9 +223,7 @@ def choices(group: str) -> dict[str, dict[str, Any]]:
 @cache
 def _files(group: str) -> dict[str, dict[str, Any]]:
     files = sorted((CONFIG_DIR / group).glob("*.yaml"))
-    return {
-        file.stem: typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))) for file in files
-    }
+    return {file.stem: yaml_files.read(file) for file in files}
 
 
 def plugin_hint(group: str) -> str:

@@ -1,11 +1,11 @@
 """Optimizers: AdamW, and Muon for the matrices inside a network. To add one, write it and put it into `OPTIMIZERS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw as adamw_
+from torch.optim.adamw import adamw
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 MOMENTUM = 0.95
@@ -13,25 +13,39 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # singular values end within about 0.
 SMALLEST = 32  # rows and columns of a matrix; first and last layers, class tables and the like have fewer
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before each update (Jordan et al. 2024), AdamW for all the rest.
+class Optimizer(torch.optim.Optimizer):
+    """AdamW, fused (Loshchilov & Hutter 2019), but for `matrices`: those are Muon's (Jordan et al. 2024).
 
-    A convolution's weight is the matrix of its outputs over its inputs. An update is scaled to 0.2 of the learning
-    rate, root mean square, about what AdamW's is, so that one rate serves both (Liu et al. 2025, *Muon is scalable for
-    LLM training*, eq. 4). `dtype` is what the matrices are multiplied in. `found_inf`: where this is 1, `step` leaves
-    weights and state as they are, without asking the host.
+    Muon's momentum is made orthogonal before each update. A convolution's weight is the matrix of its outputs over its
+    inputs. An update is scaled to 0.2 of the learning rate, root mean square, about what AdamW's is, so that one rate
+    serves both (Liu et al. 2025, *Muon is scalable for LLM training*, eq. 4). `found_inf`: where this is 1, `step`
+    leaves weights and state as they are, without asking the host.
+
+    Torch's own AdamW imports torch's compiler, which is a third of the time until the first step; so do
+    `add_param_group` and `zero_grad` of its base class. Clear a network's gradients with the network's `zero_grad`.
     """
 
     found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf then, and does not wait
 
     def __init__(
-        self, network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+        self,
+        network: nn.Module,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        matrices: Collection[nn.Parameter] = (),
     ) -> None:
-        matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p).shape) >= SMALLEST]
         own = set(matrices)
         rest = [p for p in network.parameters() if p not in own]
-        groups = [{"params": p, "turned": turned} for p, turned in ((matrices, True), (rest, False)) if p]
-        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        groups = [{"params": list(matrices), "turned": True}, {"params": rest, "turned": False}]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.param_groups.append({**self.defaults, **param_group})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -71,7 +85,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         states = {key: [self.state[p][key] for p in parameters] for key in ADAMW_STATE}
         beta_1, beta_2 = group["betas"]
-        adamw_(
+        adamw(
             list[Tensor](parameters),
             [p.grad for p in parameters if p.grad is not None],
             states["exp_avg"],
@@ -114,12 +128,10 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def adamw(
-    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused."""
-    parameters = network.parameters()
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+def muon(network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> Optimizer:
+    """Muon for the matrices inside a network, AdamW for all the rest."""
+    matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p).shape) >= SMALLEST]
+    return Optimizer(network, lr, betas, weight_decay, matrices)
 
 
 def state_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
@@ -131,4 +143,4 @@ def state_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tu
     return ("momentum",) if turned else ADAMW_STATE
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": Muon}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": Optimizer, "muon": muon}

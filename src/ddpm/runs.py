@@ -19,7 +19,7 @@ from ddpm.diffusion import Objective
 from ddpm.errors import CheckpointError, UserError
 from ddpm.meta import Entry, Meta
 from ddpm.networks import group_norm
-from ddpm.optimizers import OPTIMIZERS, state_names
+from ddpm.optimizers import OPTIMIZERS, Optimizer, state_names
 from ddpm.schedules import NoiseSchedule
 from ddpm.timesteps import empty_history
 from ddpm.world import ALONE, World
@@ -35,7 +35,7 @@ class Run:
     objective: Objective
     network: nn.Module
     ema: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
     max_steps: int

@@ -126,7 +126,7 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
     )
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.network.zero_grad()
 
     own = torch.arange(len(x_0), device=run.device)[run.world.share(len(x_0))].chunk(trainer.accumulate)
     each = len(x_0) / run.world.size  # gradients are averaged over processes, so each sum is divided by this
@@ -156,7 +156,7 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
         found_inf = (~torch.isfinite(total + grad_norm)).float()
         now = torch.stack([torch.full_like(total, run.step + 1), total, grad_norm])
         run.bad = torch.where((run.bad[0] < 0) & (found_inf > 0), now, run.bad)
-        run.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        run.optimizer.found_inf = found_inf
         run.optimizer.step()
     update_ema(run.ema, run.network, trainer.ema_decay, run.step)
     return total, grad_norm
@@ -171,7 +171,7 @@ def trial(run: Run, n: int) -> None:
         clean = _layout(x_0, run.config.trainer.channels_last)
         loss = losses(run.network, run.objective, clean, t, torch.zeros_like(x_0), None)
     loss.mean().backward()  # type: ignore[no-untyped-call]
-    run.optimizer.zero_grad(set_to_none=True)
+    run.network.zero_grad()
 
 
 def _draw(

@@ -91,7 +91,7 @@ def _out_of_memory(run: "Run") -> UserError:
         return RankError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
     if run.device.type != "cuda":
         return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
-    run.optimizer.zero_grad(set_to_none=True)
+    run.network.zero_grad()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
     peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)

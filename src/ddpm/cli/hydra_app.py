@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.cli.help import show_help
+from ddpm.cli.keys import PATH_KEYS, completions, known_keys
 from ddpm.cli.load_plugins import load_plugins
 from ddpm.config import CONFIG_DIR, check, choices, plugin_hint
 from ddpm.errors import RankError, UserError, printable
@@ -21,17 +22,7 @@ from ddpm.values import nearest
 from ddpm.world import world_for_errors
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-PATH_KEYS: tuple[str, ...] = (
-    "run_dir",
-    "data_root",
-    "ckpt",
-    "out",
-    "input",
-    "mask",
-    "samples",
-    "dataset.path",
-)
-PATH_KEYS += ("trainer.resume", "trainer.init_from", "gpus")  # gpus=0,2,3 is one value, too
+QUOTED = (*PATH_KEYS, "gpus")  # gpus=0,2,3 is one value, too
 HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
 
 
@@ -53,6 +44,8 @@ def run(
         arguments = load_plugins(sys.argv[1:])
         if any(argument in ("-h", "--help") for argument in arguments):
             show_help(program)
+        elif arguments == ["-sc", "query=bash"]:  # TAB
+            print(" ".join(completions(program, os.environ.get("COMP_LINE", ""))))
         elif any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             enter_hydra(program, arguments, lambda config: None)
         elif "-m" in arguments or "--multirun" in arguments:
@@ -209,7 +202,7 @@ def quote_path(override: str, always: bool = False) -> str:
     """The override with its value in quotes, if it is a path."""
     key, equals, value = override.partition("=")
     bare = key.lstrip("+")
-    if not (always or bare in PATH_KEYS) or not equals or value in ("null", "") or value[0] in "'\"":
+    if not (always or bare in QUOTED) or not equals or value in ("null", "") or value[0] in "'\"":
         return override
     return f"{key}={quoted(value)}"
 
@@ -250,22 +243,6 @@ def one_line(error: Exception, program: str) -> str:
     if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
         return f"several values for {match[1]}: add -m to run a job for each, or write [a,b] for a list"
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def known_keys(program: str) -> list[str]:
-    """Every key that can be typed: those of configs/<program>.yaml, the groups, and the keys of all their files."""
-    from omegaconf import OmegaConf
-
-    top = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{program}.yaml"))
-    assert isinstance(top, dict)
-    groups = [next(iter(entry)) for entry in top["defaults"] if isinstance(entry, dict)]
-    groups = [group for group in groups if not group.startswith("override")] + ["model"] * (
-        program == "train"
-    )
-    keys = [key for key in map(str, top) if key not in ("defaults", "hydra")] + groups
-    for group in groups:
-        keys += {f"{group}.{key}" for file in choices(group).values() for key in file if key != "name"}
-    return keys
 
 
 def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:

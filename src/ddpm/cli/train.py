@@ -6,13 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import git, hydra_app, leases, signals
-from ddpm.cli.follow import follow
+from ddpm.cli import hydra_app, signals
 from ddpm.cli.progress import Log, duration, figures, tell, typed
 from ddpm.config import TrainConfig, to_dict
 from ddpm.errors import UserError
 from ddpm.files import reason, write_atomically
-from ddpm.report import FAILED
 from ddpm.world import World, world
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ def train(config: TrainConfig) -> float:
     One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
     """
     from ddpm import build
-    from ddpm.cli import tensorboard
+    from ddpm.cli import leases, tensorboard
     from ddpm.distributed import joined
 
     started, own = time.perf_counter(), world()
@@ -101,6 +99,7 @@ def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
     from ddpm import runs
+    from ddpm.cli import git
     from ddpm.networks import group_norm
 
     run = runs.prepare(config, data, device)
@@ -121,6 +120,8 @@ def _train_in(
 ) -> float:
     """All that is written is written here, by rank 0."""
     from ddpm.cli import resume, run_folder
+    from ddpm.cli.follow import follow
+    from ddpm.report import FAILED
 
     try:
         with signals.patient():
