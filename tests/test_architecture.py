@@ -31,6 +31,7 @@ LAYERS = [
     {"card", "crosscheck"},
     {"runs"},
     {"training"},
+    {"compiling"},
     {"cli"},
 ]
 

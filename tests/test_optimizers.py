@@ -27,7 +27,7 @@ def muon(net: nn.Module, lr: float = 0.01, weight_decay: float = 0.0) -> Optimiz
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 288), (2, 288, 32)])
 def test_orthogonal_keeps_the_directions_and_evens_out_the_sizes(shape: tuple[int, int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
-    y = orthogonal(x)
+    (y,) = orthogonal([x])
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ y @ v.mT  # diagonal: the same singular vectors
     size = inner.diagonal(dim1=1, dim2=2)
@@ -38,7 +38,7 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_sizes(shape: tuple[in
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-25, 1e-20])
 def test_orthogonal_of_almost_nothing_is_no_more(size: float) -> None:
     """A gradient that has ended leaves a momentum that fades through all sizes."""
-    assert orthogonal(torch.full((1, 32, 40), size)).abs().max() < 1e-3
+    assert orthogonal([torch.full((1, 32, 40), size)])[0].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("name", "others"), [("adamw", ()), ("muon", ("1.weight", "3.weight"))])
@@ -65,7 +65,7 @@ def test_first_update_of_a_matrix_is_the_orthogonal_gradient() -> None:
     after_momentum = (
         (1 - MOMENTUM) * (1 + MOMENTUM) * gradient
     )  # Nesterov's, of which only the direction counts
-    update = orthogonal(after_momentum.flatten(1)[None])[0].view(weight.shape)
+    update = orthogonal([after_momentum.flatten(1)[None]])[0].view(weight.shape)
     expected = before - 0.01 * 0.2 * 288**0.5 * update
     assert torch.allclose(weight, expected, atol=1e-6)
     size = (weight.detach() - before).square().mean().sqrt().item()
@@ -104,6 +104,14 @@ def test_a_gradient_scaler_skips_what_overflowed_and_does_not_wait(
     scaler.update()
     assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
     assert scaler.get_scale() == 2.0
+
+
+def test_stacks_of_one_long_or_short_side_go_through_together_and_come_out_alone() -> None:
+    shapes = [(2, 32, 40), (1, 32, 288), (3, 64, 32), (1, 64, 96)]
+    stacks = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+    for stack, turned in zip(stacks, orthogonal(stacks), strict=True):
+        alone = torch.cat([orthogonal([x[None]])[0] for x in stack])
+        assert turned.shape == stack.shape and torch.allclose(turned, alone, atol=1e-5)
 
 
 def test_memory_layout_changes_nothing() -> None:

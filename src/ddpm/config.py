@@ -75,7 +75,7 @@ class Trainer:
     accumulate: int
     precision: str
     channels_last: bool
-    compile: bool
+    compile: str
     ema_decay: float
     grad_clip: float
     log_every: int

@@ -1,6 +1,8 @@
 """Optimizers: AdamW, and Muon for the matrices inside a network. To add one, write it and put it into `OPTIMIZERS`."""
 
-from collections.abc import Callable, Collection
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,26 +59,30 @@ class Optimizer(torch.optim.Optimizer):
                 self._adamw(parameters, group)
 
     def _turn(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """All matrices at once, end to end: to launch a kernel for each takes a GPU longer than to run it."""
         skipped = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
-        weight = (1 - MOMENTUM) * (1 - skipped)
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in parameters:
-            by_shape.setdefault(_matrix(p).shape, []).append(p)
-        for shape, members in by_shape.items():
-            gradient = torch.stack([_matrix(p.grad) for p in members if p.grad is not None])
-            gradient = torch.where(skipped > 0, 0, gradient)  # 0 times inf is nan
-            for p in members:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros(p.shape, device=p.device)
-            momenta = [self.state[p]["momentum"] for p in members]
-            for momentum, own in zip(momenta, gradient, strict=True):
-                momentum.lerp_(own.view(momentum.shape), weight)
-            nesterov = gradient.lerp(torch.stack([_matrix(momentum) for momentum in momenta]), MOMENTUM)
-            updates = orthogonal(nesterov) * (lr * 0.2 * max(shape) ** 0.5 * (1 - skipped))
-            for p, update in zip(members, updates, strict=True):
-                if weight_decay:
-                    p.mul_(1 - lr * weight_decay * (1 - skipped))
-                p.sub_(update.view(p.shape))
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [_lying(self.state[p]["momentum"], p) for p in parameters]
+        momentum = torch.cat([m.flatten() for m in momenta])
+        gradient = torch.cat([_lying(p.grad, p).flatten() for p in parameters if p.grad is not None])
+        gradient = torch.where(skipped > 0, momentum, gradient)  # which leaves the momentum as it is
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        torch._foreach_copy_(momenta, _like(torch.split(momentum, [m.numel() for m in momenta]), momenta))
+
+        many = Counter(_matrix(p).shape for p in parameters)  # equal shapes stand side by side
+        ends = torch.split(
+            gradient.lerp(momentum, MOMENTUM), [n * math.prod(shape) for shape, n in many.items()]
+        )
+        stacks = [x.view(n, *shape) for x, (shape, n) in zip(ends, many.items(), strict=True)]
+        updates = [update for stack in orthogonal(stacks) for update in stack.unbind()]
+        torch._foreach_mul_(updates, [lr * 0.2 * max(update.shape) ** 0.5 for update in updates])
+        torch._foreach_mul_(updates, 1 - skipped)
+        if weight_decay:
+            torch._foreach_mul_(list[Tensor](parameters), 1 - lr * weight_decay * (1 - skipped))
+        weights = [_lying(p, p) for p in parameters]
+        torch._foreach_sub_(weights, _like(updates, weights))
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in parameters:
@@ -104,33 +110,58 @@ class Optimizer(torch.optim.Optimizer):
         )
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (N, rows, columns) with their singular values brought near 1: U V' of U S V', roughly.
+def orthogonal(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Stacks of matrices (N, rows, columns) with their singular values brought near 1: U V' of U S V', roughly.
 
     Five rounds of a quintic Newton-Schulz iteration (Jordan et al. 2024, after Bernstein & Newhouse 2024), on the
-    small square Gram matrix: all that the rounds do is multiply by a polynomial of it.
+    small square Gram matrices: all that the rounds do is multiply by a polynomial of them. So stacks that differ in
+    their long side only go through the rounds together.
     """
+    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
+    grams = [y @ y.mT for y in wide]
+    factors = dict[int, Tensor]()
+    for size in {gram.shape[1] for gram in grams}:
+        own = [i for i, gram in enumerate(grams) if gram.shape[1] == size]
+        gram = torch.cat([grams[i] for i in own])
+        square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-24)[:, None, None]  # of a matrix's norm
+        factor = _polynomial(gram / square) / square.sqrt()
+        factors |= zip(own, torch.split(factor, [len(grams[i]) for i in own]), strict=True)
+    turned = [factors[i] @ y for i, y in enumerate(wide)]
+    return [y if y.shape == x.shape else y.mT.contiguous() for x, y in zip(stacks, turned, strict=True)]
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """What the rounds multiply matrices by that have these Gram matrices (N, n, n) of norm 1 at most."""
     a, b, c = NEWTON_SCHULZ
-    tall = x.shape[1] > x.shape[2]
-    y = x.mT if tall else x
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)  # the squares of what is smaller vanish
-    gram, factor = y @ y.mT, torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
+    factor = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     for left in reversed(range(5)):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=1, dim2=2).add_(a)
         factor = step @ factor
         gram = step @ gram @ step if left else gram
-    turned: Tensor = factor @ y
-    return turned.mT if tall else turned
+    return factor
 
 
 def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def _lying(x: Tensor, p: Tensor) -> Tensor:
+    """x, of the shape of the weight p, with its dimensions in the order in which p lies in memory.
+
+    For the orthogonal matrix the order of columns is none.
+    """
+    return x if p.is_contiguous() else x.permute(0, 2, 3, 1)
+
+
+def _like(flat: Iterable[Tensor], shaped: Iterable[Tensor]) -> list[Tensor]:
+    return [x.view(y.shape) for x, y in zip(flat, shaped, strict=True)]
+
+
 def muon(network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> Optimizer:
     """Muon for the matrices inside a network, AdamW for all the rest."""
     matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p).shape) >= SMALLEST]
+    matrices.sort(key=lambda p: _matrix(p).shape)
     return Optimizer(network, lr, betas, weight_decay, matrices)
 
 

@@ -59,8 +59,6 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    if config.trainer.compile:
-        network.compile()  # in place: names of parameters stay as they are
     o = config.optimizer
     optimizer = OPTIMIZERS[o.name](network, lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=o.weight_decay)
     scaler = torch.amp.GradScaler(

@@ -193,10 +193,10 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
     `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
-    first = torch.zeros(len(names), dtype=torch.int64)  # the step, from 1; 0 is none
-    number = 0
+    first, number = torch.zeros(0), 0  # of each image the step, from 1; 0 is none
     for number, step in enumerate(steps, start=1):
-        first = first.to(step.x.device)
+        if number == 1:  # made where the images are: a copy would wait for them
+            first = torch.zeros(len(names), dtype=torch.int64, device=step.x.device)
         broken = ~torch.isfinite(step.x).flatten(1).all(1)
         first = torch.where(broken & (first == 0), number, first)
         yield step

@@ -163,14 +163,16 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def trial(run: Run, n: int) -> None:
-    """Forward and backward for n images, without an update: what it takes is what they need."""
+    """Forward and backward for n images, without an update: what it takes is what they need. Tells no other process."""
     c, size = run.facts.channels, run.facts.image_size
     x_0 = torch.zeros(n, c, size, size, device=run.device)
     t = torch.zeros(n, dtype=torch.int64, device=run.device)
-    with torch.autocast(run.device.type, *_autocast(run.config.trainer.precision, run.device)):
-        clean = _layout(x_0, run.config.trainer.channels_last)
-        loss = losses(run.network, run.objective, clean, t, torch.zeros_like(x_0), None)
-    loss.mean().backward()  # type: ignore[no-untyped-call]
+    y = torch.zeros_like(t) if run.config.model.params["conditional"] else None
+    with nullcontext() if run.parallel is None else run.parallel.no_sync():
+        with torch.autocast(run.device.type, *_autocast(run.config.trainer.precision, run.device)):
+            clean = _layout(x_0, run.config.trainer.channels_last)
+            loss = losses(run.parallel or run.network, run.objective, clean, t, torch.zeros_like(x_0), y)
+        loss.mean().backward()  # type: ignore[no-untyped-call]
     run.network.zero_grad()
 
 

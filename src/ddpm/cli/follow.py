@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     """The training, with its bar or plain lines; what signals ask for is done between two steps."""
-    from ddpm import memory
+    from ddpm import compiling, memory
     from ddpm.cli import tensorboard
     from ddpm.distributed import agreed
     from ddpm.training import fit, keep
@@ -24,11 +24,13 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     first, clock = run.step, time.perf_counter()
     exhausted = False
     try:
+        if note := compiling.begin(run):
+            log.say(note)
         with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
             asked = _asked(run)
             for progress in fit(run, data, run_dir):
                 bar.update()
-                if progress.step == first + 1:  # which also compiled, allocated and picked algorithms
+                if progress.step == first + 1:  # which also allocated and picked algorithms
                     clock = time.perf_counter()
                 elif progress.step == first + 4:
                     log.say(estimate(run, (time.perf_counter() - clock) / 3))

@@ -38,4 +38,7 @@ class Batches:
         return torch.cat(parts)
 
     def _draw_order(self, epoch: int) -> Tensor:
-        return permutation(self.seed, "order", epoch, len(self.images)).to(self.images.device)
+        order = permutation(self.seed, "order", epoch, len(self.images))
+        if self.images.is_cuda:  # from other memory the copy would wait for all that the GPU has yet to do
+            order = order.pin_memory()
+        return order.to(self.images.device, non_blocking=True)
