@@ -1,15 +1,17 @@
 """Out of memory: one line with what would have fitted, and smaller chunks where nothing else changes."""
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import memory, sampling
 from ddpm.cli import follow, sample
-from ddpm.config import Choice
+from ddpm.config import Choice, choose_sampler
 from ddpm.errors import UserError
 from ddpm.runs import prepare
 from tests.test_training import CPU, config, tiny_data
@@ -132,6 +134,31 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
     denoise = sampling.denoiser(model, sampler, None, sampling.Guidance())
     with pytest.raises(UserError, match=r"not finite from sampling step 2 of 4 on: image 9;"):
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
+
+
+def test_weights_are_cast_to_low_precision_once(model: sampling.Model) -> None:
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._to_copy.default and id(args[0]) in weights
+            return func(*args, **(kwargs or {}))
+
+    model.network.requires_grad_()  # as that of a checkpoint
+    weights = {id(parameter) for parameter in model.network.parameters()}
+
+    low, places, guidance = replace(model, precision=torch.bfloat16), torch.arange(2), sampling.Guidance()
+
+    def casts(num_steps: int) -> int:
+        sampler = choose_sampler("ddim", {"num_steps": num_steps})
+        steps = sampling.generation(low, sampler, places, 0)
+        with Casts() as seen:
+            sampling.draw_all(
+                low, sampler, guidance, None, places, steps, 2, lambda *_: None, lambda *_: None
+            )
+        return seen.count
+
+    assert casts(1) == casts(5) > 0
 
 
 def test_memory_that_is_freed_is_kept_where_glibc_is() -> None:

@@ -5,6 +5,7 @@ Everything holds for any pair (alpha, sigma), variance-preserving or not.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,8 +64,9 @@ def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale
 def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
     """(x_0, eps) by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
-    determinant = alpha * b - sigma * a
-    return (b * x_t - sigma * output) / determinant, (alpha * output - a * x_t) / determinant
+    determinant = alpha * b - sigma * a  # on the factors, as numbers cost less than images
+    x_0 = b / determinant * x_t - sigma / determinant * output
+    return x_0, alpha / determinant * output - a / determinant * x_t
 
 
 # Loss weights w on the squared error of x_0: tables over t, from that of snr = alpha^2 / sigma^2. Each takes
@@ -291,6 +293,6 @@ class Denoiser:
     def _evaluate(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         self.evaluations += 1
         low = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision, enabled=low):
+        with torch.autocast(x_t.device.type, self.precision) if low else nullcontext():
             output: Tensor = self.network(x_t, t, y)
         return output.float()

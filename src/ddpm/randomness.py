@@ -31,9 +31,9 @@ def normal(seed: int, stream: str, step: int, index: Tensor, shape: tuple[int, .
     """
     count = math.prod(shape)
     words = _words(key(seed, stream, step), index, (count + 1) // 2)
-    radius = ((_shift(words, 32) + 1).float() * 2**-32).log_().mul_(-2).sqrt_()
-    angle = (words & 0xFFFFFFFF).float() * (2 * math.pi * 2**-32)
-    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    radius = _shift(words, 32).add_(1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
+    angle = words.bitwise_and_(0xFFFFFFFF).float().mul_(2 * math.pi * 2**-32)
+    pairs = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
     return pairs[:, :count].reshape(len(index), *shape)
 
 
@@ -54,11 +54,11 @@ def _words(key: int, index: Tensor, count: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return z ^ _shift(z, 31)
+    z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX_1)
+    z = _shift(z, 27).bitwise_xor_(z).mul_(_MIX_2)
+    return _shift(z, 31).bitwise_xor_(z)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)

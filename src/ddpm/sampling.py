@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,21 +194,18 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
     `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
-    first, number = torch.zeros(0), 0  # of each image the step, from 1; 0 is none
-    for number, step in enumerate(steps, start=1):
-        if number == 1:  # made where the images are: a copy would wait for them
-            first = torch.zeros(len(names), dtype=torch.int64, device=step.x.device)
-        broken = ~torch.isfinite(step.x).flatten(1).all(1)
-        first = torch.where(broken & (first == 0), number, first)
+    largest = list[Tensor]()  # magnitude in each image after each step, which inf and nan carry along
+    for step in steps:
+        largest.append(step.x.flatten(1).abs().amax(1))
         yield step
-    if first.any():
-        images = names[(first > 0).cpu()].tolist()
+    if largest and (broken := ~torch.isfinite(torch.stack(largest)).cpu()).any():
+        images = names[broken.any(0)].tolist()
         listed = ", ".join(map(str, images[:10])) + (
             f" and {len(images) - 10} more" if len(images) > 10 else ""
         )
         raise UserError(
-            f"not finite from sampling step {int(first[first > 0].min())} of {number} on: image {listed}; try "
-            "sampler.clip=clip, more steps, or another checkpoint"
+            f"not finite from sampling step {int(broken.any(1).int().argmax()) + 1} of {len(largest)} on: image "
+            f"{listed}; try sampler.clip=clip, more steps, or another checkpoint"
         )
 
 
@@ -217,6 +215,18 @@ def last(steps: Iterator[Step]) -> Tensor:
     for step in steps:
         x = step.x
     return x
+
+
+@contextmanager
+def drawing(model: Model) -> Iterator[None]:
+    """Without gradients, and with the weights cast to the model's precision once, not at every step.
+
+    Autocast keeps what it casts until the outermost of its contexts ends, enabled or not; in inference mode, otherwise
+    the faster one, it keeps nothing.
+    """
+    low = model.precision != torch.float32
+    with torch.no_grad() if low else torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 Steps = Callable[
@@ -251,7 +261,7 @@ def draw_all(
     while (done := sum(len(x) for x in images)) < n:
         now = places[done : done + size]
         try:
-            with torch.inference_mode():
+            with drawing(model):
                 labels = None if y is None else y[now].to(model.device)
                 denoise = denoiser(model, sampler, labels, guidance)
                 for step in finite(steps(denoise, now), now):
