@@ -326,6 +326,78 @@ def test_sub_folders_are_classes(tmp_path):
             assert image[:, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0]][label]
 
 
+@pytest.fixture
+def decoded(tmp_path_factory, monkeypatch) -> list[Path]:
+    """The files that are decoded from now on, with a cache that keeps what took no time, too."""
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("ddpm.datasets.cache.WORTH", 0)
+    files = list[Path]()
+    monkeypatch.setattr(
+        "ddpm.datasets.folder.read_image", lambda file, size: files.append(file) or read_image(file, size)
+    )
+    return files
+
+
+def test_second_start_decodes_no_picture(tmp_path, decoded, monkeypatch):
+    for i in range(6):
+        save(tmp_path / "cats" / f"{i}.png", (40 * i, 0, 9), mode="RGB")
+    first = load(tmp_path)
+    assert len(decoded) == 6
+    monkeypatch.chdir(tmp_path)
+    again = load(Path("."))  # the same, however it is typed
+    assert len(decoded) == 6 and torch.equal(everything(first), everything(again))
+    assert torch.equal(first.train.labels, again.train.labels)
+    assert len(everything(load(tmp_path, 9))) == 6 and len(decoded) == 12, "another size"
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["other content", "one more", "one fewer", "another class", "broken cache"]
+)
+def test_pictures_are_decoded_again_when_anything_changed(tmp_path, decoded, change):
+    for i in range(6):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", 20 * i)
+    load(tmp_path)
+    decoded.clear()
+    if change == "other content":
+        save(tmp_path / "a" / "2.png", 200)
+    elif change == "one more":
+        save(tmp_path / "a" / "7.png", 200)
+    elif change == "one fewer":
+        (tmp_path / "a" / "2.png").unlink()
+    elif change == "another class":
+        (tmp_path / "a" / "2.png").rename(tmp_path / "b" / "2.png")
+    else:
+        (kept,) = cache_folder().iterdir()
+        kept.write_bytes(kept.read_bytes()[:-1])
+    data = load(tmp_path)
+    files = sorted(tmp_path.rglob("*.png"))
+    assert decoded == files
+    expected = torch.stack([torch.tensor(read_image(file, 8)[..., 0]) for file in files])
+    found = everything(data)[:, 0]
+    assert sorted(found[:, 0, 0].tolist()) == sorted(expected[:, 0, 0].tolist())
+    assert len(list(cache_folder().iterdir())) == 1, "what was kept before has gone"
+
+
+@pytest.mark.parametrize("cache", ["in the way/cache", "~no-such-user/cache"])
+def test_pictures_are_read_where_nothing_can_be_kept(tmp_path, decoded, monkeypatch, cache):
+    (tmp_path / "in the way").write_text("")
+    monkeypatch.setenv("DDPM_CACHE", cache if cache[0] == "~" else str(tmp_path / cache))
+    for i in range(3):
+        save(tmp_path / f"{i}.png", 20 * i)
+    for _ in range(2):
+        assert len(everything(load(tmp_path))) == 3
+    assert len(decoded) == 6
+
+
+def test_what_is_quick_to_make_is_not_kept(tmp_path, decoded, monkeypatch):
+    monkeypatch.setattr("ddpm.datasets.cache.WORTH", 60)
+    for i in range(3):
+        save(tmp_path / f"{i}.png", 20 * i)
+    load(tmp_path)
+    assert not list(cache_folder().iterdir())
+
+
 def test_one_coloured_image_makes_all_rgb(tmp_path):
     for i in range(3):
         save(tmp_path / f"{i}.png", 7)

@@ -119,6 +119,37 @@ def test_without_a_known_sha256_the_packed_file_vouches(tmp_path, published):
         module.kmnist(tmp_path)
 
 
+@pytest.mark.parametrize(("function", "folder"), [(module.mnist, "MNIST"), (module.kmnist, "KMNIST")])
+def test_second_start_does_not_read_what_is_packed(tmp_path, published, function, folder):
+    raw = put(tmp_path / folder / "raw", published, packed=True)
+    first = function(tmp_path)
+    for packed in raw.glob("*.gz"):
+        packed.write_bytes(b"whoever reads this will not get far")
+    assert torch.equal(function(tmp_path).train.images, first.train.images)
+
+
+def test_without_a_note_what_is_packed_is_read_again(tmp_path, published):
+    raw = put(tmp_path / "KMNIST" / "raw", published, packed=True)
+    for name in SHAPES:
+        (raw / f"{name}.sha256").mkdir()  # so that none can be written
+    first = module.kmnist(tmp_path)
+    assert torch.equal(module.kmnist(tmp_path).test.images, first.test.images)
+    (raw / "t10k-images-idx3-ubyte.gz").write_bytes(b"not what was published")
+    with pytest.raises(DataError, match="it is not the published"):
+        module.kmnist(tmp_path)
+
+
+def test_second_start_does_not_scale_again(tmp_path, published, monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ddpm.datasets.cache.WORTH", 0)
+    put(tmp_path / "MNIST" / "raw", published)
+    first = module.mnist(tmp_path, image_size=64)
+    monkeypatch.setattr(module, "_scale", None)
+    second = module.mnist(tmp_path, image_size=64)
+    for a, b in ((first.train, second.train), (first.test, second.test)):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
 def test_label_out_of_range(tmp_path, published):
     name = "t10k-labels-idx1-ubyte"
     data = bytearray(published[name])

@@ -1,7 +1,10 @@
-"""The user's cache folder, and tensor files that carry their own hash."""
+"""The user's cache folder, tensor files that carry their own hash, and what the second start need not make again."""
 
 import hashlib
 import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from ddpm.files import write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
+MAX_KEPT = 1 << 31  # bytes of images
+WORTH = 1.0  # seconds; what is made in less is not kept
 
 
 def cache_folder() -> Path:
@@ -64,4 +69,46 @@ def content_hash(arrays: Arrays) -> str:
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def kept(
+    name: str, key: str, count: int, size: int, make: Callable[[], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Images uint8 (count, C, size, size) that `make` makes; where that takes long, at the first start alone.
+
+    `key` stands for all that they are made from. Under a name only the images of the last key are kept. Where nothing
+    can be kept they are made at each start.
+    """
+    try:
+        path = cache_folder() / f"{name}-{key}.safetensors"
+    except DataError:
+        return make()
+    with suppress(DataError):
+        images: NDArray[np.uint8] = load_arrays(path, MAX_KEPT + MAX_HEADER).get("images", np.empty(0))
+        if images.dtype == np.uint8 and images.ndim == 4 and images[:, 0].shape == (count, size, size):
+            return images
+    begun = time.monotonic()
+    images = make()
+    if time.monotonic() - begun >= WORTH and images.nbytes <= MAX_KEPT:
+        with suppress(OSError):
+            save_arrays(path, {"images": images})
+            for other in path.parent.glob(f"{name}-*.safetensors"):
+                if other != path:
+                    other.unlink()
+    return images
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """A hash of paths, sizes and times of change, which is the same as long as the files are: none of them is read.
+
+    Raises DataError where one has gone.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            about = os.stat(file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{about.st_size}\0{about.st_mtime_ns}\0"))
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Any folder of images: sub-folders, if there are any, are classes."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.datasets.cache import kept, stamp
 from ddpm.datasets.pictures import read_image
 from ddpm.datasets.reading import reason, user_path
 from ddpm.datasets.types import Dataset, Facts, Split, hold_out
@@ -26,14 +28,15 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
     Images lie either all in `path` (no labels) or all in its sub-folders (one class each, in the order of
     their names). Each is scaled and cut around its middle to S×S; transparency becomes white; of an animation
     the first frame is taken. C is 1 if every image is grey, else 3. Hidden files and other kinds of files are
-    passed over. `data_root` is not used. Raises DataError for too few or misplaced images and for a file that
-    cannot be read.
+    passed over. What took long to decode is decoded again only when a file has come, gone or changed. `data_root` is
+    not used. Raises DataError for too few or misplaced images and for a file that cannot be read.
     """
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise DataError(f"dataset.image_size={image_size}; allowed: 1 to {MAX_IMAGE_SIZE}")
     root = user_path(path)
     files, class_names = _list_images(root)
-    images = _read_all(files, image_size)
+    name = f"folder-{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}-{image_size}"
+    images = kept(name, stamp(files), len(files), image_size, lambda: _read_all(files, image_size))
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = torch.tensor([numbers[_class_of(file, root)] for file in files]) if class_names else None
     part = max(1, round(len(files) / 10))

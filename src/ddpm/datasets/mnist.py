@@ -10,6 +10,7 @@ import math
 import os
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm.datasets.cache import kept
 from ddpm.datasets.reading import read_bounded, reason
 from ddpm.datasets.types import Dataset, Facts, Split, check_image_size, hold_out
 from ddpm.errors import DataError
@@ -119,22 +121,29 @@ def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dat
     if not all(os.path.exists(raw / file) for file in SHAPES):
         _download(variant, raw)
     train_images, train_labels, test_images, test_labels = (_read(variant, raw, i) for i in range(4))
-    train, val = hold_out(_split(train_images, train_labels, image_size), HELD_OUT)
-    test = _split(test_images, test_labels, image_size)
+    train, val = hold_out(_split(f"{name}-train", train_images, train_labels, image_size), HELD_OUT)
+    test = _split(f"{name}-test", test_images, test_labels, image_size)
     facts = Facts(name, 1, image_size, len(variant.class_names), variant.class_names, levels=256)
     return Dataset(facts, train, val, test)
 
 
-def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8], image_size: int) -> Split:
-    return Split(_resize(torch.from_numpy(images)[:, None], image_size), torch.from_numpy(labels).long())
+def _split(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], image_size: int) -> Split:
+    return Split(
+        _resize(name, torch.from_numpy(images)[:, None], image_size), torch.from_numpy(labels).long()
+    )
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def _resize(name: str, images: Tensor, size: int) -> Tensor:
     if size == 28:
         return images
     if size == 32:  # the digits stay as they were drawn
         return F.pad(images, (2, 2, 2, 2))
-    return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)])
+
+    def scaled() -> NDArray[np.uint8]:
+        return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)]).numpy()
+
+    key = hashlib.sha256(images.numpy().data).hexdigest()
+    return torch.from_numpy(kept(f"{name}-{size}", key, len(images), size, scaled))
 
 
 def _scale(images: Tensor, size: int) -> Tensor:
@@ -145,20 +154,35 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     file = list(SHAPES)[index]
     path, packed = raw / file, raw / f"{file}.gz"
     data = read_bounded(path, MAX_BYTES)
+    sha256 = hashlib.sha256(data).hexdigest()
     if variant.sha256 is not None:
-        if hashlib.sha256(data).hexdigest() != variant.sha256[index]:
+        if sha256 != variant.sha256[index]:
             raise DataError(
                 f"{path}: its SHA-256 is not that of the published file; delete it and start again"
             )
-    elif os.path.exists(packed):
+    elif os.path.exists(packed) and sha256 != _noted(path):
         source = read_bounded(packed, MAX_BYTES)
         if _md5(source) != variant.md5[index] or _unpack(source, packed, SHAPES[file]) != data:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
+        with suppress(OSError):  # then the packed file is read at each start
+            write_atomically(_note(path), sha256.encode())
     array = parse_idx(data, str(path), SHAPES[file])
     if array.ndim == 1 and array.max() >= len(variant.class_names):
         record = int((array >= len(variant.class_names)).argmax())
         raise DataError(f"{path}: label {array[record]} at byte {8 + record}; allowed: 0 to 9")
     return array
+
+
+def _note(path: Path) -> Path:
+    """Where the SHA-256 stands of a file that was the same as its packed one, which need not be read again."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _noted(path: Path) -> str | None:
+    try:
+        return read_bounded(_note(path), 64).decode("ascii", "replace")
+    except DataError:
+        return None
 
 
 def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 Its licence forbids commercial use, so it is never downloaded and never shipped: the user has to have it.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ddpm.datasets.cache import cache_folder, load_arrays, save_arrays
-from ddpm.datasets.hoda import MAX_BYTES, MAX_PIXELS, NUM_CLASSES, Crops, load_crops, read_cdb
-from ddpm.datasets.reading import open_bounded, reason
+from ddpm.datasets.cache import cache_folder, load_arrays, save_arrays, stamp
+from ddpm.datasets.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
+from ddpm.datasets.reading import reason
 from ddpm.datasets.types import Dataset, Facts, Split, check_image_size, hold_out
 from ddpm.errors import DataError
 
@@ -57,7 +56,7 @@ def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -
     sources = _find(data_root / "hoda", names)
     splits, notice = {}, ""
     for name, source in sources.items():
-        cached = _cache_file(source, image_size)
+        cached = cache_folder() / f"persian-{image_size}-v{DRAWING}-{stamp([source])}.safetensors"
         count = PARTS[name].count
         split = _load_cached(cached, count, image_size)
         if split is None:
@@ -125,15 +124,6 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
             f"{cache_folder()} with scripts/convert_persian.py"
         )
     return found
-
-
-def _cache_file(source: Path, image_size: int) -> Path:
-    try:
-        with open_bounded(source, MAX_PIXELS + MAX_BYTES) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({reason(error)})") from error
-    return cache_folder() / f"persian-{image_size}-v{DRAWING}-{digest}.safetensors"
 
 
 def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
