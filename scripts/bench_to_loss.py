@@ -34,9 +34,7 @@ from ddpm.runs import prepare
 from ddpm.training import train_step
 
 WARM_UP = 3  # steps
-NOTEBOOK_STEPS = (
-    60 * 469
-)  # of 128 images: epochs of all 60,000, from which ours keeps some back for validation
+NOTEBOOK_STEPS = 60 * 469  # of 128 images: epochs of all 60,000, of which ours keeps some for validation
 
 
 class Ours(NamedTuple):
