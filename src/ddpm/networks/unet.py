@@ -235,11 +235,12 @@ def _check(
             f"{image_size} is not one; the nearest are {sizes}, and {image_size} fits at most {fit} "
             f"level{'s' if fit > 1 else ''}"
         )
-    for width in channels:
-        if width % norm_groups or width % head_dim or width % 2:
+    for level, width in enumerate(channels):
+        attends = level in attention or level == len(channels) - 1  # the middle, of the last level's width
+        if width % norm_groups or width % 2 or (attends and width % head_dim):
             raise ValueError(
-                f"channels={list(channels)}: {width} must be even and divisible by "
-                f"norm_groups={norm_groups} and head_dim={head_dim}"
+                f"channels={list(channels)}: {width} must be even and divisible by norm_groups={norm_groups}"
+                + (f" and, with attention, by head_dim={head_dim}" if attends else "")
             )
     for level in attention:
         if not 0 <= level < len(channels):
