@@ -28,6 +28,10 @@ import torch
 from timing import machine, save
 
 from ddpm.cli.hydra_app import compose
+from ddpm.config import TrainConfig, check
+from ddpm.datasets.types import Dataset, Facts, Split
+from ddpm.runs import prepare
+from ddpm.runs import save as save_run
 
 BARE = """
 import sys
@@ -176,34 +180,40 @@ def of_hydra(folder: Path) -> dict[str, tuple[Side, Side]]:
 
 
 def of_torch(folder: Path, device: str) -> dict[str, tuple[Side, Side]]:
-    """Of digits and, where it is there, MNIST, as their recipes have them. Trains each for a step, to draw from."""
+    """Of digits and, where it is there, MNIST, as their recipes have them."""
     cases = {}
     for dataset, size in {"digits": 8, "mnist": 28}.items():
         if dataset == "mnist" and not (Path(os.environ.get("DDPM_DATA", "data")) / "MNIST").is_dir():
             continue
-        typed, run = [f"dataset={dataset}", f"device={device}", "trainer.precision=fp32"], folder / dataset
-        one_step = ["trainer.max_steps=1", "trainer.sample_every=0", f"run_dir={run}"]
-        subprocess.run([script("train"), *typed, *one_step], check=True, capture_output=True)
-        config = compose("train", typed)
+        typed = [f"dataset={dataset}", f"device={device}", "trainer.precision=fp32"]
+        config, ckpt = check(TrainConfig, compose("train", typed)), folder / f"{dataset}.safetensors"
+        untrained(config, size, ckpt)
+        params = {key: value for key, value in config.model.params.items() if key != "conditional"}
         sizes = {"image_size": size, "in_channels": 1, "out_channels": 1, "num_classes": 0}
-        params = {key: value for key, value in config["model"].items() if key not in ("name", "conditional")}
-        plain = {"name": config["model"]["name"], "network": {**sizes, **params}, "device": device}
+        plain = {"name": config.model.name, "network": {**sizes, **params}, "device": device}
 
         def theirs(train: bool, says: str, n: int, plain: dict[str, Any] = plain, size: int = size) -> Side:
             given = {**plain, "train": train, "shape": [n, 1, size, size]}
             return Side([sys.executable, "-c", PLAIN, json.dumps(given)], says)
 
         fresh = [*typed, f"run_dir={folder / 'fresh'}", "overwrite=true"]
-        drawn = [f"ckpt={run}", f"device={device}", f"n={DRAWN}"]
+        drawn = [f"ckpt={ckpt}", f"device={device}", f"n={DRAWN}"]
         cases[f"train {dataset}"] = (
             Side([sys.executable, "-c", TRAIN, *fresh], "loss"),
-            theirs(True, "loss", config["trainer"]["batch_size"]),
+            theirs(True, "loss", config.trainer.batch_size),
         )
         cases[f"sample {dataset}"] = (
             Side([sys.executable, "-c", SAMPLE, *drawn], "mean"),
             theirs(False, "mean", DRAWN),
         )
     return cases
+
+
+def untrained(config: TrainConfig, size: int, path: Path) -> None:
+    """A checkpoint before the first step."""
+    split = Split(torch.zeros(1, 1, size, size, dtype=torch.uint8), None)
+    facts = Facts(config.dataset.name, 1, size, 0, (), 256)
+    save_run(prepare(config, Dataset(facts, split, split, split), torch.device("cpu")), path, {})
 
 
 def script(program: str) -> str:
