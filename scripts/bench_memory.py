@@ -135,7 +135,8 @@ def repeated(
 def measure(work: dict[str, Any], device: torch.device) -> tuple[int, int]:
     """In this process, just started: bytes before a piece of work and at its peak."""
     if "n" in work:
-        model = make_model("ddim", work["num_steps"], device)
+        sampler = ["sampler=ddim", f"sampler.num_steps={work['num_steps']}"]
+        model = make_model(["dataset=mnist", "model=unet_small", *sampler], "fp32", device)
         return peak(lambda: model.sample(work["n"], batch_size=CHUNK), device)
     setting = Setting(**work["setting"])
     if setting.keep_freed:
