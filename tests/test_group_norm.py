@@ -134,6 +134,21 @@ def test_elsewhere_pytorch_gives_the_same() -> None:
     assert double.dtype == torch.float64 and far(own.double(), double) < 1e-5
 
 
+@compiled
+def test_what_c_could_not_be_trusted_with_goes_to_pytorch() -> None:
+    """One bias for all images is broadcast, as ever; what does not fit is PyTorch's error and no address of ours."""
+    x, extra, _, norm = inputs(SHAPES[0], torch.float32)
+    one = extra[:1]
+    assert far(normed(norm, x, one), normed(norm, x, one.expand(len(x), -1).contiguous())) < 1e-5
+    with pytest.raises(RuntimeError):
+        normed(nn.GroupNorm(2, 6), x)
+    with pytest.raises(RuntimeError):
+        normed(norm, x, extra[:, :3])
+    plain = nn.GroupNorm(2, 8)
+    plain.bias = None  # type: ignore[assignment]
+    assert type(normed(plain, x).grad_fn).__name__ == "SiluBackward0"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
@@ -162,6 +177,11 @@ def test_code_that_somebody_else_could_have_written_is_not_loaded(cache: Path) -
     with pytest.raises(native.Unavailable, match="writable by nobody else"):
         native.library(SOURCE)
     cache.chmod(0o700)
+    cache.parent.chmod(0o777)
+    with pytest.raises(native.Unavailable, match="could be exchanged"):
+        native.library(SOURCE)
+    cache.parent.chmod(0o1777)  # where, as in /tmp, others cannot rename what is yours
+    native.library(SOURCE)
     made.rename(cache / "other.so")
     made.symlink_to("other.so")
     with pytest.raises(native.Unavailable, match="writable by nobody else"):
@@ -184,6 +204,7 @@ def test_what_cannot_be_compiled_or_loaded_is_a_reason_and_no_crash(
     monkeypatch.setenv("PATH", str(fake.parent))
     with pytest.raises(native.Unavailable, match=r"too short|invalid"):
         native.library(SOURCE)
+    assert list(cache.iterdir()) == []  # the next start compiles it anew
     monkeypatch.setenv("PATH", "")
     with pytest.raises(native.Unavailable, match="no gcc"):
         native.library(SOURCE)

@@ -119,3 +119,11 @@ def test_tab(line: str, expected: list[str], tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     found = completions(line.split()[0].removeprefix("ddpm-"), line)
     assert [word for word in found if not (line.endswith(" ") and word.endswith("."))] == sorted(expected)
+
+
+def test_tab_offers_no_path_that_a_shell_would_run(tmp_path: Path) -> None:
+    for name in ("plain-1.0", "$(touch x)", "`id`", "two words", "semi;colon", "quo'te"):
+        (tmp_path / name).mkdir()
+    assert completions("train", f"ddpm-train dataset.path={tmp_path}/") == [
+        f"dataset.path={tmp_path}/plain-1.0/"
+    ]

@@ -46,8 +46,8 @@ def begin(run: Run) -> str:
     """
     setting, device = run.config.trainer.compile, run.device
     obstacle = _obstacle(run.config.trainer.deterministic) if device.type == "cuda" else ""
-    timed = setting == "auto" and device.type == "cuda" and not obstacle
     steps = run.max_steps - run.step
+    timed = setting == "auto" and device.type == "cuda" and not obstacle and steps > 0
     # where each of several processes decided by its own clock, they might not all do the same
     wanted, why = told(
         run.world, decide(setting, device.type, steps, _pass_seconds(run) if timed else 0.0, obstacle)
@@ -61,9 +61,9 @@ def begin(run: Run) -> str:
             _pass(run)
         _wait(device)
     except Exception as error:  # whatever a compiler, or torch around it, raises
+        run.network._compiled_call_impl = None  # which undoes `compile`
         if is_exhausted(error):
             raise
-        run.network._compiled_call_impl = None  # which undoes `compile`
         reason = f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
         if setting == "true":
             raise UserError(f"trainer.compile=true: {reason}; trainer.compile=false goes without") from None

@@ -39,6 +39,7 @@ class Optimizer(torch.optim.Optimizer):
         matrices: Collection[nn.Parameter] = (),
     ) -> None:
         own = set(matrices)
+        matrices = sorted(matrices, key=_matrix)  # equal shapes side by side, as `_turn` has them
         rest = [p for p in network.parameters() if p not in own]
         groups = [{"params": list(matrices), "turned": True}, {"params": rest, "turned": False}]
         super().__init__(
@@ -51,6 +52,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("gradients are still scaled: call the scaler's unscale_ first")
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["turned"]:
@@ -60,6 +63,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _turn(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """All matrices at once, end to end: to launch a kernel for each takes a GPU longer than to run it."""
+        if not parameters:
+            return
         skipped = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         for p in parameters:
             if "momentum" not in self.state[p]:
@@ -71,7 +76,7 @@ class Optimizer(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - MOMENTUM)
         torch._foreach_copy_(momenta, _like(torch.split(momentum, [m.numel() for m in momenta]), momenta))
 
-        many = Counter(_matrix(p).shape for p in parameters)  # equal shapes stand side by side
+        many = Counter(_matrix(p) for p in parameters)  # equal shapes stand side by side
         ends = torch.split(
             gradient.lerp(momentum, MOMENTUM), [n * math.prod(shape) for shape, n in many.items()]
         )
@@ -142,8 +147,9 @@ def _polynomial(gram: Tensor) -> Tensor:
     return factor
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
+def _matrix(weight: Tensor) -> torch.Size:
+    """The shape of a weight as a matrix."""
+    return torch.Size((len(weight), weight[0].numel()))
 
 
 def _lying(x: Tensor, p: Tensor) -> Tensor:
@@ -151,7 +157,8 @@ def _lying(x: Tensor, p: Tensor) -> Tensor:
 
     For the orthogonal matrix the order of columns is none.
     """
-    return x if p.is_contiguous() else x.permute(0, 2, 3, 1)
+    last = p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1) if last else x
 
 
 def _like(flat: Iterable[Tensor], shaped: Iterable[Tensor]) -> list[Tensor]:
@@ -160,8 +167,7 @@ def _like(flat: Iterable[Tensor], shaped: Iterable[Tensor]) -> list[Tensor]:
 
 def muon(network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> Optimizer:
     """Muon for the matrices inside a network, AdamW for all the rest."""
-    matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p).shape) >= SMALLEST]
-    matrices.sort(key=lambda p: _matrix(p).shape)
+    matrices = [p for p in network.parameters() if p.ndim > 1 and min(_matrix(p)) >= SMALLEST]
     return Optimizer(network, lr, betas, weight_decay, matrices)
 
 

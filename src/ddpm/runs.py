@@ -119,8 +119,13 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
-        "group_norm": "torch" if cuda or group_norm.missing() else "own",
+        "group_norm": "own" if _own_group_norm(config, device) else "torch",
     }
+
+
+def _own_group_norm(config: TrainConfig, device: torch.device) -> bool:
+    plain = device.type == "cpu" and config.trainer.channels_last and config.trainer.compile != "true"
+    return plain and config.model.name == "unet" and not group_norm.missing()
 
 
 def _cpu() -> str:

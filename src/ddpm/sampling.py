@@ -226,7 +226,11 @@ def drawing(model: Model) -> Iterator[None]:
     """
     low = model.precision != torch.float32
     with torch.no_grad() if low else torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-        yield
+        torch.clear_autocast_cache()  # a caller's autocast may hold casts of older weights,
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # and must not get these, which have no gradients
 
 
 Steps = Callable[

@@ -94,6 +94,7 @@ def _out_of_memory(run: "Run") -> UserError:
     if run.device.type != "cuda":
         return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
     run.network.zero_grad()
+    run.network._compiled_call_impl = None  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
     peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)

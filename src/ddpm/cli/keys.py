@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ PATH_KEYS = (
     *("run_dir", "data_root", "ckpt", "out", "input", "mask", "samples"),
     *("dataset.path", "trainer.resume", "trainer.init_from"),
 )
+
+
+# What the shell takes as it is: it expands each word that it is offered, and runs a $(command) in a file's name.
+_PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")
 
 
 def known_keys(program: str) -> list[str]:
@@ -39,7 +44,8 @@ def completions(program: str, line: str) -> list[str]:
     if key in groups:
         values = list(choices(key))
     elif key in PATH_KEYS:
-        values = [path + "/" * os.path.isdir(path) for path in glob.glob(f"{glob.escape(value)}*")]
+        found = filter(_PLAIN_PATH.fullmatch, glob.glob(f"{glob.escape(value)}*"))
+        values = [path + "/" * os.path.isdir(path) for path in found]
     else:
         values = _values(key, (_own(top) | inside).get(key))
     return sorted(f"{key}={one}" for one in values if one.startswith(value))

@@ -105,7 +105,7 @@ def _prepare(
     run = runs.prepare(config, data, device)
     if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
-    if device.type == "cpu" and (why := group_norm.missing()):
+    if device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
         run.notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     if source is not None:
         runs.restore(run, source.path)

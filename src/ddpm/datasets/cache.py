@@ -91,7 +91,7 @@ def kept(
     begun = time.monotonic()
     images = make()
     if time.monotonic() - begun >= WORTH and images.nbytes <= MAX_KEPT:
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             save_arrays(path, {"images": images})
             for other in path.parent.glob(f"{name}-*.safetensors"):
                 if other != path:

@@ -22,7 +22,7 @@ def normed(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: 
 
     In float32 whatever x is: under autocast, x comes in bf16 and the weights of `norm` are float32.
     """
-    if _fits(norm, x):
+    if _fits(norm, x, extra):
         result: Tensor = _GroupNorm.apply(
             x,
             None if extra is None else extra.float().contiguous(),
@@ -45,13 +45,20 @@ def missing() -> str:
     return found if isinstance(found, str) else ""
 
 
-def _fits(norm: nn.GroupNorm, x: Tensor) -> bool:
+def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
+    """Whether C may see all of this: it takes every address and size at its word."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
-        and norm.weight.dtype == torch.float32
         and x.numel() > 0
+        and x.ndim == 4
+        and x.shape[1] == norm.num_channels
         and x.is_contiguous(memory_format=torch.channels_last)
+        and (extra is None or (extra.device == x.device and extra.shape == x.shape[:2]))
+        and all(
+            p is not None and p.device == x.device and p.dtype == torch.float32 and p.is_contiguous()
+            for p in (norm.weight, norm.bias)
+        )
         and not torch.compiler.is_compiling()
         and not missing()
     )

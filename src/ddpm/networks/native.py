@@ -33,24 +33,35 @@ def library(source: Path) -> ctypes.CDLL:
         raise Unavailable(f"{OFF}=0")
     if not sys.platform.startswith("linux"):
         raise Unavailable("only made for Linux")
-    if not _gnu_threads():
-        raise Unavailable("this PyTorch does not use GNU OpenMP, and two kinds of threads hinder each other")
     compiler = shutil.which("gcc")
     if compiler is None:
         raise Unavailable("there is no gcc")
     try:
+        if not _gnu_threads():
+            raise Unavailable(
+                "this PyTorch does not use GNU OpenMP, and two kinds of threads hinder each other"
+            )
         path = _folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
         if not path.exists():
             _compile(compiler, source, path)
         _check_own(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, DataError) as error:
+        return _load(path)
+    except (OSError, ValueError, DataError) as error:
         raise Unavailable(str(error)) from None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """What cannot be loaded, as after a crash of the machine, is compiled anew by whoever comes next."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _gnu_threads() -> bool:
     """Whether GNU OpenMP is the one that is loaded: code compiled with gcc then shares PyTorch's threads."""
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", errors="replace") as maps:
         names = {line.rsplit("/", 1)[-1] for line in maps if "omp" in line}
     return any(name.startswith("libgomp.so.1") for name in names) and not any(
         name.startswith(("libomp", "libiomp")) for name in names
@@ -61,6 +72,11 @@ def _folder() -> Path:
     folder = cache_folder() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_own(folder)
+    for above in folder.resolve().parents:
+        found = above.stat()
+        open_to_others = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in (0, os.geteuid()) or open_to_others:
+            raise Unavailable(f"{above} is not yours alone, so that {folder} could be exchanged")
     return folder
 
 
@@ -89,7 +105,12 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
         line = [compiler, *FLAGS, "-o", str(made), str(source), "-lm"]
         try:
             done = subprocess.run(
-                line, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL
+                line,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=SECONDS,
+                stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{compiler} took longer than {SECONDS} s") from None
