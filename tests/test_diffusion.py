@@ -374,3 +374,10 @@ def test_learned_variance_comes_from_the_conditional_half() -> None:
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         denoiser(by_label, **options)
+
+
+def test_what_cannot_be_inverted_is_not_finite_and_no_crash() -> None:
+    """As with tensors: whoever draws then says which image is not finite."""
+    x = torch.ones(1, 1, 2, 2)
+    x_0, _ = invert("eps", x, x, 0.0, 1.0)
+    assert not x_0.isfinite().any()

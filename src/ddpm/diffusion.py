@@ -65,6 +65,8 @@ def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Sc
     """(x_0, eps) by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     determinant = alpha * b - sigma * a  # on the factors, as numbers cost less than images
+    if isinstance(determinant, float) and determinant == 0:  # eps where alpha = 0 says nothing of x_0
+        determinant = math.nan
     x_0 = b / determinant * x_t - sigma / determinant * output
     return x_0, alpha / determinant * output - a / determinant * x_t
 
