@@ -33,9 +33,7 @@ def like(example: Any, value: Any, path: str) -> Any:
             result = float(value) if fits and abs(value) < 1e300 else value
         case str():
             if isinstance(value, bool) and (word := str(value).lower()) in LIMITS.get(path, ()):
-                value = (
-                    word  # what YAML, and a checkpoint of before there was a third word, do not call a text
-                )
+                value = word  # no text to YAML, nor in checkpoints of before there was a third word
             result, kind = value, "a text without control characters"
             fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
         case list():

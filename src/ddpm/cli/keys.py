@@ -14,8 +14,6 @@ PATH_KEYS = (
     *("run_dir", "data_root", "ckpt", "out", "input", "mask", "samples"),
     *("dataset.path", "trainer.resume", "trainer.init_from"),
 )
-
-
 # What the shell takes as it is: it expands each word that it is offered, and runs a $(command) in a file's name.
 _PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")
 

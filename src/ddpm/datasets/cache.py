@@ -20,6 +20,7 @@ from ddpm.files import write_atomically
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
 MAX_KEPT = 1 << 31  # bytes of images
+DRAWING = 1  # count up when how images are decoded or scaled changes, so that none of before are used
 WORTH = 1.0  # seconds; what is made in less is not kept
 
 
@@ -81,12 +82,17 @@ def kept(
     can be kept they are made at each start.
     """
     try:
-        path = cache_folder() / f"{name}-{key}.safetensors"
+        path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
     except DataError:
         return make()
     with suppress(DataError):
         images: NDArray[np.uint8] = load_arrays(path, MAX_KEPT + MAX_HEADER).get("images", np.empty(0))
-        if images.dtype == np.uint8 and images.ndim == 4 and images[:, 0].shape == (count, size, size):
+        if (
+            images.dtype == np.uint8
+            and images.ndim == 4
+            and images.shape[1]
+            and images[:, 0].shape == (count, size, size)
+        ):
             return images
     begun = time.monotonic()
     images = make()

@@ -142,7 +142,7 @@ def _resize(name: str, images: Tensor, size: int) -> Tensor:
     def scaled() -> NDArray[np.uint8]:
         return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)]).numpy()
 
-    key = hashlib.sha256(images.numpy().data).hexdigest()
+    key = f"{torch.__version__}-{hashlib.sha256(images.numpy().data).hexdigest()}"
     return torch.from_numpy(kept(f"{name}-{size}", key, len(images), size, scaled))
 
 

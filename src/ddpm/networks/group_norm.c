@@ -12,6 +12,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 32
+#define WITH_CONSTANTS(function, ...)                                                                   \
+    (half ? (silu ? function(__VA_ARGS__, 1, 1) : function(__VA_ARGS__, 1, 0))                          \
+          : (silu ? function(__VA_ARGS__, 0, 1) : function(__VA_ARGS__, 0, 0)))
 
 INLINE float load(const void *p, long i, int half) {
     if (!half) return ((const float *)p)[i];
@@ -195,10 +198,7 @@ int group_norm_forward(const char *x, const float *extra, const float *gamma, co
             const char *in = x + n * bytes;
             char *out = y + n * bytes;
             float *m = mean + n * G, *r = rstd + n * G;
-            if (half && silu) forward(in, own, gamma, beta, out, m, r, P, C, G, eps, work, 1, 1);
-            else if (half) forward(in, own, gamma, beta, out, m, r, P, C, G, eps, work, 1, 0);
-            else if (silu) forward(in, own, gamma, beta, out, m, r, P, C, G, eps, work, 0, 1);
-            else forward(in, own, gamma, beta, out, m, r, P, C, G, eps, work, 0, 0);
+            WITH_CONSTANTS(forward, in, own, gamma, beta, out, m, r, P, C, G, eps, work);
         }
         free(work);
     }
@@ -225,10 +225,7 @@ int group_norm_backward(const char *dy, const char *x, const float *extra, const
             const char *from = dy + n * bytes, *in = x + n * bytes;
             char *out = dx + n * bytes;
             float *de = dextra ? dextra + n * C : 0, *dg = dgamma + n * C, *db = dbeta + n * C, *dh = work + 10 * C;
-            if (half && silu) backward(from, in, own, gamma, beta, m, r, out, de, dg, db, P, C, G, work, dh, 1, 1);
-            else if (half) backward(from, in, own, gamma, beta, m, r, out, de, dg, db, P, C, G, work, dh, 1, 0);
-            else if (silu) backward(from, in, own, gamma, beta, m, r, out, de, dg, db, P, C, G, work, dh, 0, 1);
-            else backward(from, in, own, gamma, beta, m, r, out, de, dg, db, P, C, G, work, dh, 0, 0);
+            WITH_CONSTANTS(backward, from, in, own, gamma, beta, m, r, out, de, dg, db, P, C, G, work, dh);
         }
         free(work);
     }
