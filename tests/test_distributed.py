@@ -464,10 +464,10 @@ def test_what_goes_wrong_in_one_process_ends_all_with_its_line(alone: Path, what
     assert status != 0 and time.monotonic() - begun < 60 and any(line.startswith(says) for line in lines), (
         out + err
     )
-    lost = f"ddpm-{program}: another process of this run has ended"
-    assert all(line.startswith((says, lost)) for line in lines) and len(lines) <= (
-        2 if what == "memory" else 1
-    ), err
+    # memory runs out in one process alone: the other loses its peer, or torchrun's SIGTERM comes before it notices
+    others = ("another process of this run has ended", "stopped by SIGTERM") if what == "memory" else ()
+    accepted = (says, *(f"ddpm-{program}: {other}" for other in others))
+    assert all(line.startswith(accepted) for line in lines) and len(lines) <= 1 + bool(others), err
     assert err.count("Traceback") == err.count("ChildFailedError(") == 1, err  # torchrun's own
     assert not list((alone / what).glob("**/*.safetensors"))
     assert program == "train" or not (alone / what).exists()
