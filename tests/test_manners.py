@@ -10,9 +10,13 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from ddpm.cli.progress import estimate
 from ddpm.config import CONFIG_DIR
 from tests.conftest import run_script
 
@@ -71,3 +75,22 @@ def test_a_bar_and_no_colours_on_a_terminal(tmp_path: Path) -> None:
     os.close(ours)
     assert child.wait() == 0
     assert b"step/s" in text and not re.search(rb"\x1b\[[0-9;]*m", text)
+
+
+@pytest.mark.parametrize(
+    "name, device, steps, seconds_per_step, named",
+    [
+        ("mnist", "cpu", 20_000, 1.0, True),
+        ("mnist", "cpu", 2_400, 1.0, False),  # that of mnist_cpu itself
+        ("mnist", "cpu", 20_000, 0.01, False),
+        ("mnist", "cuda", 20_000, 1.0, False),
+        ("kmnist", "cpu", 20_000, 1.0, False),
+    ],
+)
+def test_the_short_experiment_is_named_where_it_is_shorter(
+    name: str, device: str, steps: int, seconds_per_step: float, named: bool
+) -> None:
+    run: Any = SimpleNamespace(
+        facts=SimpleNamespace(name=name), device=torch.device(device), max_steps=steps, step=0
+    )
+    assert ("experiment=mnist_cpu is the short one" in estimate(run, seconds_per_step)) == named

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ddpm import yaml_files
 from ddpm.config import CONFIG_DIR
 from ddpm.errors import printable
 from ddpm.world import World
@@ -109,9 +110,10 @@ def estimate(run: "Run", seconds_per_step: float) -> str:
     """How long the rest will take and, if that is long on a CPU, what would be shorter."""
     seconds = seconds_per_step * (run.max_steps - run.step)
     text = f"about {duration(seconds)} for {run.max_steps - run.step:,} more steps on this {run.device.type}"
-    short = f"{run.facts.name}_cpu"
-    if run.device.type == "cpu" and seconds > 900 and (CONFIG_DIR / "experiment" / f"{short}.yaml").exists():
-        text += f"; experiment={short} is the short one"
+    short = CONFIG_DIR / "experiment" / f"{run.facts.name}_cpu.yaml"
+    slow = run.device.type == "cpu" and seconds > 900 and short.exists()
+    if slow and run.max_steps > yaml_files.read(short)["trainer"]["max_steps"]:  # else this is the short one
+        text += f"; experiment={short.stem} is the short one"
     return text
 
 
