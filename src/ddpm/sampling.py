@@ -194,17 +194,18 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
     `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
-    largest = list[Tensor]()  # magnitude in each image after each step, which inf and nan carry along
-    for step in steps:
-        largest.append(step.x.flatten(1).abs().amax(1))
+    since, number = torch.zeros(()), 0  # the first such step of each image, 0 for none
+    for number, step in enumerate(steps, start=1):
+        largest = step.x.flatten(1).abs().amax(1)  # inf and nan are carried along
+        since = torch.where((since == 0) & ~largest.isfinite(), number, since)
         yield step
-    if largest and (broken := ~torch.isfinite(torch.stack(largest)).cpu()).any():
-        images = names[broken.any(0)].tolist()
+    if number and (broken := (since := since.cpu()) > 0).any():
+        images = names[broken].tolist()
         listed = ", ".join(map(str, images[:10])) + (
             f" and {len(images) - 10} more" if len(images) > 10 else ""
         )
         raise UserError(
-            f"not finite from sampling step {int(broken.any(1).int().argmax()) + 1} of {len(largest)} on: image "
+            f"not finite from sampling step {int(since[broken].min())} of {number} on: image "
             f"{listed}; try sampler.clip=clip, more steps, or another checkpoint"
         )
 
