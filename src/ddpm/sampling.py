@@ -80,7 +80,7 @@ class Model:
         steps = generation(self, chosen, numbers, todo.seed)
         places, size = torch.arange(len(numbers)), todo.batch_size
         x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
-        return x.clamp(-1, 1)
+        return x.clamp_(-1, 1)
 
 
 @dataclass(frozen=True)
