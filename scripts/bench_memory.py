@@ -156,9 +156,8 @@ def peak(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
         before = torch.cuda.memory_allocated(device)
         work()
         return before, torch.cuda.max_memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the highest mark starts anew: getrusage's is the parent's at first
+    # the highest mark starts anew; that of getrusage is the parent's at first
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     work()
     return before, resident("VmHWM")

@@ -348,6 +348,15 @@ def nameless(path: Path) -> str:
     return str(path)
 
 
+def marked(path: Path, place: int, value: int) -> str:
+    """Another byte at this place of both of the archive's headers of an entry."""
+    data = bytearray(Path(saved(path, images=ZEROS)).read_bytes())
+    for header in (data.index(b"PK\x03\x04") + place - 2, data.index(b"PK\x01\x02") + place):
+        data[header] = value
+    path.write_bytes(data)
+    return str(path)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], str], str]] = {
     "objects": (lambda p: saved(p, images=np.array([{}], object)), "must be whole numbers"),
     "code in the header": (
@@ -383,6 +392,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], str], str]] = {
     "many entries": (many_entries, "too many entries"),
     "damaged": (lambda p: damaged(p, 600), "no whole .npz file"),
     "cut off": (lambda p: shortened(p), "no whole .npz file"),
+    "a password": (lambda p: marked(p, 8, 1), "no whole .npz file"),
+    "a compression of its own": (lambda p: marked(p, 10, 98), "no whole .npz file"),
     "no zip": (lambda p: str(p) if p.write_bytes(b"PK" * 50) else "", "no whole .npz file"),
     "floats": (lambda p: saved(p, images=ZEROS / 255), "must be whole numbers"),
     "wide numbers": (lambda p: saved(p, images=ZEROS.astype(np.int64)), "must be uint8"),

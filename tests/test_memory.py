@@ -1,6 +1,9 @@
 """Out of memory: one line with what would have fitted, and smaller chunks where nothing else changes."""
 
+import gc
+import math
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from ddpm.cli import follow, sample
 from ddpm.config import Choice, choose_sampler
 from ddpm.errors import UserError
 from ddpm.runs import prepare
+from ddpm.samplers import Step
+from ddpm.schedules import Level
 from tests.test_training import CPU, config, tiny_data
 
 GIB = 2**30
@@ -134,6 +139,23 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
     denoise = sampling.denoiser(model, sampler, None, sampling.Guidance())
     with pytest.raises(UserError, match=r"not finite from sampling step 2 of 4 on: image 9;"):
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
+
+
+def test_no_step_of_sampling_leaves_anything_behind() -> None:
+    """Nothing that grows with their number; and of images that break at different steps all are named."""
+
+    def steps() -> Iterator[Step]:
+        for number in range(1, 41):
+            x = torch.zeros(4, 1, 2, 2)
+            x[1, 0, 0, 1] = math.inf if number == 30 else 0.0  # for one step only
+            x[2] = math.nan if number >= 20 else 0.0
+            yield Step(x, x, level)
+
+    level, index, alive = Level(0, 1.0, 0.0), torch.tensor([4, 9, 17, 20]), []
+    with pytest.raises(UserError, match=r"not finite from sampling step 20 of 40 on: image 9, 17;"):
+        for _ in sampling.finite(steps(), index):
+            alive.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    assert len(alive) == 40 and alive[-1] - alive[1] < 10
 
 
 def test_weights_are_cast_to_low_precision_once(model: sampling.Model) -> None:

@@ -54,8 +54,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
         zipfile.BadZipFile,
         zlib.error,
         struct.error,
-        NotImplementedError,  # what zipfile says of a compression that it does not know
-        RuntimeError,
+        RuntimeError,  # zipfile's: a password is asked for, or it does not know the compression
         EOFError,
         ValueError,
         OverflowError,
