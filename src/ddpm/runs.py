@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,6 +50,16 @@ class Run:
     world: World = ALONE
     parallel: DistributedDataParallel | None = None  # around `network`, where several processes train it
 
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
+        return list(self.network.parameters())
+
+    @cached_property
+    def averages(self) -> list[nn.Parameter]:
+        """The parameters of `ema`, in the same order."""
+        return list(self.ema.parameters())
+
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
@@ -86,10 +97,19 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on a GPU that has it, else float32."""
+    """The dtype that the network computes in. auto: bf16 on a GPU that has the instructions, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else torch.float32
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[name]
+
+
+def precision_name(name: str, device: torch.device) -> str:
+    """The precision as environment.json and the log name it. TF32 is named only where the device has it."""
+    if name == "tf32" and device.type == "cuda":
+        return "tf32"
+    return str(precision(name, device)).removeprefix("torch.")
 
 
 def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
@@ -116,7 +136,7 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
-        "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
+        "precision": precision_name(config.trainer.precision, device),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
         "group_norm": "own" if _own_group_norm(config, device) else "torch",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm import build, checkpoint, memory, sampler_file
+from ddpm import build, checkpoint, devices, memory, sampler_file
 from ddpm.config import Choice, DrawConfig, TrainConfig, check, choose_sampler
 from ddpm.datasets.types import Facts
 from ddpm.diffusion import Denoiser
@@ -194,12 +194,13 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
     `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
-    since, number = torch.zeros(()), 0  # the first such step of each image, 0 for none
+    since, number = torch.zeros(len(names)), 0  # the first such step of each image, 0 for none
     for number, step in enumerate(steps, start=1):
         largest = step.x.flatten(1).abs().amax(1)  # inf and nan are carried along
+        since = torch.zeros_like(largest) if number == 1 else since
         since = torch.where((since == 0) & ~largest.isfinite(), number, since)
         yield step
-    if number and (broken := (since := since.cpu()) > 0).any():
+    if (broken := (since := since.cpu()) > 0).any():
         images = names[broken].tolist()
         listed = ", ".join(map(str, images[:10])) + (
             f" and {len(images) - 10} more" if len(images) > 10 else ""
@@ -226,7 +227,11 @@ def drawing(model: Model) -> Iterator[None]:
     the faster one, it keeps nothing.
     """
     low = model.precision != torch.float32
-    with torch.no_grad() if low else torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+    with (
+        torch.no_grad() if low else torch.inference_mode(),
+        torch.autocast(model.device.type, enabled=False),
+        devices.ieee_float32(),
+    ):
         torch.clear_autocast_cache()  # a caller's autocast may hold casts of older weights,
         try:
             yield

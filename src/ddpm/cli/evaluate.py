@@ -82,12 +82,13 @@ def evaluate(config: EvalConfig) -> None:
 
         print(table.table(record.read_all(config.compare)))
         return
-    from ddpm import build, memory
+    from ddpm import build, devices, memory
     from ddpm.cli import judging
     from ddpm.distributed import joined
 
     own = world()
     memory.keep_freed()
+    devices.set_up_cuda()
     device = build.device(config.device, own)
     with joined(own, device):
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)

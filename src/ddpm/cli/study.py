@@ -49,9 +49,10 @@ class Plan:
 def study(typed: list[str]) -> None:
     """The whole of a multirun. Raises UserError before anything is drawn where one setting is wrong."""
     plan = _planned(typed)
-    from ddpm import build, checkpoint, memory, runs, sampling
+    from ddpm import build, checkpoint, devices, memory, runs, sampling
 
     memory.keep_freed()
+    devices.set_up_cuda()
     ckpt, device = plan.common.ckpt, build.device(plan.common.device)
     assert ckpt is not None
     path, notes = checkpoint.newest_good(checkpoint.find(ckpt), check=build.examine)

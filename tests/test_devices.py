@@ -1,0 +1,38 @@
+"""PyTorch's switches for CUDA, which can be read and set without a GPU."""
+
+import pytest
+import torch
+
+from ddpm import devices, runs
+
+
+def test_one_precision_for_all_of_float32() -> None:
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    for tf32, name in ((True, "tf32"), (False, "ieee")):
+        devices.set_up_cuda(tf32=tf32)
+        assert (matmul.fp32_precision, convolution.fp32_precision) == (name, name)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_callers_precision_comes_back() -> None:
+    devices.set_up_cuda(tf32=True)
+    with pytest.raises(KeyError), devices.ieee_float32():
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+        raise KeyError
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "tf32"
+    devices.set_up_cuda()
+
+
+def test_the_search_for_algorithms_is_switched_off_and_on_again() -> None:
+    for before in (True, False):
+        torch.backends.cudnn.benchmark = before
+        with devices.without_cudnn_benchmark():
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark is before
+
+
+def test_tf32_is_named_only_where_it_is_used() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert runs.precision("tf32", gpu) == torch.float32
+    assert [runs.precision_name(name, gpu) for name in ("tf32", "fp32", "bf16")] == ["tf32", "float32", "bfloat16"]
+    assert runs.precision_name("tf32", cpu) == "float32"
