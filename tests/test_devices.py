@@ -7,10 +7,10 @@ from ddpm import devices, runs
 
 
 def test_one_precision_for_all_of_float32() -> None:
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    for tf32, name in ((True, "tf32"), (False, "ieee")):
+    for tf32 in (True, False):
         devices.set_up_cuda(tf32=tf32)
-        assert (matmul.fp32_precision, convolution.fp32_precision) == (name, name)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -21,6 +21,9 @@ def test_a_callers_precision_comes_back() -> None:
         raise KeyError
     assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "tf32"
     devices.set_up_cuda()
+    with devices.ieee_float32():
+        pass
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
 
 
 def test_the_search_for_algorithms_is_switched_off_and_on_again() -> None:
@@ -34,5 +37,9 @@ def test_the_search_for_algorithms_is_switched_off_and_on_again() -> None:
 def test_tf32_is_named_only_where_it_is_used() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert runs.precision("tf32", gpu) == torch.float32
-    assert [runs.precision_name(name, gpu) for name in ("tf32", "fp32", "bf16")] == ["tf32", "float32", "bfloat16"]
+    assert [runs.precision_name(name, gpu) for name in ("tf32", "fp32", "bf16")] == [
+        "tf32",
+        "float32",
+        "bfloat16",
+    ]
     assert runs.precision_name("tf32", cpu) == "float32"

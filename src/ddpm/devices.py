@@ -12,19 +12,22 @@ def set_up_cuda(*, tf32: bool = False) -> None:
     By default PyTorch computes float32 convolutions in TF32 and matrix products in IEEE float32. Here both are IEEE
     float32, or both are TF32. cuDNN's fused attention has had gradients that are NaN; PyTorch's own kernels suffice.
     """
-    _set_float32("tf32" if tf32 else "ieee", "tf32" if tf32 else "ieee")
+    # Not the newer fp32_precision: set for convolutions alone, it makes torch.backends.cudnn.flags raise.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
     """Compute float32 in IEEE arithmetic inside of the block, and restore the caller's choice after it."""
-    before = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
-    _set_float32("ieee", "ieee")
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = (matmul.fp32_precision, convolution.fp32_precision)
+    matmul.fp32_precision = convolution.fp32_precision = "ieee"
     try:
         yield
     finally:
-        _set_float32(*before)
+        matmul.fp32_precision, convolution.fp32_precision = before
 
 
 @contextmanager
@@ -36,8 +39,3 @@ def without_cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _set_float32(matmul: str, convolution: str) -> None:
-    torch.backends.cuda.matmul.fp32_precision = matmul
-    torch.backends.cudnn.conv.fp32_precision = convolution  # type: ignore[attr-defined]

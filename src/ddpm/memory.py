@@ -14,7 +14,10 @@ def is_exhausted(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    words += ("unable to find an engine", "Unable to find a valid cuDNN algorithm")  # cuDNN, without its workspace
+    words += (
+        "unable to find an engine",
+        "Unable to find a valid cuDNN algorithm",
+    )  # cuDNN, without its workspace
     return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 

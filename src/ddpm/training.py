@@ -204,9 +204,7 @@ def _layout(x: Tensor, channels_last: bool) -> Tensor:
 
 
 @torch.no_grad()
-def update_ema(
-    averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float, step: int
-) -> None:
+def update_ema(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float, step: int) -> None:
     """average ← decay · average + (1 - decay) · parameter, in place.
 
     The decay is smaller in the beginning: (1 + step) / (10 + step).
