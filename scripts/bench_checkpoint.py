@@ -23,7 +23,7 @@ from ddpm.config import TrainConfig, check
 from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.images import normalise
 from ddpm.runs import Run, prepare, save
-from ddpm.training import train_step
+from ddpm.step import train_step
 
 RECIPES = {"digits": (8, 1), "mnist": (28, 1), "folder": (32, 3)}  # image size, channels
 

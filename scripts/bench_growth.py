@@ -31,7 +31,7 @@ from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.evaluation.table import aligned
 from ddpm.runs import prepare
 from ddpm.sampling import PRECISIONS, Model, drawing
-from ddpm.training import train_step
+from ddpm.step import train_step
 
 CHANNELS = (32, 64, 64)  # of unet_small
 SLACK = 0.05  # of the time for the same arithmetic: what is not more counts as linear

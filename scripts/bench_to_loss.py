@@ -31,7 +31,7 @@ from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset
 from ddpm.evaluation.likelihood import eps_loss
 from ddpm.runs import prepare
-from ddpm.training import train_step
+from ddpm.step import train_step
 
 WARM_UP = 3  # steps
 NOTEBOOK_STEPS = 60 * 469  # of 128 images: epochs of all 60,000, of which ours keeps some for validation

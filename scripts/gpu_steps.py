@@ -22,7 +22,7 @@ from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.networks.unet import Attention
 from ddpm.randomness import normal, uniform
 from ddpm.runs import Run, prepare
-from ddpm.training import train_step
+from ddpm.step import train_step
 
 WARM_UP = 6
 ROUNDS = 5

@@ -94,7 +94,7 @@ def measure(name: str) -> None:
     from ddpm.cli.hydra_app import compose
     from ddpm.config import TrainConfig, check
     from ddpm.datasets.types import Dataset, Facts, Split
-    from ddpm.training import train_step
+    from ddpm.step import train_step
 
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     split = Split(images, torch.zeros(64, dtype=torch.int64))

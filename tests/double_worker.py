@@ -17,7 +17,7 @@ from ddpm.datasets.batches import Batches
 from ddpm.datasets.digits import digits
 from ddpm.distributed import joined
 from ddpm.runs import Run, join, prepare
-from ddpm.training import train_step
+from ddpm.step import train_step
 from ddpm.validation import Validation
 from ddpm.world import world
 

@@ -16,7 +16,8 @@ from ddpm.datasets.batches import Batches
 from ddpm.datasets.types import Dataset, Facts, Split
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runs import Run, prepare, restore
-from ddpm.training import fit, learning_rate, train_step
+from ddpm.step import _draw, learning_rate, losses, train_step
+from ddpm.training import fit
 
 CPU = torch.device("cpu")
 FACTS = Facts("tiny", 1, 8, 3, ("a", "b", "c"), 256)
@@ -78,7 +79,7 @@ def test_one_step_equals_the_textbook(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.999), weight_decay=0.1)
     for step in range(3):
         x_0, y = batches.batch(step)
-        t, weight, eps, labels = training._draw(run, x_0, y, torch.arange(12))
+        t, weight, eps, labels = _draw(run, x_0, y, torch.arange(12), run.step)
         assert labels is None and (weight == 1).all()
         alpha, sigma = (
             table.float()[t].view(-1, 1, 1, 1) for table in (run.schedule.alpha, run.schedule.sigma)
@@ -204,7 +205,7 @@ def test_loss_falls_on_a_learnable_set(tmp_path: Path) -> None:
 
 
 def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, original = tiny_data(), training.losses
+    data, original = tiny_data(), losses
     run = prepare(config(*(f"trainer.{key}_every=4" for key in ("log", "validate", "checkpoint"))), data, CPU)
     kept: dict[int, torch.Tensor] = {}
 
@@ -213,7 +214,7 @@ def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytes
         loss = original(*arguments)
         return loss * float("nan") if run.step == 2 else loss
 
-    monkeypatch.setattr(training, "losses", poisoned)
+    monkeypatch.setattr("ddpm.step.losses", poisoned)
     with pytest.raises(UserError, match=r"loss nan .* at step 3, at a learning rate of 0.00"):
         list(fit(run, data, tmp_path))
     network = sum(p.numel() for p in run.network.parameters())
@@ -282,7 +283,7 @@ def test_learning_rate() -> None:
 def test_labels_are_dropped_at_the_asked_rate() -> None:
     run = prepare(config("model.conditional=true", "objective.label_dropout=0.25"), tiny_data(), CPU)
     y = torch.arange(20_000) % 3
-    _, _, _, labels = training._draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000))
+    _, _, _, labels = _draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000), 0)
     assert labels is not None
     dropped = labels == 3
     assert abs(dropped.float().mean() - 0.25) < 0.015 and torch.equal(labels[~dropped], y[~dropped])

@@ -51,12 +51,12 @@ class Run:
     parallel: DistributedDataParallel | None = None  # around `network`, where several processes train it
 
     @cached_property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
         return list(self.network.parameters())
 
     @cached_property
-    def averages(self) -> list[nn.Parameter]:
+    def averages(self) -> list[Tensor]:
         """The parameters of `ema`, in the same order."""
         return list(self.ema.parameters())
 
@@ -139,13 +139,15 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "precision": precision_name(config.trainer.precision, device),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
-        "group_norm": "own" if _own_group_norm(config, device) else "torch",
+        "group_norm": _group_norm(config, device),
     }
 
 
-def _own_group_norm(config: TrainConfig, device: torch.device) -> bool:
-    plain = device.type == "cpu" and config.trainer.channels_last and config.trainer.compile != "true"
-    return plain and config.model.name == "unet" and not group_norm.missing()
+def _group_norm(config: TrainConfig, device: torch.device) -> str:
+    plain = config.trainer.channels_last and config.trainer.compile != "true" and config.model.name == "unet"
+    if not plain or group_norm.missing(device.type):
+        return "torch"
+    return "own" if device.type == "cpu" else "triton"
 
 
 def _cpu() -> str:
