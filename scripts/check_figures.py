@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.datasets import DATASETS
-from ddpm.datasets.types import Split
+from ddpm.data.dataset import Split
+from ddpm.data.datasets import DATASETS
 from ddpm.errors import UserError
-from ddpm.evaluation import judge
-from ddpm.randomness import normal, permutation
+from ddpm.evaluate import evaluator as judge
+from ddpm.runtime.randomness import normal, permutation
 
 DRAWS = 5  # of real images
 NOTICED = 4  # standard deviations

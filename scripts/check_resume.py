@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ddpm.checkpoint import read_meta, saved_steps
+from ddpm.checkpoint.file import read_meta, saved_steps
 
 SETTINGS = (
     "trainer.max_steps=200",

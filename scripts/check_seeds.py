@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm import checkpoint
-from ddpm.cli.hydra_app import compose
-from ddpm.config import Choice, TrainConfig, check, choices
-from ddpm.images import to_uint8
-from ddpm.sampling import Guidance, Model, denoiser, draw, labels, last, load
+from ddpm.checkpoint import file as checkpoint
+from ddpm.cli.app import compose
+from ddpm.config.schema import Choice, TrainConfig, check, choices
+from ddpm.io.images import to_uint8
+from ddpm.sample.sampling import Guidance, Model, denoiser, draw, labels, last, load
 
 TOLERANCE = 0.01
 

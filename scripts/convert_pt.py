@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from ddpm.errors import CheckpointError, printable
 
 PARTS = ("ema", "model", "state_dict")

@@ -1,4 +1,4 @@
-"""Train the feature network of a dataset, as shipped for digits and mnist in src/ddpm/evaluation/assets/.
+"""Train the feature network of a dataset, as shipped for digits and mnist in src/ddpm/evaluate/features/assets/.
 
 Only the training images are used; the test images say how good the classifier is. Prints the hash that features.SHIPPED
 must name. Where a machine's arithmetic differs, so will the last digits of the weights, and with them the hash.
@@ -14,11 +14,12 @@ from time import perf_counter, process_time
 import torch
 
 from ddpm import __version__
-from ddpm.datasets import DATASETS
-from ddpm.datasets.cache import save_arrays
+from ddpm.data.datasets import DATASETS
 from ddpm.errors import DataError
-from ddpm.evaluation import feature_training, features
-from ddpm.files import reason
+from ddpm.evaluate.features import extractor as features
+from ddpm.evaluate.features import training as feature_training
+from ddpm.io.cache import save_arrays
+from ddpm.io.files import reason
 
 
 def main() -> None:

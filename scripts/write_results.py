@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from ddpm.evaluation import record, study
-from ddpm.evaluation.record import Evaluation, Figure
+from ddpm.evaluate import record
+from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.report import sampler_study as study
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"

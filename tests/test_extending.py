@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm import config, plugins
-from ddpm.cli import hydra_app
-from ddpm.config import CONFIG_DIR
+from ddpm.cli import app as hydra_app
+from ddpm.config import schema as config
+from ddpm.config.schema import CONFIG_DIR
+from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -93,7 +94,10 @@ def test_help_and_cfg_know_plugins(trained: Path) -> None:
 
 BASE = "import ddpm\n\n@ddpm.register('schedule')\n"
 BROKEN = {
-    "clash": (BASE + "def linear(num_timesteps): ...", "schedule 'linear' exists already, in ddpm.schedules"),
+    "clash": (
+        BASE + "def linear(num_timesteps): ...",
+        "schedule 'linear' exists already, in ddpm.diffusion.schedules",
+    ),
     "wrong": (BASE + "def mine(T): ...", "schedule 'mine': its parameters must begin with num_timesteps"),
     "bare": (BASE + "def mine(num_timesteps, a): ...", "schedule 'mine': its parameter 'a' needs a default"),
     "types": (BASE + "def mine(num_timesteps, tau='x'): ...", "schedule.tau=x: must be a number"),
@@ -139,7 +143,7 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_common_keys_are_those_of_every_file() -> None:
-    for group, common in plugins.COMMON.items():
+    for group, common in COMMON.items():
         keys = [content.keys() - {"name"} for content in config.choices(group).values()]
         assert set.intersection(*map(set, keys)) == set(common)
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import ddpm
-from ddpm import checkpoint
-from ddpm.cli import hydra_app, train
-from ddpm.config import TrainConfig, check
-from ddpm.runs import prepare, save
+from ddpm.checkpoint import file as checkpoint
+from ddpm.cli import app as hydra_app
+from ddpm.cli import train
+from ddpm.config.schema import TrainConfig, check
+from ddpm.train.state import prepare, save
 from tests.conftest import run_script
-from tests.test_training import CPU, config, tiny_data
+from tests.train.test_training import CPU, config, tiny_data
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -39,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("ddpm.validation.EVALUATIONS", 34)
+        patch.setattr("ddpm.train.validation.EVALUATIONS", 34)
         train.train(check(TrainConfig, hydra_app.compose("train", QUICK)))
     return folder
 
@@ -80,7 +81,7 @@ else:
 def test_all_that_is_offered_is_there_and_documented() -> None:
     for name in ddpm.__all__:
         assert getattr(ddpm, name).__doc__, name
-    assert set(ddpm.library.__all__) < set(ddpm.__all__)
+    assert set(ddpm.api.__all__) < set(ddpm.__all__)
 
 
 @pytest.mark.slow

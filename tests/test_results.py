@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddpm.evaluation import record, study
-from ddpm.evaluation.record import Evaluation, Figure
-from tests.test_study import of
+from ddpm.evaluate import record
+from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.report import sampler_study as study
+from tests.report.test_study import of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))

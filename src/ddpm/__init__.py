@@ -1,12 +1,12 @@
-"""Train, sample and judge denoising diffusion models on small images; `ddpm.library` says what is offered here."""
+"""Train, sample and judge denoising diffusion models on small images; `ddpm.api` says what is offered here."""
 
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
-from ddpm.plugins import register
+from ddpm.register import register
 
 if TYPE_CHECKING:
-    from ddpm.library import Model, load, save_grid, to_uint8
+    from ddpm.api import Model, load, save_grid, to_uint8
 
 __all__ = ["Model", "UserError", "load", "register", "save_grid", "to_uint8"]
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
-    from ddpm import library
+    from ddpm import api as library
 
     return getattr(library, name)
 

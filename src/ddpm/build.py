@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm import checkpoint
-from ddpm.config import Choice, TrainConfig
-from ddpm.config import Objective as ObjectiveConfig
-from ddpm.datasets import DATASETS
-from ddpm.datasets.types import Dataset, Facts, check_dataset
-from ddpm.diffusion import Objective, make_objective
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint.header import DTYPES, Entry, Meta
+from ddpm.config.schema import Choice, TrainConfig
+from ddpm.config.schema import Objective as ObjectiveConfig
+from ddpm.data.dataset import Dataset, Facts, check_dataset
+from ddpm.data.datasets import DATASETS
+from ddpm.diffusion.process import Objective, make_objective
+from ddpm.diffusion.schedules import SCHEDULES, NoiseSchedule
+from ddpm.diffusion.timesteps import HISTORY
 from ddpm.errors import CheckpointError, UserError
-from ddpm.meta import DTYPES, Entry, Meta
 from ddpm.networks import NETWORKS
-from ddpm.optimizers import ADAMW_STATE
-from ddpm.schedules import SCHEDULES, NoiseSchedule
-from ddpm.timesteps import HISTORY
-from ddpm.world import ALONE, World
+from ddpm.runtime.world import ALONE, World
+from ddpm.train.optimizers import ADAMW_STATE
 
 
 def device(name: str, world: World = ALONE) -> torch.device:

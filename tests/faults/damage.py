@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from ddpm.errors import CheckpointError
 from tests.faults import forks
 from tests.faults.cases import Case

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from tests.faults.cases import Case
 from tests.faults.processes import (
     LAST,

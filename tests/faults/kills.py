@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from tests.faults import processes
 from tests.faults.cases import Case
 from tests.faults.processes import (

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from tests.faults.cases import Case
 from tests.faults.processes import (
     QUICK,
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 import ddpm
-from ddpm.datasets.types import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Facts, Split
 
 
 @ddpm.register("dataset")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of prctl(2) and capabilities(7)
 PATIENCE = 240.0  # seconds until a command that should have ended counts as hanging

@@ -12,7 +12,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from tests.faults import processes
 from tests.faults.cases import Case
 from tests.faults.processes import (

@@ -1,16 +1,17 @@
 """Which sampler a command takes where none is typed."""
 
-from ddpm.cli import hydra_app
-from ddpm.config import check
+from ddpm.cli import app as hydra_app
+from ddpm.config.schema import check
 from ddpm.errors import printable
-from ddpm.world import world
+from ddpm.runtime.world import world
 
 BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
     """That of sampler.yaml beside the checkpoint, which it says, or else of the training. Raises UserError."""
-    from ddpm import checkpoint, sampler_file
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.sample import sampler_file
 
     ckpt = hydra_app.typed_value(typed, "ckpt")
     if ckpt in (None, "null") or hydra_app.typed_value(typed, "sampler") is not None:

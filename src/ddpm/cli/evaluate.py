@@ -4,10 +4,11 @@ import re
 import sys
 from dataclasses import dataclass
 
-from ddpm.cli import default_sampler, hydra_app
-from ddpm.config import Choice, choices
+from ddpm.cli import app as hydra_app
+from ddpm.cli import default_sampler
+from ddpm.config.schema import Choice, choices
 from ddpm.errors import UserError
-from ddpm.world import world
+from ddpm.runtime.world import world
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _with_paths(argument: str) -> str:
 
 def before_typed(typed: list[str]) -> list[str]:
     """Of a checkpoint its sampler and the size of its images; the dataset that `samples` names."""
-    from ddpm import checkpoint
+    from ddpm.checkpoint import file as checkpoint
 
     ckpt, samples, dataset = (hydra_app.typed_value(typed, key) for key in ("ckpt", "samples", "dataset"))
     if ckpt not in (None, "null") and samples not in (None, "null"):
@@ -78,13 +79,14 @@ def evaluate(config: EvalConfig) -> None:
     """
     check_keys(config)
     if config.compare is not None:
-        from ddpm.evaluation import record, table
+        from ddpm.evaluate import record, table
 
         print(table.table(record.read_all(config.compare)))
         return
-    from ddpm import build, memory
-    from ddpm.cli import judging
-    from ddpm.distributed import joined
+    from ddpm import build
+    from ddpm.evaluate import run as judging
+    from ddpm.runtime import memory
+    from ddpm.runtime.distributed import joined
 
     own = world()
     memory.keep_freed()

@@ -7,13 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli import hydra_app
-from ddpm.config import ADDED, CIRCUMSTANCES, ExportConfig, choices, to_dict
+from ddpm.cli import app as hydra_app
+from ddpm.config.schema import ADDED, CIRCUMSTANCES, ExportConfig, choices, to_dict
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.io.files import reason, write_atomically
 
 if TYPE_CHECKING:
-    from ddpm.sampling import Model
+    from ddpm.sample.sampling import Model
 
 
 def main() -> None:
@@ -24,9 +24,11 @@ def export(config: ExportConfig) -> None:
     """The whole command for one checked config."""
     import torch
 
-    from ddpm import build, checkpoint, sampling
-    from ddpm.card import card
-    from ddpm.export import FORMATS
+    from ddpm import build
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.export.formats import FORMATS
+    from ddpm.export.model_card import card
+    from ddpm.sample import sampling
 
     path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
     model, meta = sampling.load(path, torch.device("cpu"), config.ema)
@@ -44,8 +46,8 @@ def export(config: ExportConfig) -> None:
 
 def _check(model: "Model", out: Path) -> str:
     """Both tools' images from the same noise. Raises UserError where they are not the same."""
-    from ddpm import crosscheck
-    from ddpm.export import ddim_steps
+    from ddpm.export import crosscheck
+    from ddpm.export.formats import ddim_steps
 
     try:
         import diffusers

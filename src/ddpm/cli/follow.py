@@ -5,21 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import signals
 from ddpm.cli.progress import Log, estimate, typed
 from ddpm.errors import RankError, UserError
+from ddpm.runtime import signals
 
 if TYPE_CHECKING:
-    from ddpm.datasets.types import Dataset
-    from ddpm.runs import Run
+    from ddpm.data.dataset import Dataset
+    from ddpm.train.state import Run
 
 
 def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     """The training, with its bar or plain lines; what signals ask for is done between two steps."""
-    from ddpm import compiling, memory
-    from ddpm.cli import tensorboard
-    from ddpm.distributed import agreed
-    from ddpm.training import fit, keep
+    from ddpm.runtime import memory
+    from ddpm.runtime.distributed import agreed
+    from ddpm.train import compile as compiling
+    from ddpm.train import tensorboard
+    from ddpm.train.loop import fit, keep
 
     first, clock = run.step, time.perf_counter()
     exhausted = False
@@ -67,7 +68,7 @@ def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
     after one step and hears of them after the next: all act after the same step, and none waits but for processes
     that are a whole step behind.
     """
-    from ddpm.distributed import begin_largest
+    from ddpm.runtime.distributed import begin_largest
 
     if run.world.size == 1:
         while True:
@@ -84,7 +85,8 @@ def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
 def _out_of_memory(run: "Run") -> UserError:
     import torch
 
-    from ddpm import memory, training
+    from ddpm.runtime import memory
+    from ddpm.train import loop as training
 
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
     text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"

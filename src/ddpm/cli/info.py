@@ -2,8 +2,8 @@
 
 import math
 
-from ddpm.cli import hydra_app
-from ddpm.config import InfoConfig
+from ddpm.cli import app as hydra_app
+from ddpm.config.schema import InfoConfig
 from ddpm.errors import printable
 
 
@@ -12,7 +12,7 @@ def main() -> None:
 
 
 def info(config: InfoConfig) -> None:
-    from ddpm import checkpoint
+    from ddpm.checkpoint import file as checkpoint
 
     path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=checkpoint.read_meta)
     meta, tensors = checkpoint.read_meta(path)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ddpm import yaml_files
-from ddpm.config import CONFIG_DIR
+from ddpm.config import yaml_files
+from ddpm.config.schema import CONFIG_DIR
 from ddpm.errors import printable
-from ddpm.world import World
+from ddpm.runtime.world import World
 
 if TYPE_CHECKING:
-    from ddpm.runs import Run
+    from ddpm.train.state import Run
 
 
 class Log:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import hydra_app
-from ddpm.cli.folders import dated_folder
-from ddpm.config import Choice
+from ddpm.cli import app as hydra_app
+from ddpm.config.schema import Choice
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.io.files import reason, write_atomically
+from ddpm.runs.output_dirs import dated_folder
 
 if TYPE_CHECKING:
-    from ddpm.report import RunRow
+    from ddpm.report.runs import RunRow
 
 MAX_IMAGES = 64  # of each run in contact.png,
 MAX_ROWS = 100  # runs in it
@@ -63,8 +63,9 @@ def _before_typed(overrides: list[str]) -> list[str]:
 
 def report(config: ReportConfig) -> None:
     """The whole command for one checked config."""
-    from ddpm import report, report_table
-    from ddpm.cli import run_folder
+    from ddpm.report import runs as report
+    from ddpm.report import table as report_table
+    from ddpm.runs import run_dir as run_folder
 
     if config.n > MAX_IMAGES:
         raise UserError(f"n={config.n}: must be a number from 1 to {MAX_IMAGES}")
@@ -78,7 +79,7 @@ def report(config: ReportConfig) -> None:
         write_atomically(out / "report.csv", report_table.csv_text(rows, config.figure).encode())
         print(printable(str(out / "report.csv")), flush=True)
         if any(row.best(config.figure) for row in rows):
-            from ddpm import report_pictures
+            from ddpm.report import plot as report_pictures
 
             report_pictures.draw(rows, config.figure, out / "report.png")
             print(printable(str(out / "report.png")), flush=True)
@@ -121,9 +122,12 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     """contact.png, with a bar on a terminal; a run that cannot be drawn from says why."""
     from tqdm import tqdm
 
-    from ddpm import build, checkpoint, contact, report_table
-    from ddpm.images import save_png
-    from ddpm.report import brief
+    from ddpm import build
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.io.images import save_png
+    from ddpm.report import contact_sheet as contact
+    from ddpm.report import table as report_table
+    from ddpm.report.runs import brief
 
     device, keys = build.device(config.device), report_table.varying(rows)
     sampler = "each run's own sampler" if config.sampler is None else config.sampler.name

@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import default_sampler, folders, hydra_app
-from ddpm.config import SampleConfig, to_dict
+from ddpm.cli import app as hydra_app
+from ddpm.cli import default_sampler
+from ddpm.config.schema import SampleConfig, to_dict
 from ddpm.errors import printable
-from ddpm.files import write_atomically
-from ddpm.world import ALONE, World, world
+from ddpm.io.files import write_atomically
+from ddpm.runs import output_dirs as folders
+from ddpm.runtime.world import ALONE, World, world
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ddpm.cli.plan import Plan
-    from ddpm.meta import Meta
-    from ddpm.sampling import Model
+    from ddpm.checkpoint.header import Meta
+    from ddpm.sample.sampling import Model
+    from ddpm.sample.tasks import Plan
 
 FILM_IMAGES = 16
 FILM_FRAMES = 40
@@ -39,8 +41,9 @@ def sample(config: SampleConfig) -> None:
 
     Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
     """
-    from ddpm import build, memory
-    from ddpm.distributed import joined
+    from ddpm import build
+    from ddpm.runtime import memory
+    from ddpm.runtime.distributed import joined
 
     started, own = time.perf_counter(), world()
     memory.keep_freed()
@@ -50,9 +53,12 @@ def sample(config: SampleConfig) -> None:
 
 
 def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
-    from ddpm import build, checkpoint, runs, sampling
-    from ddpm.cli import plan
-    from ddpm.distributed import agreed, collected, told
+    from ddpm import build
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.runtime.distributed import agreed, collected, told
+    from ddpm.sample import sampling
+    from ddpm.sample import tasks as plan
+    from ddpm.train import state as runs
 
     path, notes = Path(), list[str]()
     with agreed(own):
@@ -117,9 +123,9 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE
     from torch import Tensor
 
     from ddpm.cli import progress
-    from ddpm.cli.brought import guidance
-    from ddpm.samplers import Step
-    from ddpm.sampling import draw_all
+    from ddpm.diffusion.samplers import Step
+    from ddpm.sample.brought import guidance
+    from ddpm.sample.sampling import draw_all
 
     share, filmed = own.share(todo.n), _filmed(config, todo.n)
     film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
@@ -159,7 +165,7 @@ def _filmed(config: SampleConfig, n: int) -> int:
 
 def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) -> "Tensor":
     """On rank 0, of all the images that are filmed, from each process's part of them."""
-    from ddpm.distributed import collected
+    from ddpm.runtime.distributed import collected
 
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
     return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
@@ -169,7 +175,7 @@ def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[
     """What `save` asks for; returns the names of the files."""
     import numpy as np
 
-    from ddpm.images import grid, rows, save_gif, save_png, to_uint8
+    from ddpm.io.images import grid, rows, save_gif, save_png, to_uint8
 
     pixels, files = to_uint8(drawn.x), []
     classes = None if drawn.y is None else drawn.y.cpu().numpy()

@@ -11,21 +11,25 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm import __version__, sampler_file
-from ddpm.cli import evaluate, folders, hydra_app, signals
+from ddpm import __version__
+from ddpm.cli import app as hydra_app
+from ddpm.cli import evaluate
 from ddpm.cli.evaluate import EvalConfig
 from ddpm.cli.progress import tell
-from ddpm.config import check
+from ddpm.config.schema import check
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
-from ddpm.world import ALONE, world
+from ddpm.io.files import reason, write_atomically
+from ddpm.runs import output_dirs as folders
+from ddpm.runtime import signals
+from ddpm.runtime.world import ALONE, world
+from ddpm.sample import sampler_file
 
 if TYPE_CHECKING:
-    from ddpm.datasets.types import Dataset
-    from ddpm.evaluation.judge import Bench
-    from ddpm.evaluation.record import Evaluation
-    from ddpm.meta import Meta
-    from ddpm.sampling import Model
+    from ddpm.checkpoint.header import Meta
+    from ddpm.data.dataset import Dataset
+    from ddpm.evaluate.evaluator import Bench
+    from ddpm.evaluate.record import Evaluation
+    from ddpm.sample.sampling import Model
 
 SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
@@ -49,7 +53,11 @@ class Plan:
 def study(typed: list[str]) -> None:
     """The whole of a multirun. Raises UserError before anything is drawn where one setting is wrong."""
     plan = _planned(typed)
-    from ddpm import build, checkpoint, memory, runs, sampling
+    from ddpm import build
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.runtime import memory
+    from ddpm.sample import sampling
+    from ddpm.train import state as runs
 
     memory.keep_freed()
     ckpt, device = plan.common.ckpt, build.device(plan.common.device)
@@ -126,7 +134,7 @@ def _try(setting: EvalConfig, model: "Model") -> None:
     """One step of one image, so that what does not fit this model is said first. Raises UserError."""
     import torch
 
-    from ddpm import sampling
+    from ddpm.sample import sampling
 
     index, guidance = torch.zeros(1, dtype=torch.int64), sampling.Guidance(setting.guidance_scale)
     with torch.inference_mode():
@@ -139,8 +147,8 @@ def _try(setting: EvalConfig, model: "Model") -> None:
 
 def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta") -> "list[Evaluation]":
     """One evaluation for each setting: read where it is there, else made and written."""
-    from ddpm.cli import judging
-    from ddpm.evaluation.protocol import Clock
+    from ddpm.evaluate import run as judging
+    from ddpm.evaluate.provenance import Clock
 
     data, clock = judging.dataset_of(plan.common, model), Clock()
     kept = [_kept(out, _identity(setting, meta, data)) for setting in plan.settings]
@@ -161,7 +169,7 @@ def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta
 
 
 def _line(evaluation: "Evaluation", plan: Plan) -> str:
-    from ddpm.evaluation import study
+    from ddpm.report import sampler_study as study
 
     one = study.gather([evaluation], plan.varied)
     (row,) = one.rows
@@ -174,9 +182,10 @@ def _measured(
     setting: EvalConfig, path: Path, out: Path, model: "Model", meta: "Meta", bench: "Bench"
 ) -> "Evaluation":
     """Drawn, measured and written."""
-    from ddpm.cli import judging
-    from ddpm.evaluation import judge, record
-    from ddpm.evaluation.protocol import Clock
+    from ddpm.evaluate import evaluator as judge
+    from ddpm.evaluate import record
+    from ddpm.evaluate import run as judging
+    from ddpm.evaluate.provenance import Clock
 
     clock, identity = Clock(), _identity(setting, meta, bench.data)
     with judging.shown_steps(setting, ALONE, model, clock) as watched:
@@ -207,7 +216,7 @@ def _measured(
 
 def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, Any]:
     """All that decides an evaluation's figures, beside the features."""
-    from ddpm.evaluation import protocol
+    from ddpm.evaluate import provenance as protocol
 
     return {
         "ddpm": __version__,
@@ -235,7 +244,8 @@ def _name(identity: dict[str, Any]) -> str:
 
 def _kept(out: Path, identity: dict[str, Any]) -> "Evaluation | None":
     """What an earlier start has measured. None where it is not there, or is not what one writes."""
-    from ddpm.evaluation import record, study
+    from ddpm.evaluate import record
+    from ddpm.report import sampler_study as study
 
     try:
         found = record.read(str(out / _name(identity) / record.FILE))
@@ -253,7 +263,8 @@ def _features(evaluation: "Evaluation | None") -> object:
 
 def _conclude(plan: Plan, path: Path, out: Path, evaluations: "list[Evaluation]") -> None:
     """Table, files and, where one setting is to be preferred, sampler.yaml beside the checkpoint."""
-    from ddpm.evaluation import study, study_picture
+    from ddpm.report import sampler_study as study
+    from ddpm.report import sampler_study_plot as study_picture
 
     result = study.gather(evaluations, plan.varied)
     study.write(out / "study.json", result)

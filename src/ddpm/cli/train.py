@@ -6,19 +6,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import hydra_app, signals
+from ddpm.cli import app as hydra_app
 from ddpm.cli.progress import Log, duration, figures, tell, typed
-from ddpm.config import TrainConfig, to_dict
+from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.errors import UserError
-from ddpm.files import reason, write_atomically
-from ddpm.world import World, world
+from ddpm.io.files import reason, write_atomically
+from ddpm.runtime import signals
+from ddpm.runtime.world import World, world
 
 if TYPE_CHECKING:
     import torch
 
-    from ddpm.cli import resume
-    from ddpm.datasets.types import Dataset
-    from ddpm.runs import Run
+    from ddpm.data.dataset import Dataset
+    from ddpm.runs import resume
+    from ddpm.train.state import Run
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
-    from ddpm.cli.sweep import sweep
+    from ddpm.sweep.sweep import sweep
 
     sweep(overrides)
 
@@ -37,8 +38,9 @@ def train(config: TrainConfig) -> float:
     One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
     """
     from ddpm import build
-    from ddpm.cli import leases, tensorboard
-    from ddpm.distributed import joined
+    from ddpm.runtime.distributed import joined
+    from ddpm.sweep import gpu_locks as leases
+    from ddpm.train import tensorboard
 
     started, own = time.perf_counter(), world()
     tensorboard.check(config)
@@ -51,9 +53,12 @@ def train(config: TrainConfig) -> float:
 
 
 def _train_on(config: TrainConfig, own: World, device: "torch.device", started: float) -> float:
-    from ddpm import build, runs
-    from ddpm.cli import restarts, resume, run_folder
-    from ddpm.distributed import agreed, in_turn, told
+    from ddpm import build
+    from ddpm.runs import elastic as restarts
+    from ddpm.runs import resume
+    from ddpm.runs import run_dir as run_folder
+    from ddpm.runtime.distributed import agreed, in_turn, told
+    from ddpm.train import state as runs
 
     place, claim, source = resume.Place(None, False, []), None, None
     try:
@@ -98,9 +103,9 @@ def _check_size(config: TrainConfig, own: World) -> None:
 def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
-    from ddpm import runs
-    from ddpm.cli import git
-    from ddpm.networks import group_norm
+    from ddpm.networks.kernels import group_norm
+    from ddpm.train import git
+    from ddpm.train import state as runs
 
     run = runs.prepare(config, data, device)
     if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
@@ -119,9 +124,10 @@ def _train_in(
     run_dir: Path, run: "Run", data: "Dataset", source: "resume.Source | None", in_place: bool, started: float
 ) -> float:
     """All that is written is written here, by rank 0."""
-    from ddpm.cli import resume, run_folder
     from ddpm.cli.follow import follow
-    from ddpm.report import FAILED
+    from ddpm.report.runs import FAILED
+    from ddpm.runs import resume
+    from ddpm.runs import run_dir as run_folder
 
     try:
         with signals.patient():
@@ -153,7 +159,7 @@ def _train_in(
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
-    from ddpm.cli import resume
+    from ddpm.runs import resume
 
     resume.check_lengths(overrides)
     return resume.before_typed(overrides)
@@ -166,7 +172,7 @@ def _set_up_torch(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from ddpm import memory
+    from ddpm.runtime import memory
 
     memory.keep_freed()
     # only where it is a change: to set it imports the compiler, which takes a second
@@ -177,7 +183,7 @@ def _set_up_torch(deterministic: bool) -> None:
 
 def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | None:
     """The last figure of a run that is over. With auto, that is fine; a checkpoint that is named was meant to go on."""
-    from ddpm.cli import run_folder
+    from ddpm.runs import run_dir as run_folder
 
     if run.step < run.max_steps:
         return None
@@ -192,7 +198,7 @@ def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | No
 
 
 def _last_good(run_dir: Path) -> str:
-    from ddpm import checkpoint
+    from ddpm.checkpoint import file as checkpoint
 
     files = checkpoint.of_run(run_dir)
     return f"; the last checkpoint is {files[0]}" if files else ""
@@ -201,9 +207,9 @@ def _last_good(run_dir: Path) -> str:
 def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
-    from ddpm import plots
-    from ddpm.cli import restarts
-    from ddpm.schedules import is_noise
+    from ddpm.diffusion.schedules import is_noise
+    from ddpm.runs import elastic as restarts
+    from ddpm.train import plots
 
     log = Log(run_dir / "train.log")
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(run.config)).encode())
@@ -231,10 +237,10 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
 
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
-    from ddpm import plots
-    from ddpm.checkpoint import of_run, read_meta
-    from ddpm.cli.run_folder import RUN_FILES
-    from ddpm.metrics import VALIDATED
+    from ddpm.checkpoint.file import of_run, read_meta
+    from ddpm.runs.run_dir import RUN_FILES
+    from ddpm.train import plots
+    from ddpm.train.metrics_file import VALIDATED
 
     plots.plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     plots.plot_schedule(run.schedule, run_dir / "schedule.png")

@@ -1,0 +1,1 @@
+"""The maths: schedules, the process, objectives, the denoiser, samplers."""

@@ -1,0 +1,1 @@
+"""What came of a set of runs: tables, plots, pictures."""

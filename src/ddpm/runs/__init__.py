@@ -1,0 +1,1 @@
+"""Run folders: which folder a run has, how it is resumed."""
