@@ -8,7 +8,7 @@ import ddpm
 PACKAGE = Path(ddpm.__file__).parent
 # Lower layers first; a module may import from its own layer's folder and from lower ones.
 LAYERS = [
-    {"errors"},
+    {"errors", "old_names"},
     {"checks"},
     {"io"},
     {"runtime", "networks"},
@@ -41,6 +41,7 @@ UPWARDS = {
 LIKE_CLI = {
     "config/load_plugins.py",
     "evaluate/run.py",
+    "old_names.py",
     "runtime/signals.py",
     "train/tensorboard.py",
 }

@@ -1,8 +1,10 @@
 """Train, sample and judge denoising diffusion models on small images; `ddpm.api` says what is offered here."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
+from ddpm.old_names import OldModules
 from ddpm.register import register
 
 if TYPE_CHECKING:
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "UserError", "load", "register", "save_grid", "to_uint8"]
 __version__ = "0.1.0"
+sys.meta_path.insert(0, OldModules())
 
 
 def __getattr__(name: str) -> Any:
