@@ -18,12 +18,14 @@ import torch
 from timing import seconds
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 from ddpm.io.images import normalise
+from ddpm.train.checkpointing import save
 from ddpm.train.loop import train_step
-from ddpm.train.state import Run, prepare, save
+from ddpm.train.state import Run, prepare
 
 RECIPES = {"digits": (8, 1), "mnist": (28, 1), "folder": (32, 3)}  # image size, channels
 

@@ -24,13 +24,15 @@ from timing import machine, save, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import build
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 from ddpm.evaluate.table import aligned
 from ddpm.runtime import memory
-from ddpm.sample.sampling import PRECISIONS, Model, drawing
+from ddpm.sample.model import PRECISIONS, Model
+from ddpm.sample.sampling import drawing
 from ddpm.train.loop import train_step
 from ddpm.train.state import prepare
 

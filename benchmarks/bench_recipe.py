@@ -26,9 +26,10 @@ WARM_UP = 4
 def step_seconds(recipe: str, steps: int, overrides: list[str]) -> float:
     """The median step of one process, this one."""
     from ddpm import build
-    from ddpm.cli import app as hydra_app
+    from ddpm.config import hydra
     from ddpm.config.schema import TrainConfig, check
     from ddpm.data.batches import Batches
+    from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
     from ddpm.train import loop as training
     from ddpm.train import state as runs
@@ -36,8 +37,8 @@ def step_seconds(recipe: str, steps: int, overrides: list[str]) -> float:
     if "--give-back" not in overrides:
         memory.keep_freed()
     typed = [f"experiment={recipe}", *(override for override in overrides if "=" in override)]
-    config = check(TrainConfig, hydra_app.compose("train", typed))
-    data, device = build.dataset(config.dataset, config.data_root), build.device(config.device)
+    config = check(TrainConfig, hydra.compose("train", typed))
+    data, device = build.dataset(config.dataset, config.data_root), runtime_device.device(config.device)
     run = runs.prepare(config, data, device)
     batches, times = Batches(data.train, config.trainer.batch_size, config.seed, device), list[float]()
     for step in range(WARM_UP + steps):

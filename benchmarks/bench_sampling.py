@@ -23,12 +23,14 @@ import torch
 from timing import machine, save, seconds
 
 from ddpm.build import network, schedule
-from ddpm.cli.app import compose
-from ddpm.config.schema import Choice, TrainConfig, check, choices, choose_sampler
-from ddpm.data.dataset import Facts
+from ddpm.config.choices import Choice, choices, choose_sampler
+from ddpm.config.hydra import compose
+from ddpm.config.schema import TrainConfig, check
+from ddpm.data.info import Facts
 from ddpm.runtime import memory
 from ddpm.runtime.randomness import normal
-from ddpm.sample.sampling import PRECISIONS, Guidance, Model, denoiser, draw, drawing, finite, labels
+from ddpm.sample.model import PRECISIONS, Guidance, Model, denoiser, labels
+from ddpm.sample.sampling import draw, drawing, finite
 
 
 class Costs(NamedTuple):

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from timing import machine, save
 
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
+from ddpm.train.checkpointing import save as save_run
 from ddpm.train.state import prepare
-from ddpm.train.state import save as save_run
 
 BARE = """
 import sys
@@ -60,11 +61,11 @@ ddpm.cli.entry.train()
 """
 SAMPLE = """
 import os, sys, ddpm.cli.entry, ddpm.diffusion.process
-evaluate = ddpm.diffusion.process.Denoiser._evaluate
+evaluate = ddpm.diffusion.denoiser.Denoiser._evaluate
 def first(*given):
     print("mean", evaluate(*given).mean().item(), flush=True)
     os._exit(0)
-ddpm.diffusion.process.Denoiser._evaluate = first
+ddpm.diffusion.denoiser.Denoiser._evaluate = first
 ddpm.cli.entry.sample()
 """
 PLAIN = """

@@ -25,7 +25,7 @@ from timing import machine, save, seconds
 
 import ddpm
 from ddpm import build
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset

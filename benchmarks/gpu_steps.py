@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from timing import seconds
 
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 from ddpm.sample import sampling as drawing
+from ddpm.sample.model import Guidance, Model, denoiser, labels, levels
 from ddpm.train import compile as compiling
 from ddpm.train.loop import train_step
 from ddpm.train.state import Run, prepare
@@ -101,13 +103,13 @@ def waiting_noted(device: torch.device, waited: list[str]) -> Iterator[None]:
 
 def sample(run: Run, device: torch.device) -> None:
     """All steps of a sampler but the first, before which the images' numbers go to the GPU."""
-    model = drawing.Model(run.ema, run.schedule, run.config, run.facts, device)
+    model = Model(run.ema, run.schedule, run.config, run.facts, device)
     index = torch.arange(64, device=device)
-    y = drawing.labels(model, None, index, drawing.Guidance())
-    denoise = drawing.denoiser(model, run.config.sampler, y, drawing.Guidance())
+    y = labels(model, None, index, Guidance())
+    denoise = denoiser(model, run.config.sampler, y, Guidance())
     steps = drawing.finite(drawing.draw(model, run.config.sampler, denoise, index, 0), index)
     with torch.inference_mode():
-        for _ in drawing.levels(model, run.config.sampler)[1:]:
+        for _ in levels(model, run.config.sampler)[1:]:
             next(steps)
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.cli.app import compose
+from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
 from ddpm.data.digits import digits
+from ddpm.data.info import Facts
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
 from ddpm.io.images import normalise
 from ddpm.train.loop import _draw, learning_rate, train_step

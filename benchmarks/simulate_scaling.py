@@ -69,9 +69,9 @@ def step_time(step: Step, images: float, gpus: int, per_node: int) -> float:
 def network(name: str) -> Step:
     """Gradient sizes of a configured network, with the times below."""
     from ddpm import build
-    from ddpm.cli.app import compose
+    from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
-    from ddpm.data.dataset import Facts
+    from ddpm.data.info import Facts
 
     config = check(TrainConfig, compose("train", ["dataset=mnist", f"model={name}"]))
     with torch.device("meta"):
@@ -90,17 +90,18 @@ def measure(name: str) -> None:
     """Step time over the batch on this machine, with a straight line through it."""
     import time
 
-    from ddpm import build
-    from ddpm.cli.app import compose
+    from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
-    from ddpm.data.dataset import Dataset, Facts, Split
+    from ddpm.data.dataset import Dataset, Split
+    from ddpm.data.info import Facts
+    from ddpm.runtime import device as runtime_device
     from ddpm.train import state as runs
     from ddpm.train.loop import train_step
 
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     split = Split(images, torch.zeros(64, dtype=torch.int64))
     data = Dataset(Facts("mnist", 1, 28, 10, (), 256), split, split, split)
-    device, points = build.device("auto"), []
+    device, points = runtime_device.device("auto"), []
     for batch in (8, 16, 32, 64):
         settings = ["dataset=mnist", f"model={name}", f"trainer.batch_size={batch}"]
         run = runs.prepare(check(TrainConfig, compose("train", settings)), data, device)
@@ -125,9 +126,9 @@ def flops(name: str) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from ddpm import build
-    from ddpm.cli.app import compose
+    from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
-    from ddpm.data.dataset import Facts
+    from ddpm.data.info import Facts
 
     config = check(TrainConfig, compose("train", ["dataset=mnist", f"model={name}"]))
     net = build.network(config.model, config.objective, Facts("mnist", 1, 28, 10, (), 256))

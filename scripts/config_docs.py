@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ddpm.cli.help import NOTES
+from ddpm.config.choices import CONFIG_DIR, choices
 from ddpm.config.limits import LIMITS, describe
-from ddpm.config.schema import CONFIG_DIR, choices
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 FIRST = ("train", "sample")

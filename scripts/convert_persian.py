@@ -19,8 +19,8 @@ from ddpm.data.mat import read_mat
 from ddpm.data.persian import PARTS, converted_name
 from ddpm.errors import DataError, printable
 from ddpm.io.cache import cache_folder
+from ddpm.io.files import reason
 from ddpm.io.pictures import decode
-from ddpm.io.reading import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from tests.diffusion.mixture import MEAN, PART, STD, IdealDenoiser  # noqa: E402
 
-from ddpm.diffusion.process import PREDICTIONS, WEIGHTS, Denoiser, make_objective, target  # noqa: E402
+from ddpm.diffusion.denoiser import Denoiser  # noqa: E402
+from ddpm.diffusion.objective import WEIGHTS, make_objective  # noqa: E402
+from ddpm.diffusion.process import PREDICTIONS, target  # noqa: E402
 from ddpm.diffusion.samplers import Step, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, sample_levels, unipc  # noqa: E402
 from ddpm.diffusion.schedules import SCHEDULES, Level, NoiseSchedule  # noqa: E402
 from ddpm.diffusion.spacings import SPACINGS  # noqa: E402

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.cli import app as hydra_app
+from ddpm.config import choices, hydra
 from ddpm.config import schema as config
-from ddpm.config.schema import CONFIG_DIR
+from ddpm.config.choices import CONFIG_DIR
 from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
@@ -134,9 +134,9 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
     shutil.copytree(CONFIG_DIR, tmp_path / "configs")
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     (tmp_path / "configs/experiment/evil.yaml").write_text("# @package _global_\nplugins: [evil]\n")
-    monkeypatch.setattr(hydra_app, "CONFIG_DIR", tmp_path / "configs")
+    monkeypatch.setattr(hydra, "CONFIG_DIR", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    raw = hydra_app.compose("train", ["experiment=evil"])
+    raw = hydra.compose("train", ["experiment=evil"])
     assert raw["plugins"] == ["evil"]
     with pytest.raises(config.UserError, match="unknown key 'plugins'"):
         config.check(config.TrainConfig, raw)
@@ -144,7 +144,7 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_common_keys_are_those_of_every_file() -> None:
     for group, common in COMMON.items():
-        keys = [content.keys() - {"name"} for content in config.choices(group).values()]
+        keys = [content.keys() - {"name"} for content in choices.choices(group).values()]
         assert set.intersection(*map(set, keys)) == set(common)
 
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import ddpm
-from ddpm.checkpoint import file as checkpoint
-from ddpm.cli import app as hydra_app
+from ddpm.checkpoint import locate
 from ddpm.cli import train
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
-from ddpm.train.state import prepare, save
+from ddpm.train.checkpointing import save
+from ddpm.train.state import prepare
 from tests.conftest import run_script
 from tests.train.test_training import CPU, config, tiny_data
 
@@ -41,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("ddpm.train.validation.EVALUATIONS", 34)
-        train.train(check(TrainConfig, hydra_app.compose("train", QUICK)))
+        train.train(check(TrainConfig, hydra.compose("train", QUICK)))
     return folder
 
 
@@ -111,7 +112,7 @@ def test_mypy_sees_the_types(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_a_file_and_latest_are_one_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (file,) = [path for path in checkpoint.of_run(home / "run") if path.name.startswith("step_")]
+    (file,) = [path for path in locate.of_run(home / "run") if path.name.startswith("step_")]
     monkeypatch.chdir(home)
     (home / "outputs").mkdir(exist_ok=True)
     (home / "outputs" / "again").symlink_to(home / "run")

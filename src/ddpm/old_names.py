@@ -11,10 +11,11 @@ from typing import Any
 # Where the names of an old module are now; the first of several modules that has the name counts.
 MODULES = {
     "ddpm.card": "ddpm.export.model_card",
+    "ddpm.checks": "ddpm.errors",
     "ddpm.compiling": "ddpm.train.compile",
     "ddpm.contact": "ddpm.report.contact_sheet",
     "ddpm.crosscheck": "ddpm.export.crosscheck",
-    "ddpm.datasets": "ddpm.data.datasets ddpm.data.dataset",
+    "ddpm.datasets": "ddpm.data.datasets ddpm.data.dataset ddpm.data.info",
     "ddpm.datasets.batches": "ddpm.data.batches",
     "ddpm.datasets.cache": "ddpm.io.cache",
     "ddpm.datasets.digits": "ddpm.data.digits",
@@ -24,8 +25,8 @@ MODULES = {
     "ddpm.datasets.mnist": "ddpm.data.mnist",
     "ddpm.datasets.persian": "ddpm.data.persian",
     "ddpm.datasets.pictures": "ddpm.io.pictures",
-    "ddpm.datasets.reading": "ddpm.io.reading",
-    "ddpm.datasets.types": "ddpm.data.dataset",
+    "ddpm.datasets.reading": "ddpm.io.files",
+    "ddpm.datasets.types": "ddpm.data.dataset ddpm.data.info",
     "ddpm.distributed": "ddpm.runtime.distributed",
     "ddpm.evaluation": "ddpm.evaluate",
     "ddpm.evaluation.bound": "ddpm.evaluate.metrics.vlb",
@@ -37,7 +38,7 @@ MODULES = {
     "ddpm.evaluation.figures": "ddpm.evaluate.figures",
     "ddpm.evaluation.frechet": "ddpm.evaluate.metrics.frechet",
     "ddpm.evaluation.inception": "ddpm.evaluate.features.inception",
-    "ddpm.evaluation.intervals": "ddpm.evaluate.metrics.intervals",
+    "ddpm.evaluation.intervals": "ddpm.evaluate.metrics.frechet",
     "ddpm.evaluation.judge": "ddpm.evaluate.evaluator",
     "ddpm.evaluation.likelihood": "ddpm.evaluate.metrics.likelihood",
     "ddpm.evaluation.memorization": "ddpm.evaluate.metrics.memorization",
@@ -51,18 +52,18 @@ MODULES = {
     "ddpm.evaluation.study_picture": "ddpm.report.sampler_study_plot",
     "ddpm.evaluation.table": "ddpm.evaluate.table",
     "ddpm.files": "ddpm.io.files",
-    "ddpm.guidance": "ddpm.diffusion.guidance",
+    "ddpm.guidance": "ddpm.diffusion.denoiser",
     "ddpm.images": "ddpm.io.images",
     "ddpm.inputs": "ddpm.sample.user_images",
     "ddpm.library": "ddpm.api",
     "ddpm.limits": "ddpm.config.limits",
     "ddpm.memory": "ddpm.runtime.memory",
-    "ddpm.meta": "ddpm.checkpoint.header",
+    "ddpm.meta": "ddpm.checkpoint.header ddpm.data.info",
     "ddpm.metrics": "ddpm.train.metrics_file",
     "ddpm.networks.diffusers_map": "ddpm.export.diffusers_map",
     "ddpm.networks.group_norm": "ddpm.networks.kernels.group_norm",
     "ddpm.networks.native": "ddpm.networks.kernels.native",
-    "ddpm.optimizers": "ddpm.train.optimizers",
+    "ddpm.optimizers": "ddpm.train.optimizers ddpm.checkpoint.verify",
     "ddpm.plots": "ddpm.train.plots",
     "ddpm.plugins": "ddpm.register",
     "ddpm.randomness": "ddpm.runtime.randomness",
@@ -70,45 +71,57 @@ MODULES = {
     "ddpm.report_table": "ddpm.report.table",
     "ddpm.sampler_file": "ddpm.sample.sampler_file",
     "ddpm.samplers": "ddpm.diffusion.samplers",
-    "ddpm.sampling": "ddpm.sample.sampling",
+    "ddpm.sampling": "ddpm.sample.model ddpm.sample.sampling",
     "ddpm.schedules": "ddpm.diffusion.schedules",
     "ddpm.spacings": "ddpm.diffusion.spacings",
     "ddpm.tasks": "ddpm.diffusion.editing",
     "ddpm.timesteps": "ddpm.diffusion.timesteps",
     "ddpm.training": "ddpm.train.loop",
     "ddpm.validation": "ddpm.train.validation",
-    "ddpm.values": "ddpm.config.values",
+    "ddpm.values": "ddpm.config.limits",
     "ddpm.world": "ddpm.runtime.world",
-    "ddpm.yaml_files": "ddpm.config.yaml_files",
+    "ddpm.yaml_files": "ddpm.config.choices",
 }
 
-# An old module that is a package today, or that has lost names: only the names listed are looked for.
+# An old module that is a package today, or has lost names to another: where these names are now.
 NAMES = {
+    "ddpm.build": {
+        "ddpm.checkpoint.verify": "check_tensors examine load_weights outline",
+        "ddpm.data.info": "facts",
+        "ddpm.runtime.device": "device",
+    },
     "ddpm.checkpoint": {
-        "ddpm.checkpoint.file": "CHUNK PICKLED config digest find load newest_good of_run part read_meta save"
-        " saved_steps step_of verify",
+        "ddpm.checkpoint.file": "CHUNK config digest load part read_meta save",
+        "ddpm.checkpoint.locate": "PICKLED find newest_good of_run saved_steps step_of",
     },
     "ddpm.config": {
-        "ddpm.config.schema": "ADDED CIRCUMSTANCES CONFIG_DIR Choice DrawConfig ExportConfig InfoConfig"
-        " Objective Optimizer SampleConfig Several TrainConfig Trainer add_choice check check_choice choices"
-        " choose_sampler plugin_hint to_dict trained_sampler",
+        "ddpm.config.choices": "ADDED CONFIG_DIR Choice add_choice check_choice choose_sampler plugin_hint",
+        "ddpm.config.schema": "CIRCUMSTANCES DrawConfig ExportConfig InfoConfig Objective Optimizer"
+        " SampleConfig Several TrainConfig Trainer check to_dict",
+        "ddpm.sample.sampler_file": "trained_sampler",
     },
     "ddpm.diffusion": {
-        "ddpm.diffusion.process": "CLIPS Denoiser Estimate Objective PREDICTIONS Posterior Scale WEIGHTS"
-        " add_noise invert losses make_objective min_snr p2 posterior sigmoid split target uniform vlb_terms",
+        "ddpm.diffusion.denoiser": "CLIPS Denoiser Estimate",
+        "ddpm.diffusion.objective": "Objective WEIGHTS losses make_objective min_snr p2 sigmoid uniform"
+        " vlb_terms",
+        "ddpm.diffusion.process": "PREDICTIONS Posterior Scale add_noise invert posterior split target",
     },
     "ddpm.export": {
         "ddpm.export.formats": "FORMATS Files PREDICTION_TYPES WRITTEN_FOR ddim_as_exported ddim_steps"
         " diffusers_files public_config safetensors_files scheduler_config trained_betas unet_config",
     },
     "ddpm.report": {
-        "ddpm.report.runs": "FAILED FIGURES MAX_DEPTH MAX_RUNS MAX_TEXT Point RunRow brief find ranked read"
-        " read_all settings_of",
+        "ddpm.config.schema": "settings_of",
+        "ddpm.report.runs": "FIGURES MAX_DEPTH MAX_RUNS MAX_TEXT Point RunRow brief find ranked read read_all",
+        "ddpm.runs.run_dir": "FAILED",
     },
     "ddpm.runs": {
-        "ddpm.train.state": "DECIDES_BITS LISTED Run environment init_from join precision prepare restore"
-        " save slow_in_bf16",
+        "ddpm.runtime.device": "precision slow_in_bf16",
+        "ddpm.train.checkpointing": "LISTED init_from restore save",
+        "ddpm.train.environment": "DECIDES_BITS environment",
+        "ddpm.train.state": "Run join prepare",
     },
+    "ddpm.sampling": {"ddpm.api": "Model"},
 }
 
 RENAMED: dict[str, str] = {}  # old name: what it is called today
@@ -118,7 +131,11 @@ _warned = False
 
 def names_of(old: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a package that an old module has become."""
-    return _getattr(old, {n: (new,) for new, names in NAMES[old].items() for n in names.split()})
+    return _getattr(old, _homes(old))
+
+
+def _homes(old: str) -> dict[str, list[str]]:
+    return {name: [new] for new, names in NAMES.get(old, {}).items() for name in names.split()}
 
 
 def _getattr(
@@ -152,4 +169,5 @@ class OldModules(MetaPathFinder, Loader):
         return ModuleSpec(name, self, is_package=True) if name in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        vars(module)["__getattr__"] = _getattr(module.__name__, {}, MODULES[module.__name__].split())
+        old = module.__name__
+        vars(module)["__getattr__"] = _getattr(old, _homes(old), MODULES[old].split())

@@ -43,7 +43,7 @@ def register(
 
 
 def _add(kind: str, name: str, function: Callable[..., Any], defaults: dict[str, Any]) -> None:
-    from ddpm.config.schema import add_choice
+    from ddpm.config.choices import add_choice
     from ddpm.data.datasets import DATASETS
     from ddpm.diffusion.samplers import SAMPLERS
     from ddpm.diffusion.schedules import SCHEDULES

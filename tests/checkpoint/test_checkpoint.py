@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import Meta
 from ddpm.errors import CheckpointError
 
@@ -175,12 +176,12 @@ def test_falls_back_to_the_newest_good_one(file: Path) -> None:
     older, newer = file.with_name("step_0000003.safetensors"), file.with_name("step_0000009.safetensors")
     older.write_bytes(file.read_bytes())
     newer.write_bytes(file.read_bytes()[:-5])
-    chosen, notes = checkpoint.newest_good([newer, file, older])
+    chosen, notes = locate.newest_good([newer, file, older])
     assert chosen == file and len(notes) == 1 and str(newer) in notes[0] and f"trying {file}" in notes[0]
     with pytest.raises(CheckpointError, match="is broken: it should have"):
-        checkpoint.newest_good([newer])
+        locate.newest_good([newer])
     with pytest.raises(CheckpointError, match="nor is any other of the 2"):
-        checkpoint.newest_good([newer, newer])
+        locate.newest_good([newer, newer])
 
 
 def test_nan_is_not_written_as_a_figure(tmp_path: Path) -> None:
@@ -204,10 +205,10 @@ def test_find(file: Path, tmp_path: Path) -> None:
         checkpoint.save(run / "checkpoints" / f"step_{step:07d}.safetensors", TENSORS, META)
     checkpoint.save(run / "checkpoints" / "best.safetensors", TENSORS, META)
     (run / "checkpoints" / "step_copy.safetensors").write_bytes(b"")
-    names = [path.name for path in checkpoint.find(str(run))]
+    names = [path.name for path in locate.find(str(run))]
     assert names == [f"{n}.safetensors" for n in ("step_12345678", "step_0000040", "best", "step_0000005")]
-    assert checkpoint.find("latest", tmp_path / "outputs") == checkpoint.find(str(run / "checkpoints"))
-    assert checkpoint.find(str(file)) == [file]
+    assert locate.find("latest", tmp_path / "outputs") == locate.find(str(run / "checkpoints"))
+    assert locate.find(str(file)) == [file]
     (tmp_path / "old.pt").write_bytes(b"")
     for spec, message in (
         ("nowhere", "does not exist"),
@@ -215,7 +216,7 @@ def test_find(file: Path, tmp_path: Path) -> None:
         (str(tmp_path / "old.pt"), r"can run code .* scripts/convert_pt.py"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.find(spec)
+            locate.find(spec)
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

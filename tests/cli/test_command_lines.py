@@ -94,7 +94,7 @@ def test_help_is_answered_without_torch_or_hydra(command: Command) -> None:
 
 
 def test_help_names_every_choice(command: Command) -> None:
-    from ddpm.config.schema import CONFIG_DIR
+    from ddpm.config.choices import CONFIG_DIR
 
     text = command("train", "--help").stdout
     for group in (

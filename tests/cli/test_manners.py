@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ddpm.cli.progress import estimate
-from ddpm.config.schema import CONFIG_DIR
+from ddpm.config.choices import CONFIG_DIR
 from tests.conftest import run_script
 
 COMMANDS = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from ddpm.cli.completion import completions, known_keys
-from ddpm.config import yaml_files
-from ddpm.config.schema import CONFIG_DIR
+from ddpm.cli.completion import completions
+from ddpm.config import choices
+from ddpm.config.choices import CONFIG_DIR, known_keys
 from tests.conftest import run_script
 
 SLOW = {"torch", "torch._dynamo", "torchvision", "sklearn", "matplotlib", "hydra", "omegaconf", "diffusers"}
@@ -77,7 +77,7 @@ def test_training_and_sampling_need_no_compiler_and_no_torchvision(tmp_path: Pat
 
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_our_yaml_is_what_hydra_reads(file: Path) -> None:
-    ours, theirs = yaml_files.read(file), OmegaConf.to_container(OmegaConf.load(file))
+    ours, theirs = choices.read_yaml(file), OmegaConf.to_container(OmegaConf.load(file))
     assert repr(ours) == repr(theirs)  # 1 is not 1.0
 
 

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 
-from ddpm.cli import app as hydra_app
-from ddpm.cli.completion import known_keys
-from ddpm.config import schema as config
+from ddpm.config import choices, hydra
+from ddpm.config.choices import CONFIG_DIR, known_keys
 from ddpm.config.limits import LIMITS
-from ddpm.config.schema import CONFIG_DIR, SampleConfig, TrainConfig, check, to_dict
+from ddpm.config.schema import SampleConfig, TrainConfig, check, to_dict
 from ddpm.errors import UserError
 
 
 def train_config(*overrides: str) -> TrainConfig:
-    return check(TrainConfig, hydra_app.compose("train", list(overrides)))  # type: ignore[no-any-return]
+    return check(TrainConfig, hydra.compose("train", list(overrides)))  # type: ignore[no-any-return]
 
 
 def files(group: str) -> list[str]:
@@ -58,7 +57,7 @@ def test_yaml_keys_are_the_functions_keywords(group: str, table: str) -> None:
         "sampler": {"num_steps", "spacing", "rho", "clip", "dynamic_percentile"},
         "model": {"conditional"},
     }.get(group, set())
-    contents = config.choices(group).values()
+    contents = choices.choices(group).values()
     assert {content["name"] for content in contents} == functions.keys()
     for content in contents:
         keywords = set(inspect.signature(functions[content["name"]]).parameters)
@@ -72,7 +71,7 @@ def test_precedence_of_recipe_experiment_and_command_line() -> None:
     assert train_config("dataset=mnist", "experiment=mnist_cpu", "trainer.max_steps=7").trainer.max_steps == 7
     assert (
         train_config("dataset=mnist", "model=unet_tiny").model.params["channels"]
-        == config.choices("model")["unet_tiny"]["channels"]
+        == choices.choices("model")["unet_tiny"]["channels"]
     )
 
 
@@ -80,7 +79,7 @@ def test_stored_config_comes_back_the_same() -> None:
     original = train_config(
         "dataset=mnist", "schedule=cosine", "model.attention=[]", "optimizer.lr=3e-4", "trainer.resume='a b'"
     )
-    again = hydra_app.compose("train", hydra_app.as_overrides(to_dict(original)))
+    again = hydra.compose("train", hydra.as_overrides(to_dict(original)))
     assert check(TrainConfig, again) == original
     assert check(TrainConfig, to_dict(original)) == original
 
@@ -101,9 +100,9 @@ def test_paths_survive_hydras_grammar() -> None:
         "a&b",
         "end\\",
     ):
-        overrides = hydra_app.read_overrides([f"run_dir={path}"])
-        assert hydra_app.compose("train", overrides)["run_dir"] == path
-        assert hydra_app.typed_value(overrides, "run_dir") == path
+        overrides = hydra.read_overrides([f"run_dir={path}"])
+        assert hydra.compose("train", overrides)["run_dir"] == path
+        assert hydra.typed_value(overrides, "run_dir") == path
 
 
 def stored(**changes: Any) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def test_every_number_has_limits() -> None:
     keys = [key for key in known_keys("train") + known_keys("sample") if "." in key]
     for key in keys:
         group, name = key.split(".")
-        for content in config.choices(group).values():
+        for content in choices.choices(group).values():
             value = content.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 assert key in LIMITS, f"{key} has no limits"

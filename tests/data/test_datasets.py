@@ -15,14 +15,14 @@ import yaml
 from PIL import Image
 
 from ddpm.data import persian
-from ddpm.data.dataset import Dataset, Facts, Split, check_dataset, check_image_size, hold_out
+from ddpm.data.dataset import Dataset, Split, check_dataset, check_image_size, hold_out
 from ddpm.data.datasets import DATASETS
 from ddpm.data.folder import folder
+from ddpm.data.info import Facts
 from ddpm.errors import DataError, is_plain
 from ddpm.io.cache import cache_folder, load_arrays, save_arrays
-from ddpm.io.files import write_atomically
+from ddpm.io.files import read_bounded, write_atomically
 from ddpm.io.pictures import read_image
-from ddpm.io.reading import read_bounded
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "dataset"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.process import Estimate
+from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import Level, NoiseSchedule
 
 PART = torch.tensor([0.3, 0.7], dtype=torch.float64)

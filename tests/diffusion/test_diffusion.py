@@ -9,18 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion.process import (
-    PREDICTIONS,
-    WEIGHTS,
-    Denoiser,
-    add_noise,
-    invert,
-    losses,
-    make_objective,
-    posterior,
-    target,
-    vlb_terms,
-)
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.objective import WEIGHTS, losses, make_objective, vlb_terms
+from ddpm.diffusion.process import PREDICTIONS, add_noise, invert, posterior, target
 from ddpm.diffusion.schedules import SCHEDULES, Level, NoiseSchedule, cosine, linear, straight
 
 SIMPLE = [linear(100), cosine(100), SCHEDULES["sigmoid"](100), straight(100)]

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion.process import Denoiser, Estimate, posterior
+from ddpm.diffusion.denoiser import Denoiser, Estimate
+from ddpm.diffusion.process import posterior
 from ddpm.diffusion.samplers import (
     SAMPLERS,
     Step,

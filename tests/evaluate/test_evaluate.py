@@ -18,9 +18,11 @@ from PIL import Image
 from ddpm import build
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint.header import Meta
-from ddpm.cli import app as hydra_app
+from ddpm.cli import eval_keys
 from ddpm.cli import evaluate as command
-from ddpm.config.schema import Choice, TrainConfig, check, choices, to_dict
+from ddpm.config import hydra, schema
+from ddpm.config.choices import Choice, choices
+from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator as judge
@@ -29,7 +31,7 @@ from ddpm.evaluate import record, table
 from ddpm.evaluate import samples as source
 from ddpm.evaluate.record import Evaluation, Figure
 from ddpm.io import npz
-from ddpm.sample import sampling
+from ddpm.sample.model import load
 
 CPU = torch.device("cpu")
 DIGITS = Choice("digits", {})
@@ -52,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
     """Of a conditional model that was never trained."""
     folder = tmp_path_factory.mktemp("home") / "run"
     typed = ["model.channels=[8,16]", "model.head_dim=8", "model.conditional=true"]
-    config: TrainConfig = check(TrainConfig, hydra_app.compose("train", typed))
+    config: TrainConfig = check(TrainConfig, hydra.compose("train", typed))
     torch.manual_seed(0)
     weights = build.network(config.model, config.objective, digits.facts).state_dict()
     tensors = {
@@ -66,8 +68,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
 
 def ddpm_eval(*arguments: str) -> None:
     """What the command does with these arguments, its errors raised."""
-    typed = hydra_app.read_overrides([command._with_paths(argument) for argument in arguments])
-    config = check(command.EvalConfig, hydra_app.compose("eval", command.before_typed(typed) + typed))
+    typed = hydra.read_overrides([command._with_paths(argument) for argument in arguments])
+    config = check(schema.EvalConfig, hydra.compose("eval", eval_keys.before_typed(typed) + typed))
     command.evaluate(config)
 
 
@@ -99,7 +101,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
 
 
 def test_a_conditional_model_is_asked_for_all_classes_alike(run: Path) -> None:
-    model, _ = sampling.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
+    model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     sampler = Choice("ddim", {**_sampler("ddim"), "num_steps": 2})
     drawn = judge.draw(model, sampler, n=23, seed=3, batch_size=7)
     assert drawn.labels is not None and drawn.labels.tolist() == [i % 10 for i in range(23)]
@@ -181,7 +183,7 @@ def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
 
 
 def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
-    model, _ = sampling.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
+    model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
     odds = judge.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
     assert odds.figures.keys() == {"eps_loss", "eps_loss_train"} and odds.curves.keys() == {"test", "train"}
@@ -303,7 +305,7 @@ def test_ddpm_samples_own_npz_is_read(run: Path, tmp_path: Path, digits: Dataset
         f"out={tmp_path}",
         "device=cpu",
     ]
-    sample.sample(check(SampleConfig, hydra_app.compose("sample", hydra_app.read_overrides(typed))))
+    sample.sample(check(SampleConfig, hydra.compose("sample", hydra.read_overrides(typed))))
     found = read(str(tmp_path / "samples.npz"), digits)
     assert found.labels is not None and found.labels.tolist() == [i % 10 for i in range(12)]
     assert torch.equal(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
 from ddpm.data.digits import digits
+from ddpm.data.info import Facts
 from ddpm.data.mnist import mnist
 from ddpm.errors import DataError, UserError
 from ddpm.evaluate.features import extractor as features

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm.evaluate.metrics.frechet import frechet_distance, gaussian
-from ddpm.evaluate.metrics.intervals import frechet_interval, influence
+from ddpm.evaluate.metrics.frechet import frechet_distance, frechet_interval, gaussian, influence
 
 Make = Callable[[int, int, torch.Generator], Tensor]
 

@@ -13,8 +13,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from ddpm.data.dataset import Facts, Split
-from ddpm.diffusion.process import PREDICTIONS, Estimate, posterior, target
+from ddpm.data.dataset import Split
+from ddpm.data.info import Facts
+from ddpm.diffusion.denoiser import Estimate
+from ddpm.diffusion.process import PREDICTIONS, posterior, target
 from ddpm.diffusion.schedules import NoiseSchedule, cosine, linear, sigmoid, straight
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.likelihood import bits_per_dimension, eps_loss
@@ -22,7 +24,7 @@ from ddpm.evaluate.metrics.monte_carlo import evaluate, mean_of, root_of_squares
 from ddpm.evaluate.metrics.vlb import Terms, grey_levels, log_probability
 from ddpm.runtime import distributed
 from ddpm.runtime.world import ALONE, World
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 
 NAT = math.log(2)
 SCHEDULES = {

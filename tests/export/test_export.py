@@ -18,17 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ddpm
-from ddpm.cli import app as hydra_app
 from ddpm.cli import export as command
-from ddpm.config.schema import Choice, ExportConfig, TrainConfig, check, to_dict
-from ddpm.diffusion.process import Denoiser
+from ddpm.config import hydra
+from ddpm.config.choices import Choice
+from ddpm.config.schema import ExportConfig, TrainConfig, check, to_dict
+from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import SAMPLERS, sample_levels
 from ddpm.errors import CheckpointError, UserError
 from ddpm.export import crosscheck
 from ddpm.export import formats as export
 from ddpm.export import model_card as card
+from ddpm.sample import model as sample_model
 from ddpm.sample import sampling
-from ddpm.train.state import prepare, save
+from ddpm.train.checkpointing import save
+from ddpm.train.state import prepare
 from tests.checkpoint.test_checkpoint import rewrite
 from tests.conftest import Command
 from tests.networks.test_networks import scrambled
@@ -131,8 +134,8 @@ def test_ancestral_sampling_is_the_same(
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *a, **k: next(feed))
     images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
-    path = sampling.levels(model, model.config.sampler)
-    denoise = sampling.denoiser(model, model.config.sampler, None, sampling.Guidance())
+    path = sample_model.levels(model, model.config.sampler)
+    denoise = sample_model.denoiser(model, model.config.sampler, None, sample_model.Guidance())
     steps = SAMPLERS["ddpm"](denoise, path, drawn[20], lambda k: drawn[k], variance=variance)
     ours = sampling.last(steps).clamp(-1, 1)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
@@ -174,13 +177,13 @@ def test_the_cards_conditional_example_guides_as_we_do(
     images = run_example(out, monkeypatch)["images"] * 2 - 1
     sampler = export.ddim_as_exported(model)
     y = torch.arange(model.facts.num_classes)
-    guidance = sampling.Guidance(card.SCALE if dropout else 1.0)
+    guidance = sample_model.Guidance(card.SCALE if dropout else 1.0)
     x_T = torch.randn(len(y), *model.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        denoise = sampling.denoiser(model, sampler, y, guidance)
-        path = sampling.levels(model, sampler)
+        denoise = sample_model.denoiser(model, sampler, y, guidance)
+        path = sample_model.levels(model, sampler)
         ours = sampling.last(sampling.run(model, sampler, denoise, path, x_T, y, 0)).clamp(-1, 1)
-        other = sampling.denoiser(model, sampler, y.flip(0), guidance)
+        other = sample_model.denoiser(model, sampler, y.flip(0), guidance)
         unlike = sampling.last(sampling.run(model, sampler, other, path, x_T, y, 0)).clamp(-1, 1)
     torch.testing.assert_close(images, ours, atol=1e-4, rtol=0)
     assert (unlike - ours).abs().max() > 0.01  # the label counts
@@ -256,7 +259,7 @@ def test_what_diffusers_cannot_hold_is_refused_with_the_reason(
 
 
 def test_the_mlp_is_refused_and_exported_as_safetensors(tmp_path: Path) -> None:
-    run = prepare(check(TrainConfig, hydra_app.compose("train", ["model=mlp", *SHORT])), tiny_data(), CPU)
+    run = prepare(check(TrainConfig, hydra.compose("train", ["model=mlp", *SHORT])), tiny_data(), CPU)
     scrambled(run.network), scrambled(run.ema)
     save(run, tmp_path / "a.safetensors", {})
     model = ddpm.load(tmp_path / "a.safetensors", "cpu")
@@ -386,7 +389,7 @@ def test_the_cards_command_composes_the_same_config(tmp_path: Path, overrides: l
     ckpt = trained(tmp_path / "run", *overrides, "data_root=/home/secret", "run_dir=/home/secret/run")
     line = command.training_command(ddpm.load(ckpt, "cpu"))
     program, *words = shlex.split(line)
-    again = check(TrainConfig, hydra_app.compose("train", hydra_app.read_overrides(words)))
+    again = check(TrainConfig, hydra.compose("train", hydra.read_overrides(words)))
     was = ddpm.load(ckpt, "cpu").config
     assert program == "ddpm-train"
     assert to_dict(again) == {**to_dict(was), "data_root": again.data_root, "run_dir": None}

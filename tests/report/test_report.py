@@ -17,10 +17,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from ddpm.cli import app as hydra_app
 from ddpm.cli import train as train_command
 from ddpm.cli.report import _with_folders
-from ddpm.config.schema import Choice, TrainConfig, check, choices
+from ddpm.config import hydra
+from ddpm.config.choices import Choice, choices
+from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.report import contact_sheet as contact
 from ddpm.report import plot as report_pictures
@@ -28,7 +29,7 @@ from ddpm.report import runs as report
 from ddpm.report import table as report_table
 from ddpm.report.runs import Point, RunRow
 from ddpm.runs import run_dir as run_folder
-from ddpm.sample import sampling
+from ddpm.sample.model import load
 from ddpm.train import metrics_file as metrics
 from tests.conftest import Command, run_script
 
@@ -44,8 +45,8 @@ QUICK = [
 
 def train(folder: Path, *overrides: str) -> None:
     """What ddpm-train does once it has read its command line."""
-    typed = hydra_app.read_overrides([*QUICK, *overrides, f"run_dir={folder}"])
-    train_command.train(check(TrainConfig, hydra_app.compose("train", typed)))
+    typed = hydra.read_overrides([*QUICK, *overrides, f"run_dir={folder}"])
+    train_command.train(check(TrainConfig, hydra.compose("train", typed)))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_typed_sampler_is_the_one_that_draws(sweep: Path) -> None:
     own, step = contact.drawn(run, 2, 0, None, torch.device("cpu"))
     few, _ = contact.drawn(run, 2, 0, Choice("ddim", {**params, "num_steps": 2}), torch.device("cpu"))
     assert step == 8 and own.shape == (2, 8, 8, 1) and (own != few).any()
-    model, _ = sampling.load(run / "checkpoints" / "step_0000008.safetensors", torch.device("cpu"))
+    model, _ = load(run / "checkpoints" / "step_0000008.safetensors", torch.device("cpu"))
     many = contact.fitted(Choice("ddim", {**params, "num_steps": 5000}), model)  # ddpm-sample would refuse it
     assert many.params["num_steps"] == 1000
     assert (contact.drawn(run, 2, 1, None, torch.device("cpu"))[0] != own).any()
@@ -255,7 +256,7 @@ def test_folders_are_typed_bare_or_by_key() -> None:
     assert _with_folders(["folder=it's"]) == ["folder=['it\\'s']"]
     assert _with_folders(["--help", "n=3"]) == ["--help", "n=3"]
     for typed in (["a'b\\", "c,d e"], ["folder=ü#~(1"]):
-        composed = hydra_app.compose("report", hydra_app.read_overrides(_with_folders(typed)))
+        composed = hydra.compose("report", hydra.read_overrides(_with_folders(typed)))
         assert composed["folder"] == [word.removeprefix("folder=") for word in typed]
 
 

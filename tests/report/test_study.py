@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from ddpm import build
-from ddpm.cli import app as hydra_app
 from ddpm.cli import evaluate as command
 from ddpm.cli import study as studying
-from ddpm.config.schema import Choice, check, choose_sampler
+from ddpm.config import hydra, schema
+from ddpm.config.choices import Choice, choose_sampler
+from ddpm.config.schema import check
 from ddpm.data.dataset import Dataset, Split
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator as judge
@@ -24,7 +25,8 @@ from ddpm.report import sampler_study as study
 from ddpm.report import sampler_study_plot as study_picture
 from ddpm.runtime import signals
 from ddpm.sample import sampler_file
-from ddpm.train.state import prepare, save
+from ddpm.train.checkpointing import save
+from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config
 
 SETTINGS = ["sampler=ddim,dpmpp_2m", "sampler.num_steps=2,4"]
@@ -160,7 +162,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ddpm_eval_m(*typed: str) -> None:
-    studying.study(hydra_app.read_overrides(list(typed)))
+    studying.study(hydra.read_overrides(list(typed)))
 
 
 def inverted(data: Dataset) -> Dataset:
@@ -240,7 +242,7 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
         "sampler.num_steps=4",
         f"out={tmp_path / 'one'}",
     ]
-    command.evaluate(check(command.EvalConfig, hydra_app.compose("eval", hydra_app.read_overrides(typed))))
+    command.evaluate(check(schema.EvalConfig, hydra.compose("eval", hydra.read_overrides(typed))))
     assert record.read(str(tmp_path / "one")).figures == record.read(str(first)).figures
 
 

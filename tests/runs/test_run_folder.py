@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.cli import app as hydra_app
+from ddpm.checkpoint import locate
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
-from ddpm.runs import resume
+from ddpm.runs import resume, resume_overrides
 from ddpm.runs import run_dir as run_folder
-from ddpm.train import git
-from ddpm.train.state import Run, prepare, save
+from ddpm.train import environment
+from ddpm.train.checkpointing import save
+from ddpm.train.state import Run, prepare
 from tests.train.test_training import CPU, tiny_data
 
 SMALL = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=9"]
@@ -25,8 +27,8 @@ SMALL = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=9"]
 
 def typed(*overrides: str) -> TrainConfig:
     """As the command line composes it, what a resumed run was told included."""
-    given = hydra_app.read_overrides(list(overrides))
-    return check(TrainConfig, hydra_app.compose("train", resume.before_typed(given) + given))  # type: ignore[no-any-return]
+    given = hydra.read_overrides(list(overrides))
+    return check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given))  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> No
     (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
     run_folder.sweep(tmp_path / "mine")
     assert not left.exists() and (tmp_path / "mine" / ".notes.tmp").exists()
-    assert len(checkpoint.saved_steps(tmp_path / "mine")) == 2
+    assert len(locate.saved_steps(tmp_path / "mine")) == 2
 
 
 def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None:
@@ -135,13 +137,13 @@ def test_best_is_gone_on_from_where_it_is_the_newest(tmp_path: Path, run: Run) -
     run.step = 3
     best = tmp_path / "mine" / "checkpoints" / "best.safetensors"
     save(run, best, {})
-    order = [path.stem for path in checkpoint.of_run(tmp_path / "mine")]
+    order = [path.stem for path in locate.of_run(tmp_path / "mine")]
     assert order == ["step_0000005", "best", "step_0000002"]
     run.step = 5
     save(run, best, {})
-    assert [path.stem for path in checkpoint.of_run(tmp_path / "mine")][:2] == ["step_0000005", "best"]
+    assert [path.stem for path in locate.of_run(tmp_path / "mine")][:2] == ["step_0000005", "best"]
     best.write_bytes(b"broken")
-    assert [path.stem for path in checkpoint.of_run(tmp_path / "mine")][-1] == "best"
+    assert [path.stem for path in locate.of_run(tmp_path / "mine")][-1] == "best"
 
 
 def test_results_that_make_no_sense_are_none(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: 
     assert auto("new") is None
     source = auto("mine")
     assert source is not None and source.meta.step == 5
-    newest, oldest = reversed(checkpoint.saved_steps(tmp_path / "mine"))
+    newest, oldest = reversed(locate.saved_steps(tmp_path / "mine"))
     newest.write_bytes(newest.read_bytes()[:-1])
     source = auto("mine")
     assert source is not None and source.path == oldest and str(newest) in source.notes[0]
@@ -273,20 +275,20 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_read_without_running_git(tmp_path: Path) -> None:
-    assert git.commit(tmp_path) is None
+    assert environment.commit(tmp_path) is None
     folder, commit = tmp_path / ".git", "0123456789abcdef0123456789abcdef01234567"
     (folder / "refs" / "heads").mkdir(parents=True)
     (folder / "HEAD").write_text("ref: refs/heads/main\n")
     (folder / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
     (tmp_path / "deeper").mkdir()
-    assert git.commit(tmp_path / "deeper") == commit
+    assert environment.commit(tmp_path / "deeper") == commit
     (folder / "refs" / "heads" / "main").write_text(commit.replace("0", "f") + "\n")
-    assert git.commit(tmp_path) == commit.replace("0", "f")
+    assert environment.commit(tmp_path) == commit.replace("0", "f")
     (folder / "HEAD").write_text(commit)
-    assert git.commit(tmp_path) == commit
+    assert environment.commit(tmp_path) == commit
     for odd in ("ref: refs/../../secret", "ref: /etc/passwd", "\x1b[31m", "ref: refs/heads/none"):
         (folder / "HEAD").write_text(odd)
-        assert git.commit(tmp_path) is None
+        assert environment.commit(tmp_path) is None
 
 
 def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: Run) -> None:
@@ -294,7 +296,7 @@ def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: Run
 
     weights = {f"module.{name}": tensor.double() + 1 for name, tensor in run.network.state_dict().items()}
     torch.save({"model": weights, "epoch": 3}, tmp_path / "old.pt")
-    like = checkpoint.find(str(tmp_path / "mine"))[0]
+    like = locate.find(str(tmp_path / "mine"))[0]
     convert_pt.convert(tmp_path / "old.pt", like, tmp_path / "new.safetensors")
     meta, tensors = checkpoint.load(tmp_path / "new.safetensors")
     name = next(iter(run.network.state_dict()))

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from ddpm.cli import app as hydra_app
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.digits import digits
@@ -61,7 +61,7 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
     to_single = torch.Tensor.float
     # a flag (found_inf) stays float32, as the fused optimizer needs it
     torch.Tensor.float = lambda x: to_single(x) if x.dtype == torch.bool else x.double()  # type: ignore[method-assign]
-    config = check(TrainConfig, hydra_app.compose("train", ["device=cpu", *overrides]))
+    config = check(TrainConfig, hydra.compose("train", ["device=cpu", *overrides]))
     data, own = digits(Path()), world()
     with joined(own, CPU):
         run = prepare(config, data, CPU)

@@ -21,10 +21,12 @@ import torch
 
 from ddpm import build
 from ddpm.checkpoint import file as checkpoint
-from ddpm.cli import app as hydra_app
+from ddpm.checkpoint import locate
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.runs import elastic as restarts
+from ddpm.runtime import device
 from ddpm.runtime.world import ALONE, World, world
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one after the other: each takes every core
@@ -109,7 +111,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def assert_same_weights(a: Path, b: Path) -> None:
     (meta, ours), (other, theirs) = (
-        checkpoint.load(checkpoint.saved_steps(run)[-1], "model", "ema") for run in (a, b)
+        checkpoint.load(locate.saved_steps(run)[-1], "model", "ema") for run in (a, b)
     )
     assert meta.step == other.step and ours.keys() == theirs.keys()
     distance = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
@@ -171,27 +173,27 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     two, three = World(3, 4, 1, 2), World(0, 3, 0, 3)
-    assert build.device("auto", two) == build.device("cuda", two) == torch.device("cuda", 1)
-    assert build.device("cpu", three) == torch.device("cpu")
+    assert device.device("auto", two) == device.device("cuda", two) == torch.device("cuda", 1)
+    assert device.device("cpu", three) == torch.device("cpu")
     with pytest.raises(UserError, match="device=auto: 3 processes on a machine with 2 CUDA devices"):
-        build.device("auto", three)
+        device.device("auto", three)
     with pytest.raises(UserError, match="device=cuda:1: 4 processes: must be auto, cpu or cuda"):
-        build.device("cuda:1", two)
+        device.device("cuda:1", two)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert build.device("auto", two) == torch.device("cpu")
+    assert device.device("auto", two) == torch.device("cpu")
 
 
 def test_no_network_has_buffers() -> None:
     """DDP would send them around in every forward pass."""
-    config = check(TrainConfig, hydra_app.compose("train", []))
+    config = check(TrainConfig, hydra.compose("train", []))
     facts = build.dataset(config.dataset, config.data_root).facts
     for model in ("unet_tiny", "mlp"):
-        config = check(TrainConfig, hydra_app.compose("train", [f"model={model}", "model.conditional=true"]))
+        config = check(TrainConfig, hydra.compose("train", [f"model={model}", "model.conditional=true"]))
         assert not list(build.network(config.model, config.objective, facts).buffers())
 
 
 def composed(*overrides: str) -> TrainConfig:
-    return check(TrainConfig, hydra_app.compose("train", list(overrides)))  # type: ignore[no-any-return]
+    return check(TrainConfig, hydra.compose("train", list(overrides)))  # type: ignore[no-any-return]
 
 
 def test_only_a_start_of_the_same_run_finds_its_folder(
@@ -331,7 +333,7 @@ def test_previews_dropout_and_fp16_run_on_several(tmp_path: Path) -> None:
             tmp_path, 2, "ddpm-train", *SMALL, "model.dropout=0.3", "trainer.precision=fp16", "trainer.sample_every=5",
             f"run_dir={name}",
         )  # fmt: skip
-    files = [checkpoint.saved_steps(tmp_path / name)[-1] for name in ("a", "b")]
+    files = [locate.saved_steps(tmp_path / name)[-1] for name in ("a", "b")]
     assert checkpoint.read_meta(files[0])[0].sha256 == checkpoint.read_meta(files[1])[0].sha256
     assert len(list((tmp_path / "a" / "samples").glob("*.png"))) == 2
 
@@ -339,7 +341,7 @@ def test_previews_dropout_and_fp16_run_on_several(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_stops_all_at_one_step_and_another_number_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, 2, "ddpm-train", *LONG, "run_dir=run")
-    until(lambda: checkpoint.saved_steps(tmp_path / "run"), process)
+    until(lambda: locate.saved_steps(tmp_path / "run"), process)
     ranks = workers(process)
     assert sorted(ranks) == [0, 1]
     os.kill(ranks[1], signal.SIGUSR1)  # any of them may be asked to save
@@ -351,7 +353,7 @@ def test_sigterm_stops_all_at_one_step_and_another_number_goes_on(tmp_path: Path
     stopped = re.findall(r"stopped by SIGTERM at step (\d+); go on with", log)
     assert len(stopped) == 1 and out.count("stopped by") == 1 and "ddpm-train:" not in err, out + err
     assert log.count("(SIGUSR1)") == 1
-    assert checkpoint.step_of(checkpoint.saved_steps(tmp_path / "run")[-1]) == int(stopped[0]) < 600
+    assert locate.step_of(locate.saved_steps(tmp_path / "run")[-1]) == int(stopped[0]) < 600
     on = done(tmp_path, 0, "ddpm-train", "trainer.resume=run")
     assert f"going on from step {int(stopped[0]):,}" in on and "processes was 2, is 1" in on
     records = losses(tmp_path / "run")
@@ -368,11 +370,11 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path: Path, then: int) -> 
     settings = (*SMALL, *ALL, "trainer.max_steps=15")
     done(tmp_path, 0, "ddpm-train", *settings, "run_dir=whole")
     process = start(tmp_path, 2, "ddpm-train", *settings, "run_dir=half")
-    until(lambda: checkpoint.saved_steps(tmp_path / "half"), process)
+    until(lambda: locate.saved_steps(tmp_path / "half"), process)
     for number in workers(process).values():
         os.kill(number, signal.SIGKILL)
     assert finish(process)[0] != 0
-    for file in checkpoint.saved_steps(tmp_path / "half")[1:]:
+    for file in locate.saved_steps(tmp_path / "half")[1:]:
         file.unlink()
     (tmp_path / "half" / "checkpoints" / "best.safetensors").unlink()
     done(tmp_path, then, "ddpm-train", *settings, "run_dir=half", "trainer.resume=auto")
@@ -398,7 +400,7 @@ def test_a_killed_worker_comes_again_in_the_same_folder(tmp_path: Path, how: str
     if how == "--standalone":  # the other one, which is slow, has the time for a second run
         return
     done(unbroken, 2, "ddpm-train", *LONG, "run_dir=run")
-    files = [checkpoint.saved_steps(folder)[-1] for folder in (run, unbroken / "run")]
+    files = [locate.saved_steps(folder)[-1] for folder in (run, unbroken / "run")]
     a, b = (checkpoint.read_meta(file)[0] for file in files)
     assert a.step == b.step == 600 and a.sha256 == b.sha256  # the same number of processes: the same bits
 

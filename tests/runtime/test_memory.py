@@ -13,12 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.cli import follow, sample
-from ddpm.config.schema import Choice, choose_sampler
+from ddpm.config.choices import Choice, choose_sampler
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
 from ddpm.runtime import memory
 from ddpm.sample import sampling
+from ddpm.sample.model import Guidance, Model, denoiser
 from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config, tiny_data
 
@@ -87,23 +88,23 @@ def train_trial(run: Any) -> Any:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> sampling.Model:
+def model(tmp_path: Path) -> Model:
     run = prepare(config("schedule.num_timesteps=10"), tiny_data(), CPU)
-    return sampling.Model(run.ema, run.schedule, run.config, run.facts, CPU)
+    return Model(run.ema, run.schedule, run.config, run.facts, CPU)
 
 
-def drawn(model: sampling.Model, n: int, batch_size: int) -> torch.Tensor:
-    from ddpm.cli import app as hydra_app
+def drawn(model: Model, n: int, batch_size: int) -> torch.Tensor:
+    from ddpm.config import hydra
     from ddpm.config.schema import SampleConfig, check
     from ddpm.sample import tasks as plan
 
     overrides = ["ckpt=x", f"n={n}", f"batch_size={batch_size}", "sampler=ddim", "sampler.num_steps=3"]
-    wanted = check(SampleConfig, hydra_app.compose("sample", overrides))
+    wanted = check(SampleConfig, hydra.compose("sample", overrides))
     return sample._draw(wanted, model, plan.make(wanted, model)).x
 
 
 def test_sampling_halves_its_chunk_and_draws_the_same(
-    model: sampling.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = drawn(model, 11, 11)
     sizes, forward = [], model.network.forward
@@ -124,7 +125,7 @@ def test_sampling_halves_its_chunk_and_draws_the_same(
 
 
 def test_samples_that_are_not_finite_are_named_with_their_step(
-    model: sampling.Model, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, forward, calls = torch.tensor([4, 9, 17]), model.network.forward, []
 
@@ -138,7 +139,7 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
     monkeypatch.setattr(model.network, "forward", spoilt)
     sampler = Choice("ddim", {"num_steps": 4, "spacing": "linspace", "rho": 7.0, "clip": "clip"})
     sampler = Choice("ddim", {**sampler.params, "dynamic_percentile": 0.99, "eta": 0.0})
-    denoise = sampling.denoiser(model, sampler, None, sampling.Guidance())
+    denoise = denoiser(model, sampler, None, Guidance())
     with pytest.raises(UserError, match=r"not finite from sampling step 2 of 4 on: image 9;"):
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
 
@@ -160,7 +161,7 @@ def test_no_step_of_sampling_leaves_anything_behind() -> None:
     assert len(alive) == 40 and alive[-1] - alive[1] < 10
 
 
-def test_weights_are_cast_to_low_precision_once(model: sampling.Model) -> None:
+def test_weights_are_cast_to_low_precision_once(model: Model) -> None:
     class Casts(TorchDispatchMode):
         count = 0
 
@@ -171,7 +172,7 @@ def test_weights_are_cast_to_low_precision_once(model: sampling.Model) -> None:
     model.network.requires_grad_()  # as that of a checkpoint
     weights = {id(parameter) for parameter in model.network.parameters()}
 
-    low, places, guidance = replace(model, precision=torch.bfloat16), torch.arange(2), sampling.Guidance()
+    low, places, guidance = replace(model, precision=torch.bfloat16), torch.arange(2), Guidance()
 
     def casts(num_steps: int) -> int:
         sampler = choose_sampler("ddim", {"num_steps": num_steps})

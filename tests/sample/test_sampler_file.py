@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import ddpm
-from ddpm.cli import app as hydra_app
 from ddpm.cli import default_sampler
-from ddpm.config.schema import Choice, SampleConfig, check, choose_sampler, trained_sampler
+from ddpm.config import hydra
+from ddpm.config.choices import Choice, choose_sampler
+from ddpm.config.schema import SampleConfig, check
 from ddpm.errors import UserError
 from ddpm.sample import sampler_file
-from ddpm.train.state import prepare, save
+from ddpm.sample.sampler_file import trained_sampler
+from ddpm.train.checkpointing import save
+from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config, tiny_data
 
 DDIM = choose_sampler("ddim", {"num_steps": 3, "eta": 0.5})
@@ -30,9 +33,9 @@ def file(tmp_path: Path) -> Path:
 
 def taken(file: Path, *typed: str) -> Choice:
     """The sampler that ddpm-sample takes."""
-    overrides = hydra_app.read_overrides([f"ckpt={file}", *typed])
+    overrides = hydra.read_overrides([f"ckpt={file}", *typed])
     first = default_sampler.overrides("sample", SampleConfig, overrides)
-    composed: SampleConfig = check(SampleConfig, hydra_app.compose("sample", first + overrides))
+    composed: SampleConfig = check(SampleConfig, hydra.compose("sample", first + overrides))
     return composed.sampler
 
 

@@ -14,21 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm import build
-from ddpm.cli import app as hydra_app
 from ddpm.cli import sample as command
-from ddpm.config.schema import Choice, SampleConfig, TrainConfig, check
-from ddpm.data.dataset import Facts
+from ddpm.config import hydra
+from ddpm.config.choices import Choice
+from ddpm.config.schema import SampleConfig, TrainConfig, check
+from ddpm.data.info import Facts
 from ddpm.diffusion import editing as tasks
-from ddpm.diffusion.process import Estimate
+from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.samplers import ddim, sample_levels
 from ddpm.diffusion.schedules import Level, NoiseSchedule, linear
 from ddpm.errors import UserError
 from ddpm.io.images import normalise, to_uint8
 from ddpm.io.pictures import MAX_SOURCE_PIXELS
-from ddpm.sample import brought
 from ddpm.sample import tasks as plan
 from ddpm.sample import user_images as inputs
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 from tests.conftest import run_script
 from tests.diffusion.mixture import IdealDenoiser
 
@@ -148,14 +148,14 @@ FACTS = Facts("digits", 1, 8, 10, tuple("0123456789"), 17)
 @pytest.fixture(scope="module")
 def base() -> SampleConfig:
     typed = ["ckpt=none", "sampler=ddim", "seed=3", "sampler.num_steps=5", "device=cpu"]
-    config = check(SampleConfig, hydra_app.compose("sample", typed))
+    config = check(SampleConfig, hydra.compose("sample", typed))
     assert isinstance(config, SampleConfig)
     return config
 
 
 def make_model(conditional: bool) -> Model:
     typed = [f"model.conditional={conditional}".lower(), "model.channels=[16,16]", "model.num_blocks=1"]
-    config = check(TrainConfig, hydra_app.compose("train", typed))
+    config = check(TrainConfig, hydra.compose("train", typed))
     torch.manual_seed(0)
     network = build.network(config.model, config.objective, FACTS).eval()
     with torch.no_grad():
@@ -380,7 +380,7 @@ def test_plans_that_cannot_be_are_one_line(
 )
 def test_keys_have_limits(typed: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check(SampleConfig, hydra_app.compose("sample", ["ckpt=none", typed]))
+        check(SampleConfig, hydra.compose("sample", ["ckpt=none", typed]))
 
 
 def test_classes_come_from_the_input_unless_typed(base: SampleConfig, tmp_path: Path) -> None:
@@ -446,8 +446,8 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
 
 
 def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) -> None:
-    assert brought.guidance(base).interval == (0.0, math.inf)  # with zero terminal SNR it begins at infinity
+    assert inputs.guidance(base).interval == (0.0, math.inf)  # with zero terminal SNR it begins at infinity
     typed = dataclasses.replace(base, guidance_interval=[0.5, 2.0])
-    assert brought.guidance(typed).interval == (0.5, 2.0)
+    assert inputs.guidance(typed).interval == (0.5, 2.0)
     with pytest.raises(UserError, match="two rising numbers"):
-        brought.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))
+        inputs.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))

@@ -36,13 +36,11 @@ FAKE = """
 import os, time
 from pathlib import Path
 import torch
-from ddpm import build
-from ddpm.sweep import job, gpu_locks as leases
-from ddpm.runs import run_dir as run_folder
-from ddpm.sweep import sweep as sweeps
+from ddpm.runtime import device as runtime_device
+from ddpm.sweep import gpu_locks as leases
 
 leases.visible = lambda: ["0", "1"]
-real = build.device
+real = runtime_device.device
 
 def alive(pid):
     try:
@@ -61,7 +59,7 @@ def device(name, *world):
         log.write(f"{name} {len(met) + 1} {os.getpid()}\\n")
     return real("cpu")
 
-build.device = device
+runtime_device.device = device
 """
 
 
@@ -331,7 +329,7 @@ def test_the_name_of_a_job_fits_a_file_system_and_stays_its_own() -> None:
 
 
 def config(**changes: object) -> TrainConfig:
-    from ddpm.cli.app import compose
+    from ddpm.config.hydra import compose
 
     return check(TrainConfig, compose("train", [f"{key}={value}" for key, value in changes.items()]))  # type: ignore[no-any-return]
 

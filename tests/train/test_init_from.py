@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm import build
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import header as meta
-from ddpm.cli import app as hydra_app
+from ddpm.checkpoint import locate, verify
 from ddpm.cli import train
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
-from ddpm.runs import resume
-from ddpm.train import state as runs
-from ddpm.train.state import Run, prepare, save
+from ddpm.runs import resume_overrides
+from ddpm.train import checkpointing
+from ddpm.train.checkpointing import save
+from ddpm.train.state import Run, prepare
 from tests.checkpoint.test_checkpoint import rewrite
 from tests.train.test_training import CPU, FACTS, config, tiny_data
 
@@ -43,7 +44,7 @@ def source(path: Path, *overrides: str) -> Run:
 def begun(path: Path, *overrides: str) -> tuple[Run, Run, list[str]]:
     """A new run, the same as it would have been, and what it says."""
     plain, run = (prepare(config(*overrides), tiny_data(), CPU) for _ in range(2))
-    return run, plain, runs.init_from(run, str(path))
+    return run, plain, checkpointing.init_from(run, str(path))
 
 
 def test_averaged_weights_go_into_network_and_average_and_nothing_else(tmp_path: Path) -> None:
@@ -84,14 +85,14 @@ def test_another_width_takes_what_fits_and_lists_the_rest_with_both_shapes(tmp_p
     assert notes[0].startswith(f"begins with {len(fits)} of ")
     assert "down.1.blocks.0.0.norm_1.weight" not in notes[1]  # 8 wide in both
     assert "down.1.blocks.0.0.conv_1.weight 32×8×3×3, there 16×8×3×3" in notes[1]
-    assert notes[1].endswith(f"; and {new - runs.LISTED} more") and "\n" not in notes[1]
+    assert notes[1].endswith(f"; and {new - checkpointing.LISTED} more") and "\n" not in notes[1]
 
 
 def test_where_nothing_fits_there_is_nothing_to_begin_with(tmp_path: Path) -> None:
     source(tmp_path / "a.safetensors")
-    run = prepare(check(TrainConfig, hydra_app.compose("train", ["model=mlp"])), tiny_data(), CPU)
+    run = prepare(check(TrainConfig, hydra.compose("train", ["model=mlp"])), tiny_data(), CPU)
     with pytest.raises(UserError, match=r"trainer.init_from=.*: no tensor of .* fits this network: layers.0"):
-        runs.init_from(run, str(tmp_path / "a.safetensors"))
+        checkpointing.init_from(run, str(tmp_path / "a.safetensors"))
 
 
 def test_broken_and_hostile_files_are_refused_and_a_run_falls_back_to_an_older_one(tmp_path: Path) -> None:
@@ -135,8 +136,8 @@ def test_a_resumed_run_needs_no_source_and_follows_no_stored_path(
     source(tmp_path / "old" / "checkpoints" / "step_0000007.safetensors")
 
     def go(*overrides: str) -> None:
-        given = hydra_app.read_overrides(list(overrides))
-        train.train(check(TrainConfig, hydra_app.compose("train", resume.before_typed(given) + given)))
+        given = hydra.read_overrides(list(overrides))
+        train.train(check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given)))
 
     command = [*SMALL, "run_dir=new", "trainer.resume=auto", "trainer.init_from=old", "device=cpu"]
     go(*command, "trainer.max_steps=2")
@@ -145,7 +146,7 @@ def test_a_resumed_run_needs_no_source_and_follows_no_stored_path(
     shutil.rmtree(tmp_path / "old")
     go(*command, "trainer.max_steps=3")
     assert "going on from step 2" in (said := capsys.readouterr().out) and "begins with" not in said
-    meta, _ = checkpoint.read_meta(checkpoint.of_run(tmp_path / "new")[0])
+    meta, _ = checkpoint.read_meta(locate.of_run(tmp_path / "new")[0])
     assert meta.step == 3 and meta.config["trainer"]["init_from"] == "old"
     go("trainer.resume=new", "trainer.max_steps=4", "device=cpu")
     assert "init_from: null" in (tmp_path / "new" / "config.yaml").read_text()
@@ -169,11 +170,11 @@ def test_a_config_older_than_a_key_has_its_default(tmp_path: Path, version: int)
             del (fields["config"][group] if group else fields["config"])[name]
 
     rewrite(file, forget, seal=version > 1)
-    build.examine(file)
+    verify.examine(file)
     assert checkpoint.config(file, checkpoint.read_meta(file)[0]) == old.config
     rewrite(file, lambda fields: fields["config"].pop("trainer"), seal=version > 1)
     with pytest.raises(CheckpointError, match="'trainer' is missing"):
-        build.examine(file)
+        verify.examine(file)
 
 
 def test_every_key_added_later_is_one_of_todays_with_its_default() -> None:

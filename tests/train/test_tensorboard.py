@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.cli import app as hydra_app
 from ddpm.cli import train as train_command
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import resume
+from ddpm.runs import resume_overrides
 from ddpm.runs import run_dir as run_folder
 from ddpm.train import tensorboard
 from tests.conftest import Command
@@ -33,8 +33,10 @@ QUICK = [
 
 def train(*overrides: str) -> None:
     """What ddpm-train does once it has read its command line."""
-    typed = hydra_app.read_overrides(list(overrides))
-    train_command.train(check(TrainConfig, hydra_app.compose("train", resume.before_typed(typed) + typed)))
+    typed = hydra.read_overrides(list(overrides))
+    train_command.train(
+        check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(typed) + typed))
+    )
 
 
 def read(run: Path) -> EventAccumulator:
@@ -170,7 +172,7 @@ def test_without_the_package_nothing_is_begun(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r'logger=tensorboard needs: pip install -e "\.\[tensorboard\]"'):
         train(*QUICK, f"run_dir={tmp_path}/run", "trainer.max_steps=2", "logger=tensorboard")
     assert list(tmp_path.iterdir()) == []
-    tensorboard.check(check(TrainConfig, hydra_app.compose("train", [])))  # files need nothing
+    tensorboard.check(check(TrainConfig, hydra.compose("train", [])))  # files need nothing
 
 
 def test_another_logger_is_one_line(command: Command, tmp_path: Path) -> None:

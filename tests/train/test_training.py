@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.cli import app as hydra_app
+from ddpm.checkpoint import locate
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 from ddpm.errors import CheckpointError, UserError
+from ddpm.runtime import device
 from ddpm.train import loop as training
 from ddpm.train import metrics_file as metrics
-from ddpm.train import state as runs
+from ddpm.train.checkpointing import restore
 from ddpm.train.loop import fit, learning_rate, train_step
-from ddpm.train.state import Run, prepare, restore
+from ddpm.train.state import Run, prepare
 
 CPU = torch.device("cpu")
 FACTS = Facts("tiny", 1, 8, 3, ("a", "b", "c"), 256)
@@ -47,7 +50,7 @@ def config(*overrides: str) -> TrainConfig:
         "trainer.checkpoint_every=3",
         "optimizer.warmup_steps=2",
     ]
-    return check(TrainConfig, hydra_app.compose("train", [*small, *overrides]))  # type: ignore[no-any-return]
+    return check(TrainConfig, hydra.compose("train", [*small, *overrides]))  # type: ignore[no-any-return]
 
 
 def weights(run: Run) -> torch.Tensor:
@@ -147,7 +150,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str
         if progress.step == killed:
             break
     resumed = prepare(config(*overrides, "seed=0"), data, CPU)
-    source = checkpoint.find(str(tmp_path / "half"))[0]
+    source = locate.find(str(tmp_path / "half"))[0]
     restore(resumed, source)
     assert resumed.step == (1 if killed < 3 else 3)
     list(fit(resumed, data, tmp_path / "half"))
@@ -170,7 +173,7 @@ def records(run: Path) -> list[dict[str, float]]:
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
-    file = checkpoint.find(str(tmp_path))[0]
+    file = locate.find(str(tmp_path))[0]
     for override in ("model.channels=[8,24]", "model.num_blocks=2", "model.conditional=true"):
         other = prepare(config(override), tiny_data(), CPU)
         with pytest.raises(CheckpointError, match=r"does not fit its own config: '"):
@@ -233,7 +236,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
             if progress.step == 2:  # finite gradients can still overflow the weights
                 next(run.network.parameters()).data.view(-1)[0] = float("inf")
                 training.keep(run, tmp_path, {})
-    assert checkpoint.saved_steps(tmp_path) == []
+    assert locate.saved_steps(tmp_path) == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -246,7 +249,7 @@ def test_low_precision_trains_close_to_float32(tmp_path: Path, precision: str) -
 def test_epochs_and_retention(tmp_path: Path) -> None:
     run = train(tmp_path, "trainer.max_epochs=2", "trainer.checkpoint_every=1", "trainer.keep=2")
     assert run.step == 9  # 2 x 50 images in batches of 12
-    assert [file.name for file in checkpoint.saved_steps(tmp_path)] == [
+    assert [file.name for file in locate.saved_steps(tmp_path)] == [
         "step_0000008.safetensors",
         "step_0000009.safetensors",
     ]
@@ -296,7 +299,7 @@ def test_bf16_on_a_cpu_that_lacks_it_is_said_by_the_key_that_was_typed(
 ) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    assert runs.slow_in_bf16("precision", "bf16", cpu).startswith("precision=bf16: this CPU")
-    assert runs.slow_in_bf16("precision", "fp32", cpu) == ""
+    assert device.slow_in_bf16("precision", "bf16", cpu).startswith("precision=bf16: this CPU")
+    assert device.slow_in_bf16("precision", "fp32", cpu) == ""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert runs.slow_in_bf16("precision", "bf16", cpu) == ""
+    assert device.slow_in_bf16("precision", "bf16", cpu) == ""

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm.config.schema import choose_sampler
+from ddpm.config.choices import choose_sampler
 from ddpm.data.batches import Batches
 from ddpm.sample import sampling
+from ddpm.sample.model import Guidance, Model, denoiser, levels
 from ddpm.train import loop as training
 from ddpm.train.optimizers import OPTIMIZERS
 from ddpm.train.state import Run, prepare
@@ -124,14 +125,14 @@ def test_no_training_step_waits(monkeypatch: pytest.MonkeyPatch, overrides: list
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_no_sampling_step_waits(name: str) -> None:
     run = prepare(config("model.conditional=true"), tiny_data(), CPU)
-    model = sampling.Model(run.ema, run.schedule, run.config, run.facts, GPU)
+    model = Model(run.ema, run.schedule, run.config, run.facts, GPU)
     chosen = choose_sampler(name, {"num_steps": 4})
-    path = sampling.levels(model, chosen)
+    path = levels(model, chosen)
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_gpu(run)
         index = torch.arange(3, device=GPU)
         x = torch.empty(3, *model.shape, device=GPU)
-        denoise = sampling.denoiser(model, chosen, index, sampling.Guidance(2.0))
+        denoise = denoiser(model, chosen, index, Guidance(2.0))
         steps = sampling.finite(sampling.run(model, chosen, denoise, path, x, index, 0), torch.arange(3))
         with Waits():
             assert [next(steps).level for _ in path[1:]] == path[1:]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm.data.info import FACT_LIMITS
 from ddpm.errors import CheckpointError, is_plain
 
 FORMAT_VERSION = 2
@@ -21,8 +22,6 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 64  # of figures, of versions
 MAX_TEXT = 512  # characters of each
-# Of a dataset, for a number in its facts: lowest, highest
-FACT_LIMITS = {"channels": (1, 16), "image_size": (1, 1024), "num_classes": (0, 10_000), "levels": (2, 256)}
 # As safetensors calls them: torch's name, bytes of an element
 DTYPES = {
     "F64": ("torch.float64", 8),

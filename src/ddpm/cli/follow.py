@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli.progress import Log, estimate, typed
+from ddpm.cli.progress import estimate
 from ddpm.errors import RankError, UserError
 from ddpm.runtime import signals
+from ddpm.runtime.console import Log, typed
 
 if TYPE_CHECKING:
     from ddpm.data.dataset import Dataset
@@ -27,7 +28,7 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     try:
         if note := compiling.begin(run):
             log.say(note)
-        with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
+        with log.bar(run.max_steps, run.step) as bar, tensorboard.events(run, run_dir) as mirror:
             asked = _asked(run)
             for progress in fit(run, data, run_dir):
                 bar.update()

@@ -13,8 +13,9 @@ def main() -> None:
 
 def info(config: InfoConfig) -> None:
     from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate
 
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=checkpoint.read_meta)
+    path, notes = locate.newest_good(locate.find(config.ckpt), check=checkpoint.read_meta)
     meta, tensors = checkpoint.read_meta(path)
     trained = checkpoint.config(path, meta)
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))

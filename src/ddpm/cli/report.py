@@ -1,12 +1,12 @@
 """ddpm-report: the runs of a sweep, or any others, side by side: a table, CSV and pictures."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import app as hydra_app
-from ddpm.config.schema import Choice
+from ddpm.config import hydra
+from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
 from ddpm.runs.output_dirs import dated_folder
@@ -17,18 +17,6 @@ if TYPE_CHECKING:
 MAX_IMAGES = 64  # of each run in contact.png,
 MAX_ROWS = 100  # runs in it
 MAX_NAME = 28
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    folder: list[str]
-    figure: str
-    contact: bool
-    n: int
-    seed: int
-    sampler: Choice | None  # None: each run's own
-    device: str
-    out: str | None
 
 
 def main() -> None:
@@ -47,16 +35,16 @@ def _with_folders(arguments: list[str]) -> list[str]:
             folders.append(argument)
         else:
             others.append(argument)
-    quoted = ",".join(hydra_app.quoted(folder.strip(" '\"")) for folder in folders if folder)
+    quoted = ",".join(hydra.quoted(folder.strip(" '\"")) for folder in folders if folder)
     return [*others, f"folder=[{quoted}]"] if quoted else others
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """Nothing, but a folder is needed, and a parameter of a sampler needs the sampler."""
-    if hydra_app.typed_value(overrides, "folder") is None:
+    if hydra.typed_value(overrides, "folder") is None:
         raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
-    if parameters and hydra_app.typed_value(overrides, "sampler") is None:
+    if parameters and hydra.typed_value(overrides, "sampler") is None:
         raise UserError(f"{parameters[0]}: name the sampler, too (sampler=ddim {parameters[0]})")
     return []
 
@@ -101,9 +89,9 @@ def report(config: ReportConfig) -> None:
 def _check_device(name: str) -> None:
     """A mistake comes before all else; that `auto` and `cpu` are none is known without torch."""
     if name not in ("auto", "cpu"):
-        from ddpm import build
+        from ddpm.runtime import device as runtime_device
 
-        build.device(name)
+        runtime_device.device(name)
 
 
 def _out(config: ReportConfig, folders: list[Path], rows: "list[RunRow]") -> Path:
@@ -122,14 +110,14 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     """contact.png, with a bar on a terminal; a run that cannot be drawn from says why."""
     from tqdm import tqdm
 
-    from ddpm import build
-    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate
     from ddpm.io.images import save_png
     from ddpm.report import contact_sheet as contact
     from ddpm.report import table as report_table
     from ddpm.report.runs import brief
+    from ddpm.runtime import device as runtime_device
 
-    device, keys = build.device(config.device), report_table.varying(rows)
+    device, keys = runtime_device.device(config.device), report_table.varying(rows)
     sampler = "each run's own sampler" if config.sampler is None else config.sampler.name
     title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
     strips: list[contact.Strip] = []
@@ -140,7 +128,7 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
             break
         head = report_table.measured(row, config.figure) or f"no {config.figure}"
         try:
-            if not checkpoint.of_run(row.path):  # the table says what is the matter
+            if not locate.of_run(row.path):  # the table says what is the matter
                 continue
             images, step = contact.drawn(row.path, config.n, config.seed, config.sampler, device)
         except (UserError, OSError) as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddpm.checkpoint.header import Meta
-    from ddpm.sample.sampling import Model
+    from ddpm.sample.model import Model
     from ddpm.sample.tasks import Plan
 
 FILM_IMAGES = 16
@@ -41,34 +41,33 @@ def sample(config: SampleConfig) -> None:
 
     Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
     """
-    from ddpm import build
+    from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
     from ddpm.runtime.distributed import joined
 
     started, own = time.perf_counter(), world()
     memory.keep_freed()
-    device = build.device(config.device, own)
+    device = runtime_device.device(config.device, own)
     with joined(own, device):
         _sample_on(config, own, device, started)
 
 
 def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
-    from ddpm import build
-    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate, verify
+    from ddpm.runtime.device import slow_in_bf16
     from ddpm.runtime.distributed import agreed, collected, told
-    from ddpm.sample import sampling
     from ddpm.sample import tasks as plan
-    from ddpm.train import state as runs
+    from ddpm.sample.model import load
 
     path, notes = Path(), list[str]()
     with agreed(own):
         if own.first:
-            path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
+            path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
     path = told(own, path)
     with agreed(own):
-        model, meta = sampling.load(path, device, config.ema, config.precision)
+        model, meta = load(path, device, config.ema, config.precision)
         todo = plan.make(config, model)
-    slow = runs.slow_in_bf16("precision", config.precision, device)
+    slow = slow_in_bf16("precision", config.precision, device)
     for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
         print(printable(note), flush=True)
     with agreed(own):
@@ -122,14 +121,14 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE
     import torch
     from torch import Tensor
 
-    from ddpm.cli import progress
     from ddpm.diffusion.samplers import Step
-    from ddpm.sample.brought import guidance
+    from ddpm.runtime import console
     from ddpm.sample.sampling import draw_all
+    from ddpm.sample.user_images import guidance
 
     share, filmed = own.share(todo.n), _filmed(config, todo.n)
     film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
-    with progress.of_steps(own, todo.num_steps, share.stop - share.start, config.batch_size, leave=True) as (
+    with console.of_steps(own, todo.num_steps, share.stop - share.start, config.batch_size, leave=True) as (
         bar,
         smaller,
     ):

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm import __version__
-from ddpm.cli import app as hydra_app
-from ddpm.cli import evaluate
-from ddpm.cli.evaluate import EvalConfig
-from ddpm.cli.progress import tell
-from ddpm.config.schema import check
+from ddpm.cli import eval_keys
+from ddpm.config import hydra
+from ddpm.config.schema import EvalConfig, check
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
 from ddpm.runs import output_dirs as folders
 from ddpm.runtime import signals
+from ddpm.runtime.console import tell
 from ddpm.runtime.world import ALONE, world
 from ddpm.sample import sampler_file
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from ddpm.data.dataset import Dataset
     from ddpm.evaluate.evaluator import Bench
     from ddpm.evaluate.record import Evaluation
-    from ddpm.sample.sampling import Model
+    from ddpm.sample.model import Model
 
 SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
@@ -53,23 +52,23 @@ class Plan:
 def study(typed: list[str]) -> None:
     """The whole of a multirun. Raises UserError before anything is drawn where one setting is wrong."""
     plan = _planned(typed)
-    from ddpm import build
-    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate, verify
+    from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
-    from ddpm.sample import sampling
-    from ddpm.train import state as runs
+    from ddpm.runtime.device import slow_in_bf16
+    from ddpm.sample.model import load
 
     memory.keep_freed()
-    ckpt, device = plan.common.ckpt, build.device(plan.common.device)
+    ckpt, device = plan.common.ckpt, runtime_device.device(plan.common.device)
     assert ckpt is not None
-    path, notes = checkpoint.newest_good(checkpoint.find(ckpt), check=build.examine)
+    path, notes = locate.newest_good(locate.find(ckpt), check=verify.examine)
     out = Path(plan.common.out) if plan.common.out else folders.of_run(path) / "evaluations" / "study"
     folders.check_results(str(out), out)
-    if slow := runs.slow_in_bf16("precision", plan.common.precision, device):
+    if slow := slow_in_bf16("precision", plan.common.precision, device):
         notes.append(slow)
     for note in notes:
         tell(printable(note))
-    model, meta = sampling.load(path, device, plan.common.ema, plan.common.precision)
+    model, meta = load(path, device, plan.common.ema, plan.common.precision)
     for setting in plan.settings:
         _try(setting, model)
     tell(printable(f"{len(plan.settings)} settings, {plan.common.n:,} images each; kept in {out}"))
@@ -94,9 +93,9 @@ def _planned(typed: list[str]) -> Plan:
                 f"{override}: a study loads model and data once and takes one setting after the other, without a "
                 "launcher or sweeper; leave it out"
             )
-    if hydra_app.typed_value(typed, "ckpt") is None:
+    if hydra.typed_value(typed, "ckpt") is None:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
-    with hydra_app.parsed("eval", typed) as parsed:
+    with hydra.parsed("eval", typed) as parsed:
         swept = [
             override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()
         ]
@@ -109,11 +108,11 @@ def _planned(typed: list[str]) -> Plan:
             )
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"{len(jobs)} settings; allowed: {MAX_SETTINGS}")
-    before = MEASURED + evaluate.before_typed(jobs[0])  # what is not swept, and so the same for all
+    before = MEASURED + eval_keys.before_typed(jobs[0])  # what is not swept, and so the same for all
     settings: list[EvalConfig] = []
     for job in jobs:
-        config: EvalConfig = check(EvalConfig, hydra_app.compose("eval", before + job))
-        evaluate.check_keys(config)
+        config: EvalConfig = check(EvalConfig, hydra.compose("eval", before + job))
+        eval_keys.check_keys(config)
         if config in settings:
             raise UserError(f"two settings are the same: {', '.join(o for o in job if _key(o) in swept)}")
         settings.append(config)
@@ -135,13 +134,12 @@ def _try(setting: EvalConfig, model: "Model") -> None:
     import torch
 
     from ddpm.sample import sampling
+    from ddpm.sample.model import Guidance, denoiser, labels
 
-    index, guidance = torch.zeros(1, dtype=torch.int64), sampling.Guidance(setting.guidance_scale)
+    index, guidance = torch.zeros(1, dtype=torch.int64), Guidance(setting.guidance_scale)
     with torch.inference_mode():
-        y = sampling.labels(model, None, index, guidance)
-        denoise = sampling.denoiser(
-            model, setting.sampler, None if y is None else y.to(model.device), guidance
-        )
+        y = labels(model, None, index, guidance)
+        denoise = denoiser(model, setting.sampler, None if y is None else y.to(model.device), guidance)
         next(sampling.draw(model, setting.sampler, denoise, index.to(model.device), setting.seed))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.cli import app as hydra_app
-from ddpm.cli.progress import Log, duration, figures, tell, typed
 from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.errors import UserError
 from ddpm.io.files import reason, write_atomically
 from ddpm.runtime import signals
+from ddpm.runtime.console import Log, duration, figures, tell, typed
 from ddpm.runtime.world import World, world
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> float:
 
     One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
     """
-    from ddpm import build
+    from ddpm.runtime import device as runtime_device
     from ddpm.runtime.distributed import joined
     from ddpm.sweep import gpu_locks as leases
     from ddpm.train import tensorboard
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> float:
     _check_size(config, own)
     _set_up_torch(config.trainer.deterministic)
     lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
-    device = build.device(lease.device if lease else config.device, own)
+    device = runtime_device.device(lease.device if lease else config.device, own)
     with joined(own, device):
         return _train_on(config, own, device, started)
 
@@ -104,19 +104,20 @@ def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
     from ddpm.networks.kernels import group_norm
-    from ddpm.train import git
+    from ddpm.runtime.device import slow_in_bf16
+    from ddpm.train import checkpointing, environment
     from ddpm.train import state as runs
 
     run = runs.prepare(config, data, device)
-    if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
+    if note := slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
     if device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
         run.notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     if source is not None:
-        runs.restore(run, source.path)
+        checkpointing.restore(run, source.path)
     elif own.first and config.trainer.init_from is not None:
-        run.notes += runs.init_from(run, config.trainer.init_from)
-    run.environment.update(git.commits())
+        run.notes += checkpointing.init_from(run, config.trainer.init_from)
+    run.environment.update(environment.commits())
     return run
 
 
@@ -125,9 +126,9 @@ def _train_in(
 ) -> float:
     """All that is written is written here, by rank 0."""
     from ddpm.cli.follow import follow
-    from ddpm.report.runs import FAILED
     from ddpm.runs import resume
     from ddpm.runs import run_dir as run_folder
+    from ddpm.runs.run_dir import FAILED
 
     try:
         with signals.patient():
@@ -159,10 +160,10 @@ def _train_in(
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
-    from ddpm.runs import resume
+    from ddpm.runs import resume_overrides
 
-    resume.check_lengths(overrides)
-    return resume.before_typed(overrides)
+    resume_overrides.check_lengths(overrides)
+    return resume_overrides.before_typed(overrides)
 
 
 def _set_up_torch(deterministic: bool) -> None:
@@ -198,9 +199,9 @@ def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | No
 
 
 def _last_good(run_dir: Path) -> str:
-    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate
 
-    files = checkpoint.of_run(run_dir)
+    files = locate.of_run(run_dir)
     return f"; the last checkpoint is {files[0]}" if files else ""
 
 
@@ -237,7 +238,8 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
 
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
-    from ddpm.checkpoint.file import of_run, read_meta
+    from ddpm.checkpoint.file import read_meta
+    from ddpm.checkpoint.locate import of_run
     from ddpm.runs.run_dir import RUN_FILES
     from ddpm.train import plots
     from ddpm.train.metrics_file import VALIDATED

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 
-from ddpm.config.schema import ADDED, CONFIG_DIR
+from ddpm.config.choices import ADDED, CONFIG_DIR
 from ddpm.errors import UserError
 
 

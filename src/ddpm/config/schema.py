@@ -8,36 +8,19 @@ configs stored in checkpoints pass through here.
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from ddpm.config import yaml_files
-from ddpm.config.values import like, nearest
+from ddpm.config.choices import Choice, _check_keys, check_choice
+from ddpm.config.limits import like
 from ddpm.errors import UserError
-
-_PACKAGED = Path(__file__).parents[1] / "configs"
-CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
-
 
 # Where and how a run is made, which says nothing about what it is.
 CIRCUMSTANCES = (
     *("data_root", "run_dir", "overwrite", "device", "gpus", "jobs_per_gpu", "minimize", "logger"),
     "trainer.resume",
 )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A named function or class and its parameters, as in `configs/<group>/<file>.yaml`."""
-
-    name: str
-    params: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **self.params}
 
 
 @dataclass(frozen=True)
@@ -175,24 +158,6 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
     return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
 
 
-def trained_sampler(config: TrainConfig) -> Choice:
-    """The sampler a model was trained with, in no more steps than the model has timesteps."""
-    params = dict(config.sampler.params)
-    if params["num_steps"] is not None:  # written for many timesteps; this model may have few
-        params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
-    return Choice(config.sampler.name, params)
-
-
-def choose_sampler(base: Choice | str, settings: Mapping[str, Any]) -> Choice:
-    """A sampler, or one by its file's name, with these settings. Raises UserError."""
-    if isinstance(base, Choice):
-        return check_choice("sampler", {**base.to_dict(), **settings})
-    if base not in (known := choices("sampler")):
-        hint = plugin_hint("sampler") + nearest(str(base), known)
-        raise UserError(f"sampler={base}: must be one of {', '.join(known)}{hint}")
-    return check_choice("sampler", {**known[base], **settings})
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A checked config as plain data, the inverse of `check`."""
 
@@ -202,45 +167,6 @@ def to_dict(config: Any) -> dict[str, Any]:
         return vars(part) if dataclasses.is_dataclass(part) else part
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-ADDED: dict[str, dict[str, dict[str, Any]]] = {}  # choices without a file, by group and name
-
-
-def add_choice(group: str, content: dict[str, Any]) -> None:
-    """What `ddpm.register` adds. Raises UserError where a key has another type or limits in its group."""
-    for key, value in content.items():
-        others = [c[key] for c in choices(group).values() if key in c and c["name"] != content["name"]]
-        _like_any([*others, value], value, f"{group}.{key}")
-    ADDED.setdefault(group, {})[content["name"]] = content
-
-
-def choices(group: str) -> dict[str, dict[str, Any]]:
-    """All choices of a group, `{file name without .yaml: its content}`."""
-    return _files(group) | ADDED.get(group, {})
-
-
-@cache
-def _files(group: str) -> dict[str, dict[str, Any]]:
-    files = sorted((CONFIG_DIR / group).glob("*.yaml"))
-    return {file.stem: yaml_files.read(file) for file in files}
-
-
-def plugin_hint(group: str) -> str:
-    """For an unknown name in a group that `ddpm.register` adds to."""
-    return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
-
-
-def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-    known = list(known)
-    for key in raw:
-        if key not in known:
-            raise UserError(
-                f"unknown key '{path}{key}'{nearest(str(key), known)} (known: {', '.join(known)})"
-            )
-    for key in known:
-        if key not in raw:
-            raise UserError(f"'{path}{key}' is missing")
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -264,32 +190,41 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     return like(hint(), value, path)
 
 
-def check_choice(path: str, raw: Any) -> Choice:
-    """What `path`, a group, is to be: a name and all of its keys. Raises UserError."""
-    names = {content["name"] for content in choices(path).values()}
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
-        raise UserError(
-            f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
-        )
-    if raw["name"] not in names:
-        hint = plugin_hint(path) + nearest(raw["name"], names)
-        raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")
-    template: dict[str, list[Any]] = {}
-    for content in choices(path).values():
-        if content["name"] == raw["name"]:
-            template |= {key: [] for key in content}
-    for content in choices(path).values():  # a key means the same in every file of its group
-        for key in template.keys() & content.keys():
-            template[key].append(content[key])
-    _check_keys(raw, template, path + ".")
-    params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
-    return Choice(raw["name"], params)
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Flat, and the name of a choice under its group, as it is typed."""
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
+    return {key: value for key, value in flat.items() if key not in CIRCUMSTANCES}
 
 
-def _like_any(examples: list[Any], value: Any, path: str) -> Any:
-    """Like one of the examples: null where one of them is, a list where that is another way to say it."""
-    if value is None and None in examples:
-        return None
-    if path == "sampler.spacing" and isinstance(value, list):
-        return like([0.0], value, path)
-    return like(next((example for example in examples if example is not None), None), value, path)
+@dataclass(frozen=True)
+class EvalConfig:
+    ckpt: str | None
+    samples: str | None
+    compare: list[str] | None
+    dataset: Choice | None  # None: that of the checkpoint
+    n: int
+    seed: int
+    batch_size: int
+    device: str
+    precision: str
+    ema: bool
+    guidance_scale: float
+    sampler: Choice
+    data_root: str
+    measure: list[str]
+    out: str | None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    folder: list[str]
+    figure: str
+    contact: bool
+    n: int
+    seed: int
+    sampler: Choice | None  # None: each run's own
+    device: str
+    out: str | None

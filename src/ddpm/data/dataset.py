@@ -5,26 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint.header import FACT_LIMITS
-from ddpm.errors import DataError, is_plain
+from ddpm.data.info import Facts, _check_facts
+from ddpm.errors import DataError
 from ddpm.runtime.randomness import permutation
 
 SPLIT_SEED = (
     20_200_619  # fixed, not the user's seed: runs that are compared must share their validation images
 )
-MAX_NAME = 255  # characters, as many as a file name can have
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rest of the program needs to know about the images, read off the data and set nowhere else."""
-
-    name: str
-    channels: int
-    image_size: int
-    num_classes: int  # 0: no labels
-    class_names: tuple[str, ...]
-    levels: int  # grey levels a pixel can take
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,28 +58,6 @@ def check_dataset(data: Dataset) -> Dataset:
     for name in ("train", "val", "test"):
         _check_split(getattr(data, name), data.facts, f"dataset {data.facts.name}, split {name}")
     return data
-
-
-def _check_facts(facts: Facts) -> None:
-    if not isinstance(facts, Facts) or not _is_name(facts.name):
-        raise DataError("the dataset's facts must be Facts, with a name of plain text")
-    for key, (low, high) in FACT_LIMITS.items():
-        value = getattr(facts, key)
-        if type(value) is not int or not low <= value <= high:
-            raise DataError(
-                f"dataset {facts.name}: facts.{key}={value!r}; must be a whole number from {low} to {high}"
-            )
-    names = facts.class_names
-    if not isinstance(names, tuple) or len(names) not in (0, facts.num_classes):
-        raise DataError(
-            f"dataset {facts.name}: facts.class_names must be a tuple, empty or of {facts.num_classes} names"
-        )
-    if strange := [name for name in names if not _is_name(name)]:
-        raise DataError(f"dataset {facts.name}: the class name {strange[0]!a} is no plain, short text")
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and is_plain(name)
 
 
 def _check_split(split: Split, facts: Facts, where: str) -> None:

@@ -7,7 +7,8 @@ parameters.
 from collections.abc import Callable
 
 from ddpm.data import digits, folder, mnist, persian
-from ddpm.data.dataset import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 
 __all__ = ["DATASETS", "Dataset", "Facts", "Split"]
 

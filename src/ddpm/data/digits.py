@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm.data.dataset import Dataset, Facts, Split, hold_out
+from ddpm.data.dataset import Dataset, Split, hold_out
+from ddpm.data.info import Facts
 
 HELD_OUT = 180  # images each for validation and test: a tenth
 

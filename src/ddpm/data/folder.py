@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm.data.dataset import Dataset, Facts, Split, hold_out
+from ddpm.data.dataset import Dataset, Split, hold_out
+from ddpm.data.info import Facts
 from ddpm.errors import DataError, is_plain, printable
 from ddpm.io.cache import kept, stamp
+from ddpm.io.files import reason, user_path
 from ddpm.io.pictures import read_image
-from ddpm.io.reading import reason, user_path
 
 __all__ = ["SUFFIXES", "folder", "is_image", "read_image"]
 

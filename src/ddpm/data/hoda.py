@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import DataError
 from ddpm.io.cache import load_arrays, save_arrays
-from ddpm.io.reading import read_bounded
+from ddpm.io.files import read_bounded
 
 INK = 255  # on a background of 0
 NUM_CLASSES = 10

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm.data.hoda import MAX_PIXELS, MAX_RECORDS
 from ddpm.errors import DataError
-from ddpm.io.reading import read_bounded
+from ddpm.io.files import read_bounded
 
 MAX_BYTES = MAX_PIXELS + 64 * MAX_RECORDS  # of the file, and of all that it unpacks to
 MAX_VARIABLES = 100

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.data.dataset import Dataset, Facts, Split, check_image_size, hold_out
+from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
+from ddpm.data.info import Facts
 from ddpm.errors import DataError
 from ddpm.io.cache import kept
-from ddpm.io.files import leftovers, write_atomically
-from ddpm.io.reading import read_bounded, reason
+from ddpm.io.files import leftovers, read_bounded, reason, write_atomically
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the training images

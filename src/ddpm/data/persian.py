@@ -12,11 +12,12 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ddpm.data.dataset import Dataset, Facts, Split, check_image_size, hold_out
+from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
+from ddpm.data.info import Facts
 from ddpm.errors import DataError
 from ddpm.io.cache import cache_folder, load_arrays, save_arrays, stamp
-from ddpm.io.reading import reason
+from ddpm.io.files import reason
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the 60,000 training images

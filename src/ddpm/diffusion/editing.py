@@ -11,10 +11,10 @@ from itertools import count, pairwise
 import torch
 from torch import Tensor
 
-from ddpm.checks import within
 from ddpm.diffusion.process import add_noise, posterior
 from ddpm.diffusion.samplers import Denoise, Noise, Step, ddim, ddim_inverse
 from ddpm.diffusion.schedules import Level
+from ddpm.errors import within
 
 
 def repaint(

@@ -18,14 +18,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ddpm.checks import one_of, positive, within
-from ddpm.diffusion.process import Estimate, posterior
+from ddpm.diffusion.denoiser import Estimate
+from ddpm.diffusion.process import posterior
 from ddpm.diffusion.schedules import Level, NoiseSchedule
 from ddpm.diffusion.spacings import SPACINGS
+from ddpm.errors import one_of, positive, within
 
 
 class Denoise(Protocol):
-    """`ddpm.diffusion.process.Denoiser`, or anything like it. `last`: x_0 will be the image itself."""
+    """`ddpm.diffusion.denoiser.Denoiser`, or anything like it. `last`: x_0 will be the image itself."""
 
     schedule: NoiseSchedule
 

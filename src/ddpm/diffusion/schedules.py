@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ddpm.checks import within
+from ddpm.errors import within
 
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, section 3.2: no single step destroys everything
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checks import positive
+from ddpm.errors import positive
 from ddpm.runtime import randomness
 
 UNIFORM_PART = 0.001  # of the draws in `loss_aware`, so that no t is forgotten

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ddpm.config.schema import Choice
+from ddpm.config.choices import Choice
 from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
@@ -25,8 +25,9 @@ from ddpm.evaluate.record import Evaluation, Figure
 from ddpm.io.images import to_uint8
 from ddpm.runtime import distributed
 from ddpm.runtime.world import ALONE, World
+from ddpm.sample import model as sample_model
 from ddpm.sample import sampling
-from ddpm.sample.sampling import Guidance, Model
+from ddpm.sample.model import Guidance, Model
 
 PARTS = ("distance", "neighbours", "memorization", "likelihood", "cas")
 SHOWN = 64  # samples on the page
@@ -60,8 +61,8 @@ def draw(
     """
     index, guidance = torch.arange(n), Guidance(guidance_scale)
     with distributed.agreed(world):
-        y = sampling.labels(model, None, index, guidance)
-        num_steps = len(sampling.levels(model, sampler)) - 1
+        y = sample_model.labels(model, None, index, guidance)
+        num_steps = len(sample_model.levels(model, sampler)) - 1
         steps = sampling.generation(model, sampler, index, seed)
         own = index[world.share(n)]
         x, evaluations = sampling.draw_all(model, sampler, guidance, y, own, steps, batch_size, watch, halved)

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from ddpm.data.dataset import Dataset, Split
 from ddpm.evaluate.metrics.cas import accuracy_score
-from ddpm.evaluate.metrics.frechet import class_frechet, frechet_distance, frechet_floor, gaussian, kid
-from ddpm.evaluate.metrics.intervals import frechet_interval
+from ddpm.evaluate.metrics.frechet import (
+    class_frechet,
+    frechet_distance,
+    frechet_floor,
+    frechet_interval,
+    gaussian,
+    kid,
+)
 from ddpm.evaluate.metrics.memorization import Memorization
 from ddpm.evaluate.metrics.prdc import prdc
 from ddpm.evaluate.record import Figure

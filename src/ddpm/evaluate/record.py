@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DataError, UserError
-from ddpm.io.files import write_atomically
-from ddpm.io.reading import read_bounded
+from ddpm.io.files import read_bounded, write_atomically
 
 FORMAT_VERSION = 1
 FILE, PICTURE = "evaluation.json", "evaluation.png"

@@ -10,11 +10,10 @@ import torch
 from tqdm import tqdm
 
 from ddpm import build
-from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
-from ddpm.cli.evaluate import EvalConfig
-from ddpm.cli.progress import of_steps, tell
-from ddpm.config.schema import choices
+from ddpm.config.choices import choices
+from ddpm.config.schema import EvalConfig
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator as judge
@@ -23,11 +22,11 @@ from ddpm.evaluate import record, table
 from ddpm.evaluate import samples as source
 from ddpm.evaluate.provenance import Clock
 from ddpm.runs import output_dirs as folders
+from ddpm.runtime.console import of_steps, tell
+from ddpm.runtime.device import slow_in_bf16
 from ddpm.runtime.distributed import agreed, in_turn, told
 from ddpm.runtime.world import ALONE, World
-from ddpm.sample import sampling
-from ddpm.sample.sampling import Model
-from ddpm.train import state as runs
+from ddpm.sample.model import Model, levels, load
 
 
 def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
@@ -35,13 +34,13 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     path, notes, clock = Path(), list[str](), Clock()
     with agreed(own):
         if own.first:
-            path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
+            path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
             folders.check_results(config.out, _stem(path))
     path = told(own, path)
     with agreed(own):
-        model, meta = sampling.load(path, device, config.ema, config.precision)
+        model, meta = load(path, device, config.ema, config.precision)
     data = in_turn(own, lambda: dataset_of(config, model))
-    say(own, *notes, data.notice, runs.slow_in_bf16("precision", config.precision, device))
+    say(own, *notes, data.notice, slow_in_bf16("precision", config.precision, device))
     with agreed(own), shown_parts(config, own, clock):
         bench = make_bench(config, data, config.n, device, clock) if own.first else None
     with shown_steps(config, own, model, clock) as watched:
@@ -193,7 +192,7 @@ def shown_parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
 @contextmanager
 def shown_steps(config: EvalConfig, own: World, model: Model, clock: Clock) -> Iterator[dict[str, Any]]:
     """A bar on a terminal, and what `judge.draw` tells it."""
-    num_steps, share = len(sampling.levels(model, config.sampler)) - 1, own.share(config.n)
+    num_steps, share = len(levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None
     with (
         of_steps(own, num_steps, share.stop - share.start, config.batch_size, leave=False) as (bar, smaller),

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import build
-from ddpm.config.schema import Choice, choices
-from ddpm.config.values import nearest
-from ddpm.data.dataset import Dataset, Facts
+from ddpm.config.choices import Choice, choices
+from ddpm.config.limits import nearest
+from ddpm.data.dataset import Dataset
 from ddpm.data.folder import SUFFIXES, is_image
+from ddpm.data.info import Facts
 from ddpm.errors import DataError, UserError
 from ddpm.io import npz
+from ddpm.io.files import reason, user_path
 from ddpm.io.pictures import FORMATS, MAX_SOURCE_BYTES, decode
-from ddpm.io.reading import reason, user_path
 from ddpm.runtime.randomness import permutation
 from ddpm.sample.user_images import indices
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ddpm.export.formats import ddim_as_exported, unet_config
-from ddpm.sample.sampling import Guidance, Model, denoiser, last, levels, run
+from ddpm.sample.model import Guidance, Model, denoiser, levels
+from ddpm.sample.sampling import last, run
 
 IMAGES = 4
 ALLOWED = 0.02  # of images in [-1, 1]; a mistake makes other images altogether

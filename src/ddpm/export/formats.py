@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoint.header import ADDED_LATER
-from ddpm.config.schema import CIRCUMSTANCES, Choice, to_dict
+from ddpm.config.choices import Choice
+from ddpm.config.schema import CIRCUMSTANCES, to_dict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 
 WRITTEN_FOR = "0.35.0"  # the oldest diffusers that these folders are tested with
 PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}

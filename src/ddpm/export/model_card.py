@@ -2,7 +2,7 @@
 
 from ddpm.data.persian import NOTICE as PERSIAN
 from ddpm.export.formats import ddim_as_exported, ddim_steps
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 from ddpm.train.metrics_file import VALIDATED
 
 NOTICES = {"persian": PERSIAN}

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ddpm.errors import DataError
-from ddpm.io.files import write_atomically
-from ddpm.io.reading import open_bounded, reason, user_path
+from ddpm.io.files import open_bounded, reason, user_path, write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import DataError
-from ddpm.io.reading import open_bounded, reason
+from ddpm.io.files import open_bounded, reason
 
 MAX_BYTES = 1 << 31  # of a file, and of an array in it
 CHUNK = 1 << 20

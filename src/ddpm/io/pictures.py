@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import DataError
-from ddpm.io.reading import read_bounded, reason
+from ddpm.io.files import read_bounded, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.checkpoint import file as checkpoint
-from ddpm.config.schema import Choice
+from ddpm.checkpoint import locate
+from ddpm.config.choices import Choice
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.images import Pixels, to_uint8
 from ddpm.runtime import memory
-from ddpm.sample.sampling import Guidance, Model, denoiser, draw, finite, labels, last, load
+from ddpm.sample.model import Guidance, Model, denoiser, labels, load
+from ddpm.sample.sampling import draw, finite, last
 
 CELL = 64  # pixels of an image in the sheet, about: small ones are enlarged by whole factors
 LARGEST = 192  # larger ones are reduced to this
@@ -40,7 +41,7 @@ def drawn(run: Path, n: int, seed: int, sampler: Choice | None, device: torch.de
 
     `sampler` None: that of its training, so that a study of one run's samplers does not set it apart. Raises UserError.
     """
-    files = checkpoint.of_run(run)
+    files = locate.of_run(run)
     if not files:
         raise CheckpointError("no checkpoint yet")
     loaded: list[tuple[Model, int]] = []
@@ -49,7 +50,7 @@ def drawn(run: Path, n: int, seed: int, sampler: Choice | None, device: torch.de
         model, meta = load(path, device)
         loaded.append((model, meta.step))
 
-    checkpoint.newest_good(files, check=try_to_load)
+    locate.newest_good(files, check=try_to_load)
     model, step = loaded[-1]
     sampler = fitted(sampler or model.config.sampler, model)
     index = torch.arange(n, device=device)

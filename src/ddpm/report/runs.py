@@ -15,17 +15,18 @@ from typing import Any
 import yaml
 
 from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import brought_up_to_date
-from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, check, to_dict
+from ddpm.config.schema import TrainConfig, check, settings_of
 from ddpm.errors import UserError, printable
 from ddpm.io.files import open_regular, reason
+from ddpm.runs.run_dir import FAILED
 from ddpm.train import metrics_file as metrics
 
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000
 MAX_TEXT = 1 << 16  # bytes of a config, a result or a reason
 MAX_DEPTH = 8  # of a config
-FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
 _PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
 
@@ -162,10 +163,10 @@ def _outline(path: Path) -> _Outline:
     """From the newest checkpoint whose header can be read, or from config.yaml where there is no checkpoint."""
     for _ in range(3):  # older ones go while a run trains
         try:
-            files = checkpoint.of_run(path)
+            files = locate.of_run(path)
             if not files:
                 break
-            file, notes = checkpoint.newest_good(files, check=checkpoint.read_meta)
+            file, notes = locate.newest_good(files, check=checkpoint.read_meta)
             meta, tensors = checkpoint.read_meta(file)
             stored = settings_of(checkpoint.config(file, meta))
         except UserError as error:
@@ -206,15 +207,6 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
         return {}, brief(f"config.yaml: {error}", path)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError):
         return {}, "config.yaml: is no YAML that can be read"
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Flat, and the name of a choice under its group, as it is typed."""
-    flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
-        for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in CIRCUMSTANCES}
 
 
 def _result(path: Path) -> dict[str, float] | None:

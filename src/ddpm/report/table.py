@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ddpm.config.schema import choices
+from ddpm.config.choices import choices
 from ddpm.errors import printable
 from ddpm.report.runs import FIGURES, RunRow, ranked
 

@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.config.schema import TrainConfig
 from ddpm.io.files import open_regular
 from ddpm.runs import resume
@@ -55,7 +55,7 @@ def again(config: TrainConfig) -> "resume.Place | None":
     folder = _of_launch(name) if asked.folder is None else Path(asked.folder)
     if folder is None or _launch_of(folder) != name:
         return None
-    return resume.Place(str(folder), True, checkpoint.of_run(folder) or asked.files, again=True)
+    return resume.Place(str(folder), True, locate.of_run(folder) or asked.files, again=True)
 
 
 def _of_launch(name: str) -> Path | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import Meta
-from ddpm.cli import app as hydra_app
 from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, to_dict
 from ddpm.errors import CheckpointError, UserError
 
@@ -41,45 +41,6 @@ class Source:
     notes: list[str]  # for the user: about others that are not whole
 
 
-def before_typed(overrides: list[str]) -> list[str]:
-    """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
-    typed = hydra_app.typed_value(overrides, "trainer.resume")
-    if typed in (None, "auto", "null"):
-        return []
-    if hydra_app.typed_value(overrides, "trainer.init_from") not in (None, "null"):
-        raise UserError(
-            f"trainer.resume={typed} goes on with the weights of that run; trainer.init_from begins a new one: "
-            "leave one of them out"
-        )
-    path, _ = checkpoint.newest_good(checkpoint.find(str(typed)), check=checkpoint.read_meta)
-    was = to_dict(checkpoint.config(path, checkpoint.read_meta(path)[0]))
-    if "path" in was["dataset"] and hydra_app.typed_value(overrides, "dataset.path") is None:
-        raise UserError(
-            f"dataset.path was '{was['dataset'].pop('path')}' in this run; a path in a file is not followed by "
-            "itself: type dataset.path=…"
-        )
-    was["dataset"].pop("path", None)
-    was["trainer"]["init_from"] = None  # done long ago
-    if hydra_app.typed_value(overrides, "trainer.max_steps"):
-        was["trainer"]["max_epochs"] = None  # two ways to say one thing: the typed one counts
-    new = (
-        "run_dir",
-        "overwrite",
-        "data_root",
-        *(key for key in was if hydra_app.typed_value(overrides, key)),
-    )
-    return hydra_app.as_overrides({key: value for key, value in was.items() if key not in new})
-
-
-def check_lengths(overrides: list[str]) -> None:
-    """Raises UserError where the length of a training is typed twice."""
-    lengths = [hydra_app.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
-    if None not in lengths and "null" not in lengths:
-        raise UserError(
-            "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
-        )
-
-
 def place(config: TrainConfig) -> Place:
     """Raises UserError where there is nothing to go on from."""
     wanted = config.trainer.resume
@@ -89,7 +50,7 @@ def place(config: TrainConfig) -> Place:
         if config.run_dir is None:
             raise UserError("trainer.resume=auto needs run_dir=…, to know which run to go on with")
         return Place(config.run_dir, True, [])
-    files = checkpoint.find(wanted)
+    files = locate.find(wanted)
     home = files[0].parent.parent if files[0].parent.name == "checkpoints" else None
     folder = config.run_dir or (None if home is None else str(home))
     in_place = home is not None and folder is not None and home.resolve() == Path(folder).resolve()
@@ -102,14 +63,14 @@ def choose(place: Place, config: TrainConfig) -> Source | None:
 
     Raises CheckpointError if there is none, or if it was another run's.
     """
-    from ddpm import build
+    from ddpm.checkpoint import verify
 
     files = place.files
     if place.in_place and not files:
-        files = checkpoint.of_run(Path(str(place.folder)))
+        files = locate.of_run(Path(str(place.folder)))
     if not files:
         return None
-    path, notes = checkpoint.newest_good(files, check=build.examine)
+    path, notes = locate.newest_good(files, check=verify.examine)
     meta, _ = checkpoint.read_meta(path)
     stored = checkpoint.config(path, meta)
     differ = [
@@ -125,7 +86,7 @@ def choose(place: Place, config: TrainConfig) -> Source | None:
 
 def same_run(folder: Path, config: TrainConfig) -> bool:
     """Whether the newest checkpoint of a run was made, to its last step, with just these settings."""
-    files = checkpoint.saved_steps(folder)
+    files = locate.saved_steps(folder)
     if not files:
         return False
     try:
@@ -139,7 +100,7 @@ def same_run(folder: Path, config: TrainConfig) -> bool:
 
 def notes(source: Source, run: "Run") -> list[str]:
     """What the user should know: what broke, what was changed, and whether the bits will be the same."""
-    from ddpm.train.state import DECIDES_BITS
+    from ddpm.train.environment import DECIDES_BITS
 
     changed = [
         f"changed since: {key} was {_brief(was)}, is {_brief(now)}"

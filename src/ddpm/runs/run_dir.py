@@ -9,11 +9,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.errors import UserError
 from ddpm.io.files import leftovers, open_regular, reason
-from ddpm.report.runs import FAILED
 from ddpm.runs import output_dirs as folders
 
+FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
 RUN_FILES = (
     "config.yaml",
     "environment.json",
@@ -113,9 +115,8 @@ def sweep(folder: Path) -> None:
 
 def set_aside(folder: Path, step: int) -> list[str]:
     """Move checkpoints that lie ahead of this step out of the way, broken or not; a line about each."""
-    from ddpm.checkpoint import file as checkpoint
 
-    ahead = [file for file in checkpoint.saved_steps(folder) if checkpoint.step_of(file) > step]
+    ahead = [file for file in locate.saved_steps(folder) if locate.step_of(file) > step]
     best = folder / "checkpoints" / "best.safetensors"
     if best.exists():
         with suppress(UserError):
@@ -192,3 +193,6 @@ def _strangers(folder: Path) -> list[Path]:
         inside = set(part.iterdir()) - set(leftovers(part)) - {part / "set_aside"}
         found += [path for path in inside if not _OURS.fullmatch(path.name)]
     return found
+
+
+FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason

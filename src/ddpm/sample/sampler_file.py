@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ddpm.config.schema import Choice, TrainConfig, check_choice, trained_sampler
+from ddpm.config.choices import Choice, check_choice
+from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import open_regular, reason, write_atomically
 
@@ -81,3 +82,11 @@ def _is_flat(entry: tuple[yaml.Node, yaml.Node]) -> bool:
 def _wrong(path: Path, why: str) -> UserError:
     why = why if len(why) <= MAX_MESSAGE else why[:MAX_MESSAGE] + "…"
     return UserError(f"{path} cannot be used: {why}; delete the file, or name another sampler (sampler=…)")
+
+
+def trained_sampler(config: TrainConfig) -> Choice:
+    """The sampler a model was trained with, in no more steps than the model has timesteps."""
+    params = dict(config.sampler.params)
+    if params["num_steps"] is not None:  # written for many timesteps; this model may have few
+        params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
+    return Choice(config.sampler.name, params)

@@ -1,170 +1,19 @@
 """From a checkpoint to images: the model in it, rebuilt, and the sampler a config names, run on images by index."""
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddpm import build
-from ddpm.checkpoint import file as checkpoint
-from ddpm.checkpoint.header import Meta
-from ddpm.config.schema import Choice, DrawConfig, TrainConfig, check, choose_sampler
-from ddpm.data.dataset import Facts
-from ddpm.diffusion.process import Denoiser
-from ddpm.diffusion.samplers import SAMPLERS, Step, sample_levels
-from ddpm.diffusion.schedules import Level, NoiseSchedule
+from ddpm.config.choices import Choice
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.samplers import SAMPLERS, Step
+from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
 from ddpm.runtime import memory
 from ddpm.runtime.randomness import normal
-from ddpm.sample import sampler_file
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A trained network and all that is needed to draw from it."""
-
-    network: nn.Module
-    schedule: NoiseSchedule
-    config: TrainConfig
-    facts: Facts  # of the images it was trained on
-    device: torch.device
-    step: int = 0  # of the training
-    figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
-    folder: Path | None = None  # of the checkpoint
-    precision: torch.dtype = (
-        torch.float32
-    )  # of the network when it draws; what it says of real images is float32
-
-    @property
-    def conditional(self) -> bool:
-        return bool(self.config.model.params["conditional"])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.facts.channels, self.facts.image_size, self.facts.image_size
-
-    def sample(
-        self,
-        n: int = 64,
-        *,
-        seed: int = 0,
-        index: Sequence[int] | None = None,
-        label: int | Sequence[int] | None = None,
-        guidance_scale: float = 1.0,
-        sampler: str | None = None,
-        batch_size: int = 256,
-        **settings: Any,
-    ) -> Tensor:
-        """New images, float32 (n, C, H, W) in [-1, 1] on the CPU: those that ddpm-sample draws for the same values.
-
-        Image i of a seed is the same whatever n, batch_size or the others are; `index` names the images, instead
-        of 0 … n-1. Image i has the class label[i mod K], of all classes where none is given. `sampler` is that of
-        sampler.yaml beside the checkpoint, else of the training or, by name, another one with its own defaults;
-        `settings` are its keys, such as num_steps, spacing, clip, eta. Raises UserError, with the key, for what is
-        out of range or does not fit the model.
-        """
-        typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
-        typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
-        todo: DrawConfig = check(DrawConfig, typed)
-        base = sampler if sampler is not None else sampler_file.default(self.config, self.folder)[0]
-        chosen = choose_sampler(base, {key: _plain(value) for key, value in settings.items()})
-        numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
-        guidance = Guidance(todo.guidance_scale)
-        y = labels(self, todo.label, numbers, guidance)
-
-        def halved(left: int, size: int) -> None:
-            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
-
-        steps = generation(self, chosen, numbers, todo.seed)
-        places, size = torch.arange(len(numbers)), todo.batch_size
-        x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
-        return x.clamp_(-1, 1)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: scale 1 is off, 0 is unconditional; see `Denoiser`."""
-
-    scale: float = 1.0
-    rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, float("inf"))
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
-    """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
-    meta, config, network = build.outline(path)
-    which = "ema" if ema else "model"
-    _, tensors = checkpoint.load(path, which)
-    build.load_weights(path, network, checkpoint.part(tensors, which))
-    network.to(device).eval()
-    if config.trainer.channels_last:
-        network.to(memory_format=torch.channels_last)
-    schedule, facts = build.schedule(config.schedule), build.facts(meta.facts)
-    about = (meta.step, meta.figures, path.parent, PRECISIONS[precision])
-    return Model(network, schedule, config, facts, device, *about), meta
-
-
-def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
-    """The class of each image: image i has wanted[i mod K], of all classes where none are wanted.
-
-    None for an unconditional model. Raises UserError for labels and scales that the model cannot serve.
-    """
-    if not model.conditional:
-        if wanted is not None or guidance.scale != 1:
-            raise UserError(
-                "label and guidance_scale need a model trained with model.conditional=true; this one was not"
-            )
-        return None
-    if guidance.scale != 1 and model.config.objective.label_dropout == 0:
-        raise UserError(
-            f"guidance_scale={guidance.scale:g}: this model was trained with objective.label_dropout=0 and knows no "
-            "images without label; only 1 works"
-        )
-    if wanted is None:
-        wanted = range(model.facts.num_classes)
-    for label in wanted:
-        if not 0 <= label < model.facts.num_classes:
-            raise UserError(
-                f"label={label}: {model.facts.name} has the labels 0 to {model.facts.num_classes - 1}"
-            )
-    return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
-
-
-def levels(model: Model, sampler: Choice) -> list[Level]:
-    """The noise levels a sampler config asks for. Raises UserError."""
-    num_steps = sampler.params["num_steps"] or model.schedule.num_timesteps
-    try:
-        return sample_levels(model.schedule, num_steps, sampler.params["spacing"], sampler.params["rho"])
-    except ValueError as error:
-        raise UserError(f"sampler.{error}") from None
-
-
-def denoiser(model: Model, sampler: Choice, y: Tensor | None, guidance: Guidance) -> Denoiser:
-    """The model as samplers see it, for images of the classes y (N,). Raises UserError."""
-    try:
-        return Denoiser(
-            model.network,
-            model.schedule,
-            model.config.objective.prediction,
-            y,
-            clip=sampler.params["clip"],
-            dynamic_percentile=sampler.params["dynamic_percentile"],
-            guidance_scale=guidance.scale,
-            guidance_rescale=guidance.rescale,
-            guidance_interval=guidance.interval,
-            null_label=model.facts.num_classes if model.conditional else None,
-            precision=model.precision,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+from ddpm.sample.model import Guidance, Model, denoiser, levels
 
 
 def draw(model: Model, sampler: Choice, denoise: Denoiser, index: Tensor, seed: int) -> Iterator[Step]:
@@ -288,10 +137,3 @@ def draw_all(
             torch.cuda.empty_cache()
         halved(n - done, size)
     return torch.cat(images), evaluations  # a tensor like any other, as it is made outside inference mode
-
-
-def _plain(value: Any) -> Any:
-    """Sequences and numbers of other libraries as config checks know them."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value

@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config.schema import Choice, SampleConfig
+from ddpm.config.choices import Choice
+from ddpm.config.schema import SampleConfig
 from ddpm.diffusion import editing as tasks
-from ddpm.diffusion.process import Denoiser
+from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
 from ddpm.io.images import Pixels
 from ddpm.runtime.randomness import normal
 from ddpm.sample import user_images as inputs
-from ddpm.sample.brought import bring, guidance, wanted
-from ddpm.sample.sampling import Model, Steps, denoiser, generation, labels, levels, run
+from ddpm.sample.model import Model, denoiser, labels, levels
+from ddpm.sample.sampling import Steps, generation, run
+from ddpm.sample.user_images import bring, guidance, wanted
 
 GENERATED = 64  # images, where n is not typed
 BETWEEN = 8  # images from end to end of an interpolation, likewise

@@ -12,16 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm.cli import app as hydra_app
-from ddpm.cli.progress import duration, tell
+from ddpm.config.hydra import quote_path, typed_value
 from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, check
 from ddpm.errors import printable
 from ddpm.io.files import open_regular
-from ddpm.report.runs import FAILED
 from ddpm.runs import run_dir as run_folder
 from ddpm.runs.resume import same_run
+from ddpm.runs.run_dir import FAILED
 from ddpm.runtime import signals
+from ddpm.runtime.console import duration, tell
 from ddpm.train.metrics_file import lowest
 
 PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
@@ -62,12 +62,8 @@ def run(raw: Any) -> float:
     folder.mkdir(exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
-    resume = (
-        []
-        if hydra_app.typed_value(overrides, "trainer.resume") or config.overwrite
-        else ["trainer.resume=auto"]
-    )
-    place = hydra_app.quote_path(f"run_dir={folder}")
+    resume = [] if typed_value(overrides, "trainer.resume") or config.overwrite else ["trainer.resume=auto"]
+    place = quote_path(f"run_dir={folder}")
     command = [*plugins, *overrides, *resume, place]
     status, stopped = _watched(command, sweep, folder, quiet=launcher != "basic", alone=far)
     if status != 0:
@@ -135,7 +131,7 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
     environment = {
         **os.environ,
         signals.PARENT: str(os.getpid()),
-        hydra_app.FAILED_FILE: str(folder / FAILED),
+        run_folder.FAILED_FILE: str(folder / FAILED),
     }
     signals.pass_over()
     with tempfile.TemporaryFile() as errors:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from ddpm.cli import app as hydra_app
+from ddpm.config import hydra
 from ddpm.config.load_plugins import load_plugins
 from ddpm.errors import UserError, printable
 from ddpm.runtime import signals
@@ -26,7 +26,7 @@ def main() -> int:
     try:
         load_plugins([f"plugins={plugins}"] if plugins else [])
         with contextlib.redirect_stderr(said):
-            hydra_app.enter_hydra("train", sys.argv[1:], run)
+            hydra.enter_hydra("train", sys.argv[1:], run)
     except JobFailed:  # its own line is printed already; Hydra passes on the first of them after all jobs
         return 1
     except UserError as error:

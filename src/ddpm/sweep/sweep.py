@@ -16,17 +16,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm.cli import app as hydra_app
-from ddpm.cli.progress import tell, typed
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
 from ddpm.report import runs as report
 from ddpm.report import table as report_table
 from ddpm.runs import output_dirs as folders
-from ddpm.runs import resume
+from ddpm.runs import resume_overrides
 from ddpm.runs import run_dir as run_folder
 from ddpm.runtime import signals
+from ddpm.runtime.console import tell, typed
 from ddpm.sweep import gpu_locks as leases
 from ddpm.sweep import job
 from ddpm.train import tensorboard
@@ -39,10 +39,10 @@ def sweep(overrides: list[str]) -> None:
     """The whole of a multirun. Raises UserError, also where a job did not finish."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("-m makes several runs, torchrun several processes of one: leave one of them out")
-    if hydra_app.typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
+    if hydra.typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
-    resume.check_lengths(overrides)
-    if not (each := hydra_app.typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
+    resume_overrides.check_lengths(overrides)
+    if not (each := hydra.typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
         raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and o.partition("=")[0] not in OF_SWEEP]
@@ -50,16 +50,16 @@ def sweep(overrides: list[str]) -> None:
         raise UserError(
             "run_dir=… names the sweep's folder, and each job's follows from what is typed for it"
         )
-    settings = hydra_app.hydra_settings("train", of_hydra)
+    settings = hydra.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
     shares, environment, note = _shares(of_jobs, choice["hydra/launcher"], settings, len(jobs))
     shares += _patience(of_hydra, choice)
-    folder, lock = _claim(hydra_app.typed_value(overrides, "run_dir"))
+    folder, lock = _claim(hydra.typed_value(overrides, "run_dir"))
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
         tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
-        where = hydra_app.quote_path(f"hydra.sweep.dir={folder}", always=True)
+        where = hydra.quote_path(f"hydra.sweep.dir={folder}", always=True)
         arguments = ["-m", *of_hydra, *of_jobs, *shares, where]
         status = _launch(arguments, environment, folder, job.is_far(choice["hydra/launcher"]))
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
@@ -79,7 +79,7 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    with hydra_app.parsed("train", overrides) as all_parsed:
+    with hydra.parsed("train", overrides) as all_parsed:
         if sweeper == "basic":
             (jobs,) = BasicSweeper.split_arguments(all_parsed, max_batch_size=None)
         else:
@@ -102,7 +102,7 @@ def _first(override: Any) -> str:
 
 
 def _check(overrides: list[str]) -> None:
-    config: TrainConfig = check(TrainConfig, hydra_app.compose("train", overrides))
+    config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
     tensorboard.check(config)
     leases.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
@@ -111,7 +111,7 @@ def _check(overrides: list[str]) -> None:
 
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
     """The table of what is there, and what looks closer."""
-    figure = hydra_app.typed_value(of_jobs, "minimize") or "val_eps_mse"
+    figure = hydra.typed_value(of_jobs, "minimize") or "val_eps_mse"
     rows = []
     with suppress(UserError):  # no run at all
         rows = report.read_all([folder], run_folder.is_running)
@@ -143,9 +143,9 @@ def _shares(
 
     Overrides and environment that make it so, and a note for the user. Raises UserError.
     """
-    gpus, each = (hydra_app.typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
+    gpus, each = (hydra.typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
     lease = [] if gpus else ["gpus=auto"]
-    device = hydra_app.typed_value(of_jobs, "device") or "auto"
+    device = hydra.typed_value(of_jobs, "device") or "auto"
     if launcher not in LOCAL and not (launcher == "basic" and (gpus or device.startswith("cuda"))):
         return lease, {}, ""
     places = 0
@@ -182,7 +182,7 @@ def _patience(of_hydra: list[str], choice: dict[str, str]) -> list[str]:
         patient.append("hydra.sweeper.max_failure_rate=1.0")
     if choice["hydra/launcher"] == "submitit_local":
         patient.append("hydra.launcher.timeout_min=525600")
-    return [o for o in patient if hydra_app.typed_value(of_hydra, o.partition("=")[0]) is None]
+    return [o for o in patient if hydra.typed_value(of_hydra, o.partition("=")[0]) is None]
 
 
 def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far: bool) -> int:

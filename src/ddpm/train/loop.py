@@ -16,19 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.config.schema import Choice
+from ddpm.checkpoint import locate
+from ddpm.config.choices import Choice
 from ddpm.config.schema import Optimizer as OptimizerConfig
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset
-from ddpm.diffusion.process import losses
+from ddpm.diffusion.objective import losses
 from ddpm.diffusion.timesteps import TIMESTEPS, updated_history
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io import images
 from ddpm.runtime import distributed
+from ddpm.runtime.device import precision
 from ddpm.runtime.randomness import key, normal, uniform
-from ddpm.sample.sampling import Guidance, Model, denoiser, draw, finite, labels, last
+from ddpm.sample.model import Guidance, Model, denoiser, labels
+from ddpm.sample.sampling import draw, finite, last
 from ddpm.train import metrics_file as metrics
-from ddpm.train.state import Run, precision, save
+from ddpm.train.checkpointing import save
+from ddpm.train.state import Run
 from ddpm.train.validation import Validation
 
 PREVIEWS = 36
@@ -110,7 +114,7 @@ def keep(run: Run, run_dir: Path, record: Mapping[str, float]) -> Path:
         os.fsync(file.fileno())
     path = run_dir / "checkpoints" / f"step_{run.step:07d}.safetensors"
     save(run, path, record)
-    for old in checkpoint.saved_steps(run_dir)[: -run.config.trainer.keep]:
+    for old in locate.saved_steps(run_dir)[: -run.config.trainer.keep]:
         old.unlink()
     return path
 

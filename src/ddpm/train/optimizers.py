@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+from ddpm.checkpoint.verify import ADAMW_STATE
+
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # singular values end within about 0.7 … 1.2
 SMALLEST = 32  # rows and columns of a matrix; first and last layers, class tables and the like have fewer

@@ -31,7 +31,7 @@ def events(run: "Run", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]]
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    from ddpm.report.runs import settings_of
+    from ddpm.config.schema import settings_of
     from ddpm.train import metrics_file as metrics
 
     folder = run_dir / FOLDER

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.data.dataset import Split
-from ddpm.diffusion.process import Objective, invert, losses
+from ddpm.diffusion.objective import Objective, losses
+from ddpm.diffusion.process import invert
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.io.images import normalise
 from ddpm.runtime import distributed

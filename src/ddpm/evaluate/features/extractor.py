@@ -17,14 +17,14 @@ from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.data.dataset import Dataset, Facts
+from ddpm.data.dataset import Dataset
+from ddpm.data.info import Facts
 from ddpm.errors import DataError
 from ddpm.evaluate.features import inception
 from ddpm.evaluate.features.network import FeatureNetwork, Whitening, dimensions, spread_out, whitening
 from ddpm.evaluate.features.training import Recipe, run, train_features
 from ddpm.io.cache import Arrays, cache_folder, content_hash, load_arrays, save_arrays
-from ddpm.io.files import leftovers
-from ddpm.io.reading import reason
+from ddpm.io.files import leftovers, reason
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES = 1 << 22  # of a file of weights; those shipped have a quarter of a million

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.data.dataset import Facts
+from ddpm.data.info import Facts
 from ddpm.errors import UserError
 from ddpm.evaluate.features.network import repeatable
 

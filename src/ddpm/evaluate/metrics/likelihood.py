@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm.data.dataset import Split
-from ddpm.diffusion.process import Estimate
+from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.monte_carlo import GROUP, Draws, evaluate, mean_of, root_of_squares, stratified
@@ -15,7 +15,7 @@ from ddpm.evaluate.metrics.vlb import Terms, grey_levels
 from ddpm.io.images import normalise
 from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 
 DRAWS = 3072  # network evaluations for all terms between the ends
 PILOT = 512  # and those that find out where they are large

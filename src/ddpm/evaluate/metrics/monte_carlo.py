@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ddpm.data.dataset import Split
-from ddpm.diffusion.process import Estimate, add_noise, invert, split
+from ddpm.diffusion.denoiser import Estimate
+from ddpm.diffusion.process import add_noise, invert, split
 from ddpm.errors import UserError
 from ddpm.io.images import normalise
 from ddpm.runtime import distributed, memory
 from ddpm.runtime.randomness import normal, permutation, uniform
 from ddpm.runtime.world import World
-from ddpm.sample.sampling import Model
+from ddpm.sample.model import Model
 
 GROUP = 32  # neighbouring draws that are taken as one stratum, to estimate the variance from
 

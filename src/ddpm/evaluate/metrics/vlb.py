@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.diffusion.process import Estimate, posterior
+from ddpm.diffusion.denoiser import Estimate
+from ddpm.diffusion.process import posterior
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.evaluate.metrics.monte_carlo import Draws
 
