@@ -1,22 +1,25 @@
-"""All that only a GPU can show, in one script: checks, times, and the recipe mnist_gpu from its start to its samples.
+"""Measure on a GPU all that only a GPU can show, in one process with a deadline.
 
-    python benchmarks/bench_gpu.py --out FOLDER                        every part: about 20 minutes of an H200, a guess
-    python benchmarks/bench_gpu.py --out FOLDER --parts waits modes    some of them
-    python benchmarks/bench_gpu.py --out FOLDER --quick                tiny sizes, on a CPU, too: does this script work?
+    python benchmarks/bench_gpu.py --plan                              print the parts and the seconds they need
+    python benchmarks/bench_gpu.py --out FOLDER --seconds 540          run them in the order of their worth
+    python benchmarks/bench_gpu.py --out FOLDER --parts steps          run one
+    python benchmarks/bench_gpu.py --out FOLDER --quick --device cpu   run each in tiny sizes: does this script work?
 
-    waits           no step of training or sampling waits for the GPU, and feeding takes less than 1 % of a step
-    modes           a training step: as it is, compiled, compiled with CUDA graphs, with CUDA graphs alone
-    peers           bench_train.py: ours beside diffusers' at batches of 128, 512 and 2048
-    peers_compiled  the same, compiled, at 512
-    recipe          ddpm-train experiment=mnist_gpu: what of a minute goes to start-up, and what to training
-    quality         ddpm-eval of that run on 10,000 images
-    sampling        10,000 images of it by ddpm.load(…).sample, after a warm-up
+    works      a step in each precision beside the CPU's, noise, gradients of attention; ddpm-train, ddpm-sample, a
+               bitwise resume, a batch that does not fit
+    steps      a training step, ours and diffusers' in turn with the same switches, eager and compiled; what waits
+    minute     ddpm-train experiment=mnist_gpu from start to end
+    quality    ddpm-eval of that run on 10,000 images
+    sampling   10,000 images of it by ddpm.load(…).sample, after a warm-up
+    second     the same recipe with another seed, and its quality
 
-Each part is a process with a time limit of its own and writes FOLDER/<part>-<device>.json. A part that fails, and a
-goal that is missed, make the exit status 1; the others go on. Data: $DDPM_DATA.
+FOLDER/gpu-<device>.json is written anew after every number, so a kill loses none that was measured. A part starts only
+if the time left covers what it needs, and every process it started ends with it. Exit status 1: a part failed.
+Data: $DDPM_DATA.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -24,236 +27,333 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import gpu_steps
 import torch
-from gpu_steps import measure_waits, take_turns
-from timing import machine, save, seconds
+from timing import machine, seconds
 
 import ddpm
+from ddpm.checkpoint import file as checkpoint
+from ddpm.io.files import write_atomically
+from ddpm.runtime import memory
+from ddpm.runtime.device import set_up_cuda
 
-Figures = dict[str, Any]
 TINY = ["dataset=digits", "model.channels=[8,32]", "model.attention=[1]", "model.head_dim=8"]
 TINY += ["trainer.batch_size=8", "trainer.precision=fp32", "trainer.max_steps=8", "trainer.validate_every=0"]
-STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "mnist_cpu" / "0" / "evaluation.json"
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+ENTRIES = {"train": "train", "sample": "sample", "eval": "evaluate"}
 
 
-def waits(options: argparse.Namespace) -> Figures:
-    figures = measure_waits(torch.device(options.device), options.quick)
-    goals = {}
-    for name, found in figures.items():
-        print(f"{name}: {json.dumps(found)}")
-        goals[f"{name}: nothing waits"] = not found["waits"]
-        goals[f"{name}: feeding is below 1 % of a step"] = found["feeding_share"] < 0.01
-    return figures | {"goals": goals}
+class OutOfTime(Exception):
+    """The time left does not cover what comes next."""
 
 
-def modes(options: argparse.Namespace) -> Figures:
-    figures, failures = take_turns(options.device, options.quick), []
-    for recipe, sides in figures.items():
-        plain = sides["as it is"]
-        for side, found in sides.items():
-            if "failed" in found:
-                failures.append(f"{recipe}, {side}: {found['failed']}")
-                continue
-            ratio = [a / b for a, b in zip(plain["step_seconds"], found["step_seconds"], strict=True)]
-            saved = 1 - median(found["pass_seconds"]) / median(plain["pass_seconds"])
-            print(
-                f"{recipe}, {side}: {1000 * median(found['step_seconds']):.2f} ms a step ({median(ratio):.2f} times as "
-                f"fast, {min(ratio):.2f} to {max(ratio):.2f}), ready in {found['compile_seconds']:.0f} s, "
-                f"{found['memory'] / 2**20:,.0f} MiB; that is compiling.SAVED = {saved:.2f}"
-            )
-    return figures | {"failures": failures}
+@dataclass(eq=False)
+class Session:
+    """Options, the deadline, the figures so far and the processes that still run."""
+
+    options: argparse.Namespace
+    device: torch.device
+    end: float  # on time.monotonic
+    figures: dict[str, Any] = field(default_factory=dict)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    warm: dict[tuple[str, str], subprocess.Popen[str]] = field(default_factory=dict)
+
+    @property
+    def quick(self) -> bool:
+        return bool(self.options.quick)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def need(self, wanted: float) -> None:
+        """Raises OutOfTime unless so many seconds are left."""
+        if not self.quick and self.left() < wanted:
+            raise OutOfTime(f"{self.left():.0f} s left, {wanted:.0f} s needed")
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a figure under a name a/b/c, print it, and write all figures so far."""
+        *path, last = name.split("/")
+        place = self.figures
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+        print(f"{self.left():6.0f} s left  {name}: {json.dumps(value)[:500]}", flush=True)
+        write_atomically(self.file, json.dumps(self.figures, indent=1).encode(), durable=False)
+
+    @property
+    def file(self) -> Path:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return Path(self.options.out) / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+
+    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+        """ddpm-train and the like, whether they are installed or only on PYTHONPATH; in a group of its own."""
+        code = f"from ddpm.cli.entry import {ENTRIES[program]} as main; main()"
+        line = [sys.executable, "-c", code, *arguments, f"device={self.options.device}"]
+        return self.popen(line)
+
+    def popen(self, line: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            line, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=end_with_parent
+        )
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """Exit code and output, at the deadline that of a killed process."""
+        try:
+            text, _ = process.communicate(timeout=None if self.quick else max(1.0, self.left() - 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text, _ = process.communicate()
+        return process.returncode, text
+
+    def end_processes(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
-def peers(options: argparse.Namespace, sizes: tuple[int, ...] = (128, 512, 2048), *more: str) -> Figures:
-    if find_spec("diffusers") is None:
-        return {"left out": "diffusers is not installed"}
-    file = file_of(options.one, options)
-    small = ["--batch-size", "8", "--rounds", "2", "--steps", "1"]
-    sized = small if options.quick else ["--batch-size", *map(str, sizes), *more]
-    line = [sys.executable, str(Path(__file__).with_name("bench_train.py")), "--device", options.device]
-    subprocess.run([*line, *sized, "--peers", "diffusers", "--save", str(file)], check=True)
-    figures: Figures = json.loads(file.read_text())["figures"]
-    return figures
-
-
-def peers_compiled(options: argparse.Namespace) -> Figures:
-    return peers(options, (512,), "--compile")
-
-
-def recipe(options: argparse.Namespace) -> Figures:
-    """When each line of ddpm-train came, in seconds since its start."""
-    line = [*command("train"), "experiment=mnist_gpu", f"run_dir={options.runs}", "overwrite=true"]
-    line += [f"device={options.device}", *(TINY if options.quick else [])]
-    started, lines = time.perf_counter(), []
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        for text in process.stdout or []:
-            lines.append((time.perf_counter() - started, text.rstrip()))
-            print(f"{lines[-1][0]:7.1f} s  {lines[-1][1]}", flush=True)
-    total = time.perf_counter() - started
-    if process.returncode:
-        raise SystemExit(f"ddpm-train ended with status {process.returncode}")
-
-    def when(words: str) -> float:
-        return next(at for at, text in lines if words in text)
-
-    ready, stepping, done = when("validation images"), when("more steps"), when("done in")
-    steps = json.loads((Path(options.runs) / "result.json").read_text())["step"]
-    each = (done - stepping) / (
-        steps - 4
-    )  # with validation and checkpoints; the estimate comes after four steps
-    fits = f"{45 / each:,.0f} steps would take 45 s"
-    print(f"ready {ready:.1f} s, stepping {stepping:.1f} s, done {done:.1f} s, left {total:.1f} s; {fits}")
-    figures = {
-        "ready": ready,
-        "stepping": stepping,
-        "done": done,
-        "total": total,
-        "steps": steps,
-        "lines": lines,
-    }
-    return figures | {"goals": {"from start to end at most 60 s": total <= 60}}
-
-
-def quality(options: argparse.Namespace) -> Figures:
-    sized = (
-        ["n=128", "measure=[distance,cas]"]
-        if options.quick
-        else ["n=10000", "precision=bf16", "batch_size=2048"]
+def works(session: Session) -> None:
+    """First what could stop the rest; the commands run side by side, as nothing here is timed."""
+    if "steps" in session.options.parts and not session.options.no_compile:
+        session.warm = {
+            (name, side): session.popen([sys.executable, __file__, *sys.argv[1:], "--warm", name, side])
+            for name in names(session)
+            for side in ("ours", "diffusers")
+        }
+    session.put("works/noise", gpu_steps.noise_beside_cpu(session.device))
+    session.put("works/attention_gradients", gpu_steps.attention_beside_cpu(session.device))
+    for precision in ("fp32", "bf16") if session.quick else ("fp32", "tf32", "bf16", "fp16"):
+        session.put(f"works/step/{precision}", gpu_steps.step_beside_cpu(session.device, precision))
+    folder, own = Path(session.options.runs), TINY if session.quick else ["dataset=mnist", "schedule=cosine"]
+    steps = 8 if session.quick else 200
+    exact = [*own, "trainer.deterministic=true", "overwrite=true", f"trainer.checkpoint_every={steps // 2}"]
+    exact += [f"trainer.max_steps={steps}", "trainer.precision=fp32"]
+    train = session.start(
+        "train", *own, f"run_dir={folder / 'plain'}", "overwrite=true", f"trainer.max_steps={steps}"
     )
-    line = [*command("eval"), f"ckpt={options.runs}", f"device={options.device}", *sized]
-    subprocess.run(line, check=True)
-    judged = max((Path(options.runs) / "evaluations").glob("eval-*"), key=lambda path: path.stat().st_mtime)
-    evaluation = json.loads((judged / "evaluation.json").read_text())
-    found = {name: figure["value"] for name, figure in evaluation["figures"].items()}
-    before = json.loads(STORED.read_text())["figures"]["fd_excess"]["value"]
-    goals = {
-        f"Fréchet excess {found['fd_excess']:.3f} at most {before / 10:.3f}, a tenth of mnist_cpu's": (
-            found["fd_excess"] <= before / 10
-        ),
-        f"CAS {found['cas']:.4f} within 0.3 points of {found['real_cas']:.4f}": (
-            found["cas"] >= found["real_cas"] - 0.003
-        ),
-    }
-    return {"evaluation": evaluation, "goals": goals}
+    whole = session.start("train", *exact, f"run_dir={folder / 'whole'}")
+    large = ["dataset=mnist", "model=unet_base", "trainer.batch_size=50000", "trainer.max_steps=5"]
+    large += ["trainer.compile=false", f"run_dir={folder / 'large'}", "overwrite=true"]
+    too_large = None if session.quick else session.start("train", *large)
+    status, text = session.finish(train)
+    session.put("works/train", {"status": status, "output": text.splitlines()[-12:]})
+    sample = session.start("sample", f"ckpt={folder / 'plain'}", "n=16", f"out={folder / 'plain' / 'drawn'}")
+    status, text = session.finish(whole)
+    session.put("works/deterministic", {"status": status, "output": text.splitlines()[-6:]})
+    middle = checkpoint.saved_steps(folder / "whole")[0]
+    resumed = session.start("train", *exact, f"run_dir={folder / 'resumed'}", f"trainer.resume={middle}")
+    status, text = session.finish(sample)
+    session.put("works/sample", {"status": status, "output": text.splitlines()[-6:]})
+    status, text = session.finish(resumed)
+    hashes = [
+        checkpoint.read_meta(checkpoint.saved_steps(folder / run)[-1])[0].sha256
+        for run in ("whole", "resumed")
+        if checkpoint.saved_steps(folder / run)
+    ]
+    equal = len(hashes) == 2 and hashes[0] == hashes[1]
+    session.put("works/resume", {"status": status, "bitwise": equal, "output": text.splitlines()[-6:]})
+    if too_large is not None:
+        status, text = session.finish(too_large)
+        session.put("works/too_large", {"status": status, "output": text.splitlines()[-4:]})
 
 
-def sampling(options: argparse.Namespace) -> Figures:
-    """float32 is what the library draws in; bf16 is what ddpm-sample precision=bf16 does."""
-    device = torch.device(options.device)
-    model, figures = ddpm.load(options.runs, device), dict[str, Any]()
-    n, sizes = (20, (8,)) if options.quick else (10_000, (256, 2048))
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+def steps(session: Session) -> None:
+    """The most telling pairs first. Compiled ones were warmed beside the part before, where that ran."""
+    for (name, side), process in session.warm.items():
+        status, text = session.finish(process)
+        key = f"steps/{name}/batch {batches(session)[0]}/{side}, compiled with an empty cache"
+        session.put(key, float(text.split()[-1]) if status == 0 else text[-1000:])
+    session.put("steps/peaks", gpu_steps.peaks(session.device, session.quick))
+    for batch in batches(session)[:1]:
+        for name in names(session):
+            compare(session, name, batch, compiled=False)
+            key = f"steps/{name}/batch {batch}"
+            session.put(f"{key}/ours, a step", gpu_steps.anatomy(name, batch, session.device, session.quick))
+    if not session.options.no_compile:
+        for name in names(session):
+            compare(session, name, batches(session)[0], compiled=True)
+    for batch in batches(session)[1:]:
+        for name in names(session):
+            compare(session, name, batch, compiled=False)
+            if not session.options.no_compile and batch == 512:
+                compare(session, name, batch, compiled=True)
+
+
+def names(session: Session) -> tuple[str, ...]:
+    return ("tiny",) if session.quick else ("unet_small", "mnist_gpu")
+
+
+def batches(session: Session) -> tuple[int, ...]:
+    return (8,) if session.quick else (128, 512, 256)
+
+
+def compare(session: Session, name: str, batch: int, *, compiled: bool) -> None:
+    """Seconds of a step in turns, one figure for each side as soon as it is there, then the ratio."""
+    session.need(60 if compiled else 12)
+    found = gpu_steps.in_turns(name, batch, session.device, compiled, session.quick)
+    for side, figures in found.items():
+        session.put(f"steps/{name}/batch {batch}/{side}", figures)
+    ratios = gpu_steps.ratios(found)
+    how = "compiled" if compiled else "eager"
+    session.put(f"steps/{name}/batch {batch}/{how}: diffusers' time over ours", ratios)
+
+
+def minute(session: Session, seed: int = 0) -> None:
+    """When each line of ddpm-train came, in seconds since its start."""
+    folder = Path(session.options.runs) / f"mnist_gpu-{seed}"
+    started, lines = time.perf_counter(), []
+    arguments = ["experiment=mnist_gpu", f"run_dir={folder}", "overwrite=true", f"seed={seed}"]
+    process = session.start("train", *arguments, *(TINY if session.quick else []))
+    for text in process.stdout or []:
+        lines.append([round(time.perf_counter() - started, 2), text.rstrip()])
+        if not session.quick and session.left() < 5:
+            process.kill()
+    status = process.wait()
+    total = time.perf_counter() - started
+    session.put(f"minute/seed {seed}", {"status": status, "seconds": round(total, 2), "lines": lines})
+    if status:
+        raise RuntimeError(f"ddpm-train ended with status {status}")
+
+
+def quality(session: Session, seed: int = 0) -> None:
+    folder = Path(session.options.runs) / f"mnist_gpu-{seed}"
+    sized = ["n=128"] if session.quick else ["n=10000", "batch_size=2048"]
+    for precision in ("bf16",) if session.quick or seed else ("bf16", "fp32"):
+        out = folder / f"eval-{precision}"
+        arguments = [
+            f"ckpt={folder}",
+            f"out={out}",
+            f"precision={precision}",
+            "measure=[distance,neighbours,cas]",
+        ]
+        started = time.perf_counter()
+        status, text = session.finish(session.start("eval", *sized, *arguments))
+        key = f"quality/seed {seed}/{precision}"
+        session.put(f"{key}/command", {"status": status, "seconds": round(time.perf_counter() - started, 1)})
+        if status:
+            raise RuntimeError(f"ddpm-eval ended with status {status}: {text[-1500:]}")
+        evaluation = json.loads((out / "evaluation.json").read_text())
+        session.put(key + "/figures", {k: v["value"] for k, v in evaluation["figures"].items()})
+
+
+def sampling(session: Session) -> None:
+    """The library's call, after one to warm up: fp32 (IEEE), and bf16."""
+    model = ddpm.load(Path(session.options.runs) / "mnist_gpu-0", session.device)
+    n, sizes = (20, (8,)) if session.quick else (10_000, (2500, 512))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for size in sizes:
             own = replace(model, precision=dtype)
 
             def draw(own: ddpm.Model = own, size: int = size) -> object:
                 return own.sample(n, batch_size=size)
 
+            session.need(15)
             draw()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            times = [seconds(draw, device) for _ in range(3)]
-            figures[f"{name}, batch {size}"] = {"seconds": times, "memory": memory(device)}
-            print(
-                f"{name}, batch {size}: {n:,} images in {median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
+            times = [round(seconds(draw, session.device), 4) for _ in range(3)]
+            session.put(
+                f"sampling/{name}, batch {size}", {"images": n, "seconds": times, "median": median(times)}
             )
-    best = min(median(found["seconds"]) for key, found in figures.items() if key.startswith("fp32"))
-    return figures | {"goals": {f"{n:,} images in {best:.2f} s, at most 2 s": best <= 2}}
 
 
-PARTS: dict[str, tuple[Callable[[argparse.Namespace], Figures], int]] = {  # and seconds that it may take
-    "waits": (waits, 150),
-    "modes": (modes, 480),
-    "peers": (peers, 560),
-    "peers_compiled": (peers_compiled, 560),
-    "recipe": (recipe, 300),
-    "quality": (quality, 420),
-    "sampling": (sampling, 240),
+def second(session: Session) -> None:
+    minute(session, seed=1)
+    quality(session, seed=1)
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, however that came."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Part(NamedTuple):
+    run: Callable[[Session], None]
+    seconds: int  # that it needs on a GPU of the H100 class, with some air
+
+
+PARTS = {
+    "works": Part(works, 100),
+    "steps": Part(steps, 170),
+    "minute": Part(minute, 75),
+    "quality": Part(quality, 90),
+    "sampling": Part(sampling, 35),
+    "second": Part(second, 90),
 }
 
 
 def main() -> None:
     options = arguments()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.one:
-        figures = PARTS[options.one][0](options)
-        about = {"part": options.one, "quick": options.quick}
-        save(file_of(options.one, options), about, figures, torch.device(options.device))
-        if figures.get("failures"):
-            sys.exit("\n".join(figures["failures"]))
+    total = sum(PARTS[part].seconds for part in options.parts)
+    if options.plan:
+        for part in options.parts:
+            print(
+                f"{part:<10} {PARTS[part].seconds:4} s  {(PARTS[part].run.__doc__ or '').partition('.')[0]}"
+            )
+        print(f"{'together':<10} {total:4} s, of {options.seconds} s")
         return
-    print(
-        ", ".join(f"{key} {value}" for key, value in machine(torch.device(options.device)).items()),
-        flush=True,
-    )
-    failed = [part for part in options.parts if not run(part, options)]
+    device = torch.device(options.device)
+    session = Session(options, device, time.monotonic() + options.seconds)
+    set_up_cuda()
+    torch.backends.cudnn.benchmark = True  # as ddpm-train has it
+    memory.keep_freed()
+    if options.warm:
+        print(gpu_steps.warm(options.warm[0], batches(session)[0], options.warm[1], device))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    failed = []
+    try:
+        session.put("machine", machine(device) | {"quick": options.quick})
+        for part in options.parts:
+            started = time.monotonic()
+            try:
+                session.need(0.5 * PARTS[part].seconds)
+                PARTS[part].run(session)
+                how = "ran"
+            except OutOfTime as reason:
+                how = f"stopped: {reason}"
+            except Exception as error:
+                failed.append(part)
+                how = f"failed: {type(error).__name__}: {error}"
+                session.put(f"{part}/traceback", traceback.format_exc()[-3000:])
+                if memory.is_exhausted(error) and device.type == "cuda":
+                    torch.cuda.empty_cache()
+            session.put(f"parts/{part}", {"how": how, "seconds": round(time.monotonic() - started, 1)})
+    finally:
+        session.end_processes()
     if failed:
-        sys.exit(f"not as it should be: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
+    parser.add_argument("--out", type=Path, help="folder for the figures")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--runs", default="outputs/bench_gpu", help="folder for the run of mnist_gpu")
+    parser.add_argument("--seconds", type=float, default=560, help="all of it ends by then")
+    parser.add_argument("--plan", action="store_true", help="print the parts and their seconds, and end")
+    parser.add_argument("--runs", default="outputs/bench_gpu", help="folder for the runs")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", nargs=2, metavar=("NETWORK", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.device == "cpu" and not options.quick:
+    if not options.plan and options.out is None:
+        parser.error("--out FOLDER is needed")
+    if options.device == "cpu" and not (options.quick or options.plan):
         parser.error("no GPU here: only --quick makes sense")
+    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     return options
-
-
-def run(part: str, options: argparse.Namespace) -> bool:
-    """One part in a process of its own, ended with all it has started when its time is over; how it went is said."""
-    file, limit = file_of(part, options), PARTS[part][1]
-    file.unlink(missing_ok=True)
-    line = [sys.executable, __file__, "--one", part, "--out", str(options.out), "--runs", options.runs]
-    line += ["--device", options.device, *(["--quick"] if options.quick else [])]
-    print(f"\n== {part}", flush=True)
-    started = time.perf_counter()
-    process = subprocess.Popen(line, start_new_session=True)
-    try:
-        status = process.wait(None if options.quick else limit)
-        how = f"status {status}" if status else ""
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        how = f"stopped after {limit} s"
-    print(f"{part}: {'FAILED, ' + how if how else 'ran'}, {time.perf_counter() - started:.0f} s", flush=True)
-    goals = {} if how or options.quick else json.loads(file.read_text())["figures"].get("goals", {})
-    for goal, met in goals.items():
-        print(f"  {'met' if met else 'MISSED'}: {goal}", flush=True)
-    return not how and all(goals.values())
-
-
-def command(name: str) -> list[str]:
-    """ddpm-train and the like, whether they are installed or only on PYTHONPATH."""
-    entry = {"train": "train", "eval": "evaluate"}[name]
-    return [sys.executable, "-c", f"from ddpm.cli.entry import {entry}; {entry}()"]
-
-
-def file_of(part: str, options: argparse.Namespace) -> Path:
-    return Path(options.out) / f"{part}-{name_of(options.device)}.json"
-
-
-def name_of(device: str) -> str:
-    name = torch.cuda.get_device_name(device) if device != "cpu" else "cpu"
-    return re.sub(r"\W+", "_", name.lower()).strip("_")
-
-
-def memory(device: torch.device) -> int:
-    """Bytes at most since the last reset."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def screen(side: str, batch_size: int, options: argparse.Namespace) -> dict[Sett
     found, _ = in_turns(settings, SCREENING, options.steps, batch_size, options)
     if options.compile:
         best = min(found, key=lambda setting: min(found[setting]))
-        compiled = [replace(best, compile=True, channels_last=c) for c in layouts]
+        compiled = [replace(best, compile="default", channels_last=c) for c in layouts]
         found |= in_turns(compiled, SCREENING, options.steps, batch_size, options)[0]
     for setting, values in found.items():
         print(f"  {setting!s:<60} {1000 * min(values):8.1f} ms a step at best", flush=True)

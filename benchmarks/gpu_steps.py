@@ -1,53 +1,42 @@
-"""Training steps on a GPU, for bench_gpu.py: whether one waits, and what compiling makes of them."""
+"""Training steps on a GPU, for bench_gpu.py: beside the CPU's, in turns with diffusers', and taken apart."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import gc
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from peaks import convolution, matrices
+from sides import Setting, Side, make, our_run
 from timing import seconds
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import Facts
-from ddpm.sample import sampling as drawing
-from ddpm.sample.model import Guidance, Model, denoiser, labels, levels
-from ddpm.train import compile as compiling
+from ddpm.networks.unet import Attention
+from ddpm.runtime.randomness import normal, uniform
 from ddpm.train.loop import train_step
 from ddpm.train.state import Run, prepare
 
-RECIPES = {
-    "mnist_gpu": ["experiment=mnist_gpu"],
-    "unet_small, batch 128": ["dataset=mnist", "trainer.batch_size=128", "trainer.precision=bf16"],
-}
-QUICK = {"tiny": ["dataset=mnist", "model=mlp", "model.hidden=32", "optimizer=muon", "trainer.batch_size=8"]}
-MODES: dict[str, dict[str, str] | None] = {  # what nn.Module.compile is told
-    "as it is": None,
-    "compiled": {},
-    "compiled, CUDA graphs": {"mode": "reduce-overhead"},
-    "CUDA graphs alone": {"backend": "cudagraphs"},
-}
-WARM_UP = 10
-ROUNDS = 7
-WAITING = ("cudaStreamSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
+WARM_UP = 6
+ROUNDS = 5
+STEPS = 20  # in a round
+KERNELS = 40  # listed in a profile, the costliest first
+Figures = dict[str, Any]
 
 
 def begun(overrides: list[str], device: torch.device, images: int) -> tuple[Run, Batches]:
-    """A training of random images, before its first step."""
-    torch.backends.cudnn.benchmark = True  # as ddpm-train has it
+    """A training on random images, before its first step."""
     config = check(TrainConfig, compose("train", [*overrides, "trainer.compile=false"]))
-    x = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8, generator=generator)
     split = Split(x, torch.arange(images) % 10)
     data = Dataset(Facts("mnist", 1, 28, 10, tuple("0123456789"), 256), split, split, split)
     run = prepare(config, data, device)
@@ -62,169 +51,185 @@ def go(run: Run, batches: Batches, steps: int) -> None:
         run.step += 1
 
 
-def measure_waits(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Of each recipe what waited, how many kernels a step launches, and how its time is spent."""
-    figures, steps = {}, 4 if quick else 20
-    for name, overrides in (QUICK if quick else RECIPES).items():
-        run, batches = begun(overrides, device, 200 if quick else 60_000)
-        border = len(batches.images) // batches.batch_size  # where a new order is drawn
-        go(run, batches, WARM_UP)
-        waited = list[str]()
-        run.step = border - steps // 2
-        with waiting_noted(device, waited):
-            go(run, batches, steps)
-        run.step = 2 * border - steps // 2
-        calls = profiled(partial(go, run, batches, steps), device)
-        with waiting_noted(device, waited):
-            sample(run, device)
-        waited += [f"{count} {call}" for call, count in calls.items() if call.startswith(WAITING)]
-        launches = sum(count for call, count in calls.items() if "Launch" in call) / steps
-        figures[name] = {"waits": waited, "launches_a_step": launches, "calls": calls} | shares(
-            run, batches, steps
-        )
+def noise_beside_cpu(device: torch.device) -> Figures:
+    """The bits of uniform draws must be equal; normal ones differ by the rounding of log, sin and cos."""
+    index = torch.arange(4096)
+    ours = [uniform(1, "a", 2, index), normal(1, "a", 2, index, (1, 28, 28))]
+    there = [uniform(1, "a", 2, index.to(device)), normal(1, "a", 2, index.to(device), (1, 28, 28))]
+    return {
+        "uniform_equal": torch.equal(ours[0], there[0].cpu()),
+        "normal_apart": float((ours[1] - there[1].cpu()).abs().max()),
+    }
+
+
+def attention_beside_cpu(device: torch.device) -> Figures:
+    """Largest difference of attention's gradients to float64 on the CPU, relative to the largest gradient."""
+    figures = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = Attention(64, 32, 8)
+        torch.nn.init.normal_(layer.out.weight, std=0.1)
+        x = torch.randn(16, 64, 14, 14)
+
+        def gradients(layer: Attention, x: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+            layer.zero_grad()
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                y = layer(x)
+            y.float().square().sum().backward()
+            assert x.grad is not None
+            return [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+        low = dtype if dtype != torch.float32 else None
+        there = [g.double().cpu() for g in gradients(layer.to(device), x.to(device), low)]
+        exact = gradients(layer.cpu().double(), x.double(), None)
+        apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(there, exact, strict=True)]
+        figures[str(dtype).removeprefix("torch.")] = max(apart)
     return figures
 
 
-@contextmanager
-def waiting_noted(device: torch.device, waited: list[str]) -> Iterator[None]:
-    """torch raises where it is about to wait for the GPU; where that was goes into `waited`."""
-    if device.type != "cuda":
-        yield
-        return
+def step_beside_cpu(device: torch.device, precision: str) -> Figures:
+    """One step of the same run on the GPU and, in float32, on the CPU: losses, gradient norms and new weights."""
+    overrides = ["dataset=mnist", "model=unet_small", "trainer.batch_size=16", "model.conditional=true"]
+    found = []
+    for where, name in ((device, precision), (torch.device("cpu"), "fp32")):
+        run, batches = begun([*overrides, f"trainer.precision={name}"], where, 64)
+        loss, norm = train_step(run, *batches.batch(0))
+        found.append((float(loss), float(norm), [p.detach().double().cpu() for p in run.parameters]))
+    (loss, norm, weights), (cpu_loss, cpu_norm, cpu_weights) = found
+    return {
+        "loss": loss,
+        "loss_apart": abs(loss - cpu_loss) / cpu_loss,
+        "grad_norm_apart": abs(norm - cpu_norm) / cpu_norm,
+        "weights_apart": max(float((a - b).abs().max()) for a, b in zip(weights, cpu_weights, strict=True)),
+    }
+
+
+def peaks(device: torch.device, quick: bool) -> dict[str, float]:
+    """GFLOP/s of the best 3×3 convolution of 64 to 64 channels, and of a product of matrices."""
+    batch = 8 if quick else 512
+    found = {
+        name: convolution(64, 64, 14, batch, dtype, device)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    }
+    return found if device.type == "cpu" else found | {"matrices": matrices(device)}
+
+
+def settings(name: str, device: torch.device, compiled: bool) -> dict[str, Setting]:
+    """Ours and diffusers' with the same switches: bf16, channels-last, fused updates, the same way to compile."""
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    mode = ("reduce-overhead" if device.type == "cuda" else "default") if compiled else None
+    how = f"compiled ({mode})" if compiled else "eager"
+    return {
+        f"{side}, {how}": Setting(side, precision, channels_last=True, compile=mode, network=name)
+        for side in ("ours", "diffusers")
+    }
+
+
+def in_turns(name: str, batch: int, device: torch.device, compiled: bool, quick: bool) -> dict[str, Figures]:
+    """Seconds of a step of each side in each round, seconds until it was ready, peak memory and arithmetic."""
+    sides, found, steps = dict[str, Side](), dict[str, Figures](), 2 if quick else STEPS
+    for label, setting in settings(name, device, compiled).items():
+        started = time.perf_counter()
+        side = make(setting, batch, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARM_UP):
+            side.step()
+        found[label] = {"ready_seconds": seconds(side.step, device) + time.perf_counter() - started}
+        sides[label] = side
+    for number in range(2 if quick else ROUNDS):
+        for label in sides if number % 2 == 0 else reversed(sides):
+            side = sides[label]
+            taken = seconds(partial(repeat, side.step, steps), device) / steps
+            found[label].setdefault("step_seconds", []).append(round(taken, 6))
+    for label, side in sides.items():
+        middle = median(found[label]["step_seconds"])
+        found[label] |= {"median_ms": 1000 * middle, "images_per_second": round(batch / middle)}
+        if not compiled:
+            with FlopCounterMode(display=False) as counter:
+                side.step()
+            found[label]["gflop_a_step"] = counter.get_total_flops() / 1e9
+            found[label]["tflops"] = counter.get_total_flops() / middle / 1e12
+    if device.type == "cuda":
+        for label in found:
+            found[label]["peak_mib_of_both"] = torch.cuda.max_memory_allocated(device) / 2**20
+    sides.clear()
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def warm(name: str, batch: int, side: str, device: torch.device) -> float:
+    """Compile one side in this process, so that the next finds it in the cache on disk. Returns the seconds."""
+    (setting,) = [s for s in settings(name, device, compiled=True).values() if s.side == side]
+    started = time.perf_counter()
+    made = make(setting, batch, device)
+    made.step()
+    return seconds(made.step, device) + time.perf_counter() - started
+
+
+def ratios(found: dict[str, Figures]) -> Figures:
+    ours, theirs = (figures["step_seconds"] for figures in found.values())
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"median": median(each), "lowest": min(each), "highest": max(each)}
+
+
+def repeat(step: Callable[[], object], steps: int) -> None:
+    for _ in range(steps):
+        step()
+
+
+def anatomy(name: str, batch: int, device: torch.device, quick: bool) -> Figures:
+    """What our step waits for, launches and spends its time on."""
+    setting = next(iter(settings(name, device, compiled=False).values()))
+    run, batches = our_run(setting, batch, device)
+    steps, border = 2 if quick else 10, len(batches.images) // batch  # where a new order is drawn
+    go(run, batches, WARM_UP)
+    figures: Figures = {"waits": waits(run, batches, border, device)}
+    started = time.perf_counter()
+    go(run, batches, steps)
+    figures["host_ms"] = 1000 * (time.perf_counter() - started) / steps  # until all is launched
+    figures["step_ms"] = 1000 * seconds(partial(go, run, batches, steps), device) / steps
+    if device.type == "cuda":
+        figures |= profiled(partial(go, run, batches, steps), steps, device)
+    return figures
+
+
+def waits(run: Run, batches: Batches, border: int, device: torch.device) -> list[str]:
+    """Where a step waited for the GPU, over the border of two epochs: PyTorch warns of each place."""
+    if device.type == "cpu":
+        return []
+    run.step = max(border - 2, 1)
     torch.cuda.synchronize(device)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        yield
-    except RuntimeError:
-        waited.append(traceback.format_exc())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            go(run, batches, 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename.rpartition('/')[2]}:{w.lineno} {w.message}"[:200] for w in caught]
 
 
-def sample(run: Run, device: torch.device) -> None:
-    """All steps of a sampler but the first, before which the images' numbers go to the GPU."""
-    model = Model(run.ema, run.schedule, run.config, run.facts, device)
-    index = torch.arange(64, device=device)
-    y = labels(model, None, index, Guidance())
-    denoise = denoiser(model, run.config.sampler, y, Guidance())
-    steps = drawing.finite(drawing.draw(model, run.config.sampler, denoise, index, 0), index)
-    with torch.inference_mode():
-        for _ in levels(model, run.config.sampler)[1:]:
-            next(steps)
-
-
-def profiled(work: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """How often CUDA was called for what, and what was copied."""
-    if device.type != "cuda":
-        return {}
+def profiled(work: Callable[[], object], steps: int, device: torch.device) -> Figures:
+    """Launches and calls that wait, a step, and the costliest kernels: [name, times, microseconds]."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize(device)
-    kinds = ("cuda", "cuLaunch", "Memcpy", "Memset")
-    return {event.key: event.count for event in profile.key_averages() if event.key.startswith(kinds)}
-
-
-def shares(run: Run, batches: Batches, steps: int) -> dict[str, float]:
-    """Medians: of a step and of its feeding, by the GPU's own clock; and of the launching alone, by the host's."""
-    feeding, whole, device = [], [], run.device
-    for _ in range(5 * steps):
-        start = mark(device)
-        batch = batches.batch(run.step)
-        fed = mark(device)
-        train_step(run, *batch)
-        end = mark(device)
-        run.step += 1
-        feeding.append((start, fed))
-        whole.append((start, end))
-    launched = seconds(lambda: go(run, batches, steps), torch.device("cpu")) / steps  # which waits for no GPU
-    done = seconds(lambda: go(run, batches, steps), device) / steps
-    feed, step = (median(between(*pair) for pair in pairs) for pairs in (feeding, whole))
+    events = profile.key_averages()
+    calls = {e.key: e.count / steps for e in events if e.key.startswith(("cuda", "cuLaunch"))}
+    kernels = [e for e in events if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
     return {
-        "feeding_seconds": feed,
-        "feeding_share": feed / step,
-        "step_seconds": done,
-        "launching_seconds": launched,
+        "kernels": sum(e.count for e in kernels) / steps,
+        "device_ms": sum(e.self_device_time_total for e in kernels) / steps / 1000,
+        "calls": calls,
+        "costliest": [
+            [e.key[:120], e.count / steps, round(e.self_device_time_total / steps, 1)]
+            for e in kernels[:KERNELS]
+        ],
     }
-
-
-def mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(a: Any, b: Any) -> float:
-    """Seconds."""
-    if isinstance(a, float):
-        return float(b - a)
-    b.synchronize()
-    return float(a.elapsed_time(b)) / 1000
-
-
-def take_turns(device: str, quick: bool) -> dict[str, dict[str, Any]]:
-    """By recipe and mode: seconds until it was ready, and of steps and passes in each round. The modes take turns."""
-    figures = {}
-    for recipe in QUICK if quick else RECIPES:
-        workers, found = dict[str, subprocess.Popen[str]](), dict[str, dict[str, Any]]()
-        with ExitStack() as stack:
-            for mode in MODES:
-                workers[mode] = stack.enter_context(worker(recipe, mode, device, quick))
-                found[mode] = answer(workers[mode])  # so that only one compiles at a time
-            for number in range(2 if quick else ROUNDS):
-                for mode in MODES if number % 2 == 0 else reversed(MODES):
-                    if "failed" not in found[mode]:
-                        print(file=workers[mode].stdin, flush=True)
-                        found[mode] = joined(found[mode], answer(workers[mode]))
-        figures[recipe] = found
-    return figures
-
-
-@contextmanager
-def worker(recipe: str, mode: str, device: str, quick: bool) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains in one mode, with nothing compiled before."""
-    line = [sys.executable, __file__, recipe, mode, device, "quick" if quick else ""]
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        environment, pipe = os.environ | caches, subprocess.PIPE
-        with subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
-            yield process
-
-
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    line = process.stdout.readline() if process.stdout else ""
-    return json.loads(line) if line else {"failed": f"it ended with status {process.wait()}, see above"}
-
-
-def joined(found: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Lists grow, all else is as it was said last."""
-    return found | {
-        key: found.get(key, []) + value if isinstance(value, list) else value for key, value in new.items()
-    }
-
-
-def serve(recipe: str, mode: str, device: str, quick: bool) -> None:
-    """Say how long it took to be ready; then, for each line, train and say how long that took."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
-    run, batches = begun((QUICK if quick else RECIPES)[recipe], torch.device(device), 2000)
-    started, how, steps = time.perf_counter(), MODES[mode], 2 if quick else 20
-    if how is not None:
-        run.network.compile(**how)
-    for _ in range(2):
-        compiling._pass(run)
-    compiling._wait(run.device)
-    print(json.dumps({"compile_seconds": time.perf_counter() - started}), file=answers, flush=True)
-    go(run, batches, WARM_UP)
-    for _ in sys.stdin:
-        said: dict[str, Any] = {
-            "step_seconds": [seconds(lambda: go(run, batches, steps), run.device) / steps]
-        }
-        said["pass_seconds"] = [compiling._pass_seconds(run, steps)]
-        said["memory"] = torch.cuda.max_memory_allocated(device) if run.device.type == "cuda" else 0
-        print(json.dumps(said), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], sys.argv[3], bool(sys.argv[4]))

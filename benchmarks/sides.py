@@ -27,6 +27,16 @@ from ddpm.train.loop import _draw, learning_rate, train_step
 from ddpm.train.state import Run, prepare
 
 SIZE = 28
+NETWORKS = {  # of ours and of diffusers
+    "unet_small": ["model=unet_small"],
+    "mnist_gpu": [
+        "model=unet_small",
+        "model.channels=[64,128,128]",
+        "model.num_blocks=1",
+        "model.attention=[2]",
+    ],
+    "tiny": ["model=unet_small", "model.channels=[8,32]", "model.attention=[1]", "model.head_dim=8"],
+}
 Loss = Callable[[Tensor], Tensor]  # of a batch x_0 (N, 1, 28, 28) in [-1, 1]
 
 
@@ -37,7 +47,10 @@ class Setting:
     side: str
     precision: str = "fp32"  # or bf16, by autocast
     channels_last: bool = False
-    compile: bool = False
+    compile: str | None = (
+        None  # the mode of torch.compile, that of ddpm-train: "default" or "reduce-overhead"
+    )
+    network: str = "unet_small"  # or another of NETWORKS
     fused: bool = (
         True  # a peer's optimizer and average, a kernel for all weights; else PyTorch's and its own default
     )
@@ -60,7 +73,7 @@ def make(setting: Setting, batch_size: int, device: torch.device) -> Side:
     if setting.side == "ours":
         run, batches = our_run(setting, batch_size, device)
         if setting.compile:
-            run.network.compile()
+            run.network.compile(mode=setting.compile)
 
         def step() -> Tensor:
             loss, _ = train_step(run, *batches.batch(run.step))
@@ -69,7 +82,7 @@ def make(setting: Setting, batch_size: int, device: torch.device) -> Side:
 
         return Side(run.network, step)
     torch.manual_seed(0)
-    return _peer(setting, batch_size, device, *PEERS[setting.side](device))
+    return _peer(setting, batch_size, device, *PEERS[setting.side](device, setting.network))
 
 
 def installed() -> dict[str, str]:
@@ -86,7 +99,7 @@ def installed() -> dict[str, str]:
 def our_run(setting: Setting, batch_size: int, device: torch.device) -> tuple[Run, Batches]:
     overrides = [
         "dataset=mnist",
-        "model=unet_small",
+        *NETWORKS[setting.network],
         f"trainer.batch_size={batch_size}",
         f"trainer.precision={setting.precision}",
         f"trainer.channels_last={str(setting.channels_last).lower()}",
@@ -150,7 +163,7 @@ def _peer(setting: Setting, batch_size: int, device: torch.device, network: nn.M
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     network.to(memory_format=layout).train()
     if setting.compile:
-        network.compile()
+        network.compile(mode=setting.compile)
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=setting.fused or None)
     average = None
@@ -177,11 +190,11 @@ def _peer(setting: Setting, batch_size: int, device: torch.device, network: nn.M
     return Side(network, step)
 
 
-def _diffusers(device: torch.device) -> tuple[nn.Module, Loss]:
+def _diffusers(device: torch.device, name: str) -> tuple[nn.Module, Loss]:
     """As in diffusers' examples/unconditional_image_generation."""
     from diffusers import DDPMScheduler
 
-    network = twin(our_run(Setting("ours"), 1, device)[0])
+    network = twin(our_run(Setting("ours", network=name), 1, device)[0])
     scheduler = DDPMScheduler(num_train_timesteps=1000)
 
     def loss(x_0: Tensor) -> Tensor:
@@ -192,14 +205,14 @@ def _diffusers(device: torch.device) -> tuple[nn.Module, Loss]:
     return network, loss
 
 
-def _denoising_diffusion_pytorch(device: torch.device) -> tuple[nn.Module, Loss]:
+def _denoising_diffusion_pytorch(device: torch.device, name: str) -> tuple[nn.Module, Loss]:
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
     return network, GaussianDiffusion(network, image_size=SIZE, auto_normalize=False).to(device)
 
 
-def _smalldiffusion(device: torch.device) -> tuple[nn.Module, Loss]:
+def _smalldiffusion(device: torch.device, name: str) -> tuple[nn.Module, Loss]:
     """Schedule as in its examples/fashion_mnist_unet.py; without dropout, as all others here."""
     from smalldiffusion import Scaled, ScheduleLogLinear, Unet, generate_train_sample
 

@@ -11,7 +11,9 @@ import torch
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, with all that it leaves a GPU to do."""
+    """How long a call takes, with all that it leaves a GPU to do, and nothing that was left before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -1,8 +1,12 @@
 """benchmarks/bench_gpu.py from end to end in tiny sizes on a CPU, so that time on a GPU is not lost to its mistakes."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,27 +14,68 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_gpu.py"
 
 
-def bench(folder: Path, *parts: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(SCRIPT), "--quick", "--device", "cpu", "--out", str(folder)]
-    line += ["--runs", str(folder / "run"), "--parts", *parts]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder)
+def line(folder: Path, *arguments: str) -> list[str]:
+    where = ["--quick", "--device", "cpu", "--out", str(folder), "--runs", str(folder / "run")]
+    return [sys.executable, str(SCRIPT), *where, *arguments]
+
+
+def test_the_plan_fits_one_call() -> None:
+    result = subprocess.run([sys.executable, str(SCRIPT), "--plan"], capture_output=True, text=True)
+    found = re.search(r"together +(\d+) s, of (\d+)", result.stdout)
+    assert found and int(found[1]) <= int(found[2]) == 560, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_every_part_runs(tmp_path: Path) -> None:
+    result = subprocess.run(line(tmp_path, "--no-compile"), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert {name: part["how"] for name, part in found["parts"].items()} == dict.fromkeys(
+        ("works", "steps", "minute", "quality", "sampling", "second"), "ran"
+    )
+    assert found["works"]["noise"]["uniform_equal"] and found["works"]["resume"]["bitwise"]
+    assert found["works"]["step"]["fp32"]["weights_apart"] == 0
+    assert found["steps"]["tiny"]["batch 8"]["eager: diffusers' time over ours"]["median"] > 0
+    assert found["quality"]["seed 1"]["bf16"]["figures"]["fd"] > 0
 
 
 @pytest.mark.slow
 def test_a_part_that_fails_is_said_and_the_next_one_runs(tmp_path: Path) -> None:
     """There is no run yet whose quality could be measured."""
-    result = bench(tmp_path, "quality", "waits")
-    assert result.returncode == 1 and result.stderr.endswith("not as it should be: quality\n")
-    assert "quality: FAILED, status 1" in result.stdout and "waits: ran" in result.stdout
-    assert [file.name for file in tmp_path.glob("*.json")] == ["waits-cpu.json"]
+    result = subprocess.run(
+        line(tmp_path, "--no-compile", "--parts", "quality", "steps"),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1 and result.stderr.endswith("failed: quality\n")
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert found["parts"]["quality"]["how"].startswith("failed") and found["parts"]["steps"]["how"] == "ran"
 
 
 @pytest.mark.slow
-def test_every_part_runs(tmp_path: Path) -> None:
-    parts = ("recipe", "quality", "sampling", "modes")
-    result = bench(tmp_path, *parts)
-    assert result.returncode == 0, result.stdout + result.stderr
-    found = {part: json.loads((tmp_path / f"{part}-cpu.json").read_text())["figures"] for part in parts}
-    assert 0 < found["recipe"]["ready"] < found["recipe"]["stepping"] < found["recipe"]["total"]
-    assert len(found["quality"]["goals"]) == 2
-    assert all(side["step_seconds"] and side["pass_seconds"] for side in found["modes"]["tiny"].values())
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_kill_leaves_the_numbers_so_far_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(line(tmp_path, "--no-compile", "--parts", "works"), cwd=tmp_path)
+    file, run = tmp_path / "gpu-cpu.json", str(tmp_path / "run")
+    while not of_commands(run):  # those of ddpm-train, which come after the first numbers
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    process.wait()
+    assert json.loads(file.read_text())["works"]["noise"]["uniform_equal"]
+    time.sleep(0.5)
+    assert not of_commands(run)
+
+
+def of_commands(folder: str) -> list[str]:
+    """The processes that were told this folder, but for the benchmark itself."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(folder.encode() in word for word in words) and not any(b"bench_gpu" in word for word in words):
+            found.append(str(file))
+    return found

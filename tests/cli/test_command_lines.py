@@ -20,7 +20,7 @@ WRONG = [
     ("train", ["schedule.num_timesteps=0"], "schedule.num_timesteps=0: must be a number from 1 to 100000"),
     ("train", ["schedule.num_timesteps=10.5"], "schedule.num_timesteps=10.5"),
     ("train", ["trainer.batch_size=1e3"], "trainer.batch_size=1000.0"),
-    ("train", ["trainer.precision=fp8"], "must be one of auto, fp32, bf16, fp16"),
+    ("train", ["trainer.precision=fp8"], "must be one of auto, fp32, tf32, bf16, fp16"),
     ("train", ["trainer.compile=yess"], "trainer.compile=yess: must be one of auto, true, false"),
     ("train", ["trainer.max_epochs=1", "trainer.max_steps=5"], "trainer.max_epochs and trainer.max_steps"),
     ("train", ["model.channels=[32,64,64,64,64]"], "image_size"),

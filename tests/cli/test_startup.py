@@ -96,7 +96,7 @@ def test_tab_says_what_hydra_would(typed: str, tmp_path: Path) -> None:
     [
         (
             "ddpm-train trainer.precision=",
-            [f"trainer.precision={p}" for p in ("auto", "bf16", "fp16", "fp32")],
+            [f"trainer.precision={p}" for p in ("auto", "bf16", "fp16", "fp32", "tf32")],
         ),
         ("ddpm-train overwrite=t", ["overwrite=true"]),
         ("ddpm-train model.ch", ["model.channels="]),

@@ -53,6 +53,11 @@ def test_where_not_one_image_fits_there_is_no_batch() -> None:
 def test_only_lack_of_memory_counts_as_such() -> None:
     assert memory.is_exhausted(OUT_OF_MEMORY) and memory.is_exhausted(MemoryError())
     assert memory.is_exhausted(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
+    for words in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+        "GET was unable to find an engine to",
+    ):
+        assert memory.is_exhausted(RuntimeError(words))
     assert not memory.is_exhausted(RuntimeError("shape mismatch")) and not memory.is_exhausted(ValueError())
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ddpm.runtime.randomness import key, normal, permutation, uniform
+from ddpm.runtime.randomness import key, normal, permutation, seed_generators, uniform
 
 
 def test_normal_moments_and_tails() -> None:
@@ -61,3 +61,10 @@ def test_permutation_and_key() -> None:
     )
     keys = {key(seed, stream, step) for seed in range(20) for stream in "ab" for step in range(20)}
     assert len(keys) == 800
+
+
+def test_generators_are_seeded_as_by_manual_seed() -> None:
+    torch.manual_seed(-(2**63))
+    expected = torch.rand(5)
+    seed_generators(-(2**63), torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)

@@ -167,10 +167,14 @@ def test_a_compiler_that_fails(fake_gpu: None, monkeypatch: pytest.MonkeyPatch, 
         compiling._pass(run)
 
 
-def test_lack_of_memory_is_not_the_compilers_failure(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ends_while_compiling(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for: the training ends, and says what would fit. By itself: it goes on uncompiled, where it may fit."""
     monkeypatch.setattr(torch, "compile", Compiler(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         begin(on_gpu("trainer.compile=true"))
+    run = on_gpu("trainer.compile=auto", f"trainer.max_steps={ENOUGH}")
+    assert begin(run).endswith("torch.compile does not work here: CUDA out of memory")
+    compiling._pass(run)
 
 
 def test_a_pass_is_of_one_process_s_part() -> None:

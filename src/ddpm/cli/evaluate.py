@@ -50,6 +50,7 @@ def evaluate(config: EvalConfig) -> None:
 
     own = world()
     memory.keep_freed()
+    runtime_device.set_up_cuda()
     device = runtime_device.device(config.device, own)
     with joined(own, device):
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)

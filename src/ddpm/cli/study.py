@@ -59,6 +59,7 @@ def study(typed: list[str]) -> None:
     from ddpm.sample.model import load
 
     memory.keep_freed()
+    runtime_device.set_up_cuda()
     ckpt, device = plan.common.ckpt, runtime_device.device(plan.common.device)
     assert ckpt is not None
     path, notes = locate.newest_good(locate.find(ckpt), check=verify.examine)

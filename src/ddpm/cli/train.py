@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> float:
     started, own = time.perf_counter(), world()
     tensorboard.check(config)
     _check_size(config, own)
-    _set_up_torch(config.trainer.deterministic)
+    _set_up_torch(config.trainer.deterministic, config.trainer.precision == "tf32")
     lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
     device = runtime_device.device(lease.device if lease else config.device, own)
     with joined(own, device):
@@ -166,16 +166,18 @@ def _before_typed(overrides: list[str]) -> list[str]:
     return resume_overrides.before_typed(overrides)
 
 
-def _set_up_torch(deterministic: bool) -> None:
+def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     import os
 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
 
     memory.keep_freed()
+    runtime_device.set_up_cuda(tf32=tf32)
     # only where it is a change: to set it imports the compiler, which takes a second
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
@@ -224,7 +226,7 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
         f"{facts.name}: {len(data.train.images):,} training and {len(data.val.images):,} validation images, "
         f"{facts.image_size}×{facts.image_size}×{facts.channels}; "
         f"{run.config.model.name} with {parameters:,} parameters; "
-        f"{run.config.schedule.name} schedule; {run.device}"
+        f"{run.config.schedule.name} schedule; {run.device}, {run.environment['precision']}"
         + (f", {run.world.size} processes" if run.world.size > 1 else "")
     )
     noisiest = run.schedule.at(run.schedule.num_timesteps - 1)

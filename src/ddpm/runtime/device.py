@@ -1,5 +1,8 @@
 """Devices: which one, and in which precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ddpm.errors import UserError
@@ -7,10 +10,19 @@ from ddpm.runtime.world import ALONE, World
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on a GPU that has it, else float32."""
+    """The dtype that the network computes in. auto: bf16 on a GPU that has the instructions, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else torch.float32
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[name]
+
+
+def precision_name(name: str, device: torch.device) -> str:
+    """The precision as environment.json and the log name it. TF32 is named only where the device has it."""
+    if name == "tf32" and device.type == "cuda":
+        return "tf32"
+    return str(precision(name, device)).removeprefix("torch.")
 
 
 def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
@@ -50,3 +62,38 @@ def device(name: str, world: World = ALONE) -> torch.device:
     if int(number or 0) >= count:
         raise UserError(f"device={name}: this machine has {count} CUDA devices; device=cpu works everywhere")
     return torch.device("cuda", int(number or 0))
+
+
+def set_up_cuda(*, tf32: bool = False) -> None:
+    """Choose one precision for all float32 arithmetic of this process, and leave out cuDNN's attention kernels.
+
+    By default PyTorch computes float32 convolutions in TF32 and matrix products in IEEE float32. Here both are IEEE
+    float32, or both are TF32. cuDNN's fused attention has had gradients that are NaN; PyTorch's own kernels suffice.
+    """
+    # Not the newer fp32_precision: set for convolutions alone, it makes torch.backends.cudnn.flags raise.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Compute float32 in IEEE arithmetic inside of the block, and restore the caller's choice after it."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = (matmul.fp32_precision, convolution.fp32_precision)
+    matmul.fp32_precision = convolution.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision = before
+
+
+@contextmanager
+def without_cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN choose by its heuristics, for batch sizes that come too seldom to be worth a search."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

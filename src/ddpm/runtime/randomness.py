@@ -48,6 +48,17 @@ def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's own generators of the CPU and, where it is a GPU, of `device`.
+
+    As torch.manual_seed, which takes 50 times as long because it looks for every other kind of device.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
 def _words(key: int, index: Tensor, count: int) -> Tensor:
     image_key = _mix((index + 1) * _GOLDEN + key)
     return _mix(image_key[:, None] + torch.arange(1, count + 1, device=index.device) * _GOLDEN)

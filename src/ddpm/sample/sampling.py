@@ -11,7 +11,7 @@ from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import SAMPLERS, Step
 from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
-from ddpm.runtime import memory
+from ddpm.runtime import device, memory
 from ddpm.runtime.randomness import normal
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 
@@ -46,12 +46,13 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
     `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
-    since, number = torch.zeros(()), 0  # the first such step of each image, 0 for none
+    since, number = torch.zeros(len(names)), 0  # the first such step of each image, 0 for none
     for number, step in enumerate(steps, start=1):
         largest = step.x.flatten(1).abs().amax(1)  # inf and nan are carried along
+        since = torch.zeros_like(largest) if number == 1 else since
         since = torch.where((since == 0) & ~largest.isfinite(), number, since)
         yield step
-    if number and (broken := (since := since.cpu()) > 0).any():
+    if (broken := (since := since.cpu()) > 0).any():
         images = names[broken].tolist()
         listed = ", ".join(map(str, images[:10])) + (
             f" and {len(images) - 10} more" if len(images) > 10 else ""
@@ -78,7 +79,11 @@ def drawing(model: Model) -> Iterator[None]:
     the faster one, it keeps nothing.
     """
     low = model.precision != torch.float32
-    with torch.no_grad() if low else torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+    with (
+        torch.no_grad() if low else torch.inference_mode(),
+        torch.autocast(model.device.type, enabled=False),
+        device.ieee_float32(),
+    ):
         torch.clear_autocast_cache()  # a caller's autocast may hold casts of older weights,
         try:
             yield

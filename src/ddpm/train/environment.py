@@ -13,7 +13,7 @@ from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
 from ddpm.io.files import open_regular
 from ddpm.networks.kernels import group_norm
-from ddpm.runtime.device import precision
+from ddpm.runtime.device import precision_name
 
 # of the environment
 DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm")
@@ -28,7 +28,7 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
-        "precision": str(precision(config.trainer.precision, device)).removeprefix("torch."),
+        "precision": precision_name(config.trainer.precision, device),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
         "group_norm": "own" if _own_group_norm(config, device) else "torch",

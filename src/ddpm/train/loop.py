@@ -7,7 +7,7 @@ weights, their average, the optimizer's moments, a step number and the loss sinc
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +26,8 @@ from ddpm.diffusion.timesteps import TIMESTEPS, updated_history
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io import images
 from ddpm.runtime import distributed
-from ddpm.runtime.device import precision
-from ddpm.runtime.randomness import key, normal, uniform
+from ddpm.runtime.device import precision, without_cudnn_benchmark
+from ddpm.runtime.randomness import key, normal, seed_generators, uniform
 from ddpm.sample.model import Guidance, Model, denoiser, labels
 from ddpm.sample.sampling import draw, finite, last
 from ddpm.train import metrics_file as metrics
@@ -125,15 +125,15 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
     Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`. Of several
     processes each is given the whole batch and computes its share; losses and gradients are then those of all.
     """
-    config, trainer, parameters = run.config, run.config.trainer, list(run.network.parameters())
-    run.network.train()
+    config, trainer = run.config, run.config.trainer
     # for dropout, and the one draw that depends on the process: two must not use the same masks
-    torch.manual_seed(
-        key(config.seed, f"network {run.world.rank}" if run.world.rank else "network", run.step)
+    seed_generators(
+        key(config.seed, f"network {run.world.rank}" if run.world.rank else "network", run.step), run.device
     )
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, run.step, run.max_steps)
-    run.network.zero_grad()
+    for parameter in run.parameters:
+        parameter.grad = None
 
     own = torch.arange(len(x_0), device=run.device)[run.world.share(len(x_0))].chunk(trainer.accumulate)
     each = len(x_0) / run.world.size  # gradients are averaged over processes, so each sum is divided by this
@@ -155,7 +155,7 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
         run.history = updated_history(run.history, t, loss)
 
     run.scaler.unscale_(run.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, trainer.grad_clip, foreach=True)
+    grad_norm = nn.utils.clip_grad_norm_(run.parameters, trainer.grad_clip, foreach=True)
     if run.scaler.is_enabled():
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -165,7 +165,7 @@ def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]
         run.bad = torch.where((run.bad[0] < 0) & (found_inf > 0), now, run.bad)
         run.optimizer.found_inf = found_inf
         run.optimizer.step()
-    update_ema(run.ema, run.network, trainer.ema_decay, run.step)
+    update_ema(run.averages, run.parameters, trainer.ema_decay, run.step)
     return total, grad_norm
 
 
@@ -210,10 +210,13 @@ def _layout(x: Tensor, channels_last: bool) -> Tensor:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """ema ← decay · ema + (1 - decay) · network, with a smaller decay in the beginning: (1 + step) / (10 + step)."""
+def update_ema(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float, step: int) -> None:
+    """average ← decay · average + (1 - decay) · parameter, in place.
+
+    The decay is smaller in the beginning: (1 + step) / (10 + step).
+    """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+    torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -236,7 +239,8 @@ def _autocast(name: str, device: torch.device) -> tuple[torch.dtype | None, bool
 
 def _validate(run: Run, validation: Validation) -> dict[str, float]:
     conditional = bool(run.config.model.params["conditional"])
-    figures = vars(validation.measure(run.ema, conditional, world=run.world))
+    with without_cudnn_benchmark():
+        figures = vars(validation.measure(run.ema, conditional, world=run.world))
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(
@@ -254,7 +258,8 @@ def _preview(run: Run, folder: Path) -> None:
     sampler = Choice("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
     y = labels(model, None, index, Guidance())
     steps_taken = draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed)
-    x = last(finite(steps_taken, index.cpu()))
+    with without_cudnn_benchmark():
+        x = last(finite(steps_taken, index.cpu()))
     images.save_png(folder / f"step_{run.step:07d}.png", images.grid(images.to_uint8(x)))
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,16 @@ class Run:
     notes: list[str] = field(default_factory=list)  # for the user, of how it began
     world: World = ALONE
     parallel: DistributedDataParallel | None = None  # around `network`, where several processes train it
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
+        return list(self.network.parameters())
+
+    @cached_property
+    def averages(self) -> list[nn.Parameter]:
+        """The parameters of `ema`, in the same order."""
+        return list(self.ema.parameters())
 
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
