@@ -40,6 +40,7 @@ from timing import machine, seconds
 
 import ddpm
 from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.io.files import write_atomically
 from ddpm.runtime import memory
 from ddpm.runtime.device import set_up_cuda
@@ -150,15 +151,15 @@ def works(session: Session) -> None:
     sample = session.start("sample", f"ckpt={folder / 'plain'}", "n=16", f"out={folder / 'plain' / 'drawn'}")
     status, text = session.finish(whole)
     session.put("works/deterministic", {"status": status, "output": text.splitlines()[-6:]})
-    middle = checkpoint.saved_steps(folder / "whole")[0]
+    middle = locate.saved_steps(folder / "whole")[0]
     resumed = session.start("train", *exact, f"run_dir={folder / 'resumed'}", f"trainer.resume={middle}")
     status, text = session.finish(sample)
     session.put("works/sample", {"status": status, "output": text.splitlines()[-6:]})
     status, text = session.finish(resumed)
     hashes = [
-        checkpoint.read_meta(checkpoint.saved_steps(folder / run)[-1])[0].sha256
+        checkpoint.read_meta(locate.saved_steps(folder / run)[-1])[0].sha256
         for run in ("whole", "resumed")
-        if checkpoint.saved_steps(folder / run)
+        if locate.saved_steps(folder / run)
     ]
     equal = len(hashes) == 2 and hashes[0] == hashes[1]
     session.put("works/resume", {"status": status, "bitwise": equal, "output": text.splitlines()[-6:]})

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from timing import machine, save, seconds
 
+from ddpm.api import Model
 from ddpm.build import network, schedule
 from ddpm.config.choices import Choice, choices, choose_sampler
 from ddpm.config.hydra import compose
@@ -29,7 +30,7 @@ from ddpm.config.schema import TrainConfig, check
 from ddpm.data.info import Facts
 from ddpm.runtime import memory
 from ddpm.runtime.randomness import normal
-from ddpm.sample.model import PRECISIONS, Guidance, Model, denoiser, labels
+from ddpm.sample.model import PRECISIONS, Guidance, denoiser, labels
 from ddpm.sample.sampling import draw, drawing, finite
 
 

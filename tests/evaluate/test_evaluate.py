@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ddpm
 from ddpm import build
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint.header import Meta
@@ -101,7 +102,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
 
 
 def test_a_conditional_model_is_asked_for_all_classes_alike(run: Path) -> None:
-    model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
+    model = ddpm.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     sampler = Choice("ddim", {**_sampler("ddim"), "num_steps": 2})
     drawn = judge.draw(model, sampler, n=23, seed=3, batch_size=7)
     assert drawn.labels is not None and drawn.labels.tolist() == [i % 10 for i in range(23)]
