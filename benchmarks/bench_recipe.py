@@ -31,20 +31,19 @@ def step_seconds(recipe: str, steps: int, overrides: list[str]) -> float:
     from ddpm.data.batches import Batches
     from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
-    from ddpm.train import loop as training
-    from ddpm.train import state as runs
+    from ddpm.train import loop, state
 
     if "--give-back" not in overrides:
         memory.keep_freed()
     typed = [f"experiment={recipe}", *(override for override in overrides if "=" in override)]
     config = check(TrainConfig, hydra.compose("train", typed))
     data, device = build.dataset(config.dataset, config.data_root), runtime_device.device(config.device)
-    run = runs.prepare(config, data, device)
+    run = state.prepare(config, data, device)
     batches, times = Batches(data.train, config.trainer.batch_size, config.seed, device), list[float]()
     for step in range(WARM_UP + steps):
         batch = batches.batch(step)
         begun = time.perf_counter()
-        run.loss_sum += training.train_step(run, *batch)[0]
+        run.loss_sum += loop.train_step(run, *batch)[0]
         run.loss_sum.item()  # a GPU has then done it
         times.append(time.perf_counter() - begun)
         run.step += 1

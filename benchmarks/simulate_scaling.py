@@ -95,7 +95,7 @@ def measure(name: str) -> None:
     from ddpm.data.dataset import Dataset, Split
     from ddpm.data.info import Facts
     from ddpm.runtime import device as runtime_device
-    from ddpm.train import state as runs
+    from ddpm.train import state
     from ddpm.train.loop import train_step
 
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
@@ -104,7 +104,7 @@ def measure(name: str) -> None:
     device, points = runtime_device.device("auto"), []
     for batch in (8, 16, 32, 64):
         settings = ["dataset=mnist", f"model={name}", f"trainer.batch_size={batch}"]
-        run = runs.prepare(check(TrainConfig, compose("train", settings)), data, device)
+        run = state.prepare(check(TrainConfig, compose("train", settings)), data, device)
         x_0, y = images[:batch].to(device) / 127.5 - 1, split.labels[:batch].to(device)
         times = []
         for number in range(6):

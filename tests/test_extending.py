@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.config import choices, hydra
-from ddpm.config import schema as config
+from ddpm.config import choices, hydra, schema
 from ddpm.config.choices import CONFIG_DIR
 from ddpm.register import COMMON
 from tests.conftest import Command, run_script
@@ -138,8 +137,8 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     raw = hydra.compose("train", ["experiment=evil"])
     assert raw["plugins"] == ["evil"]
-    with pytest.raises(config.UserError, match="unknown key 'plugins'"):
-        config.check(config.TrainConfig, raw)
+    with pytest.raises(schema.UserError, match="unknown key 'plugins'"):
+        schema.check(schema.TrainConfig, raw)
 
 
 def test_common_keys_are_those_of_every_file() -> None:

@@ -19,9 +19,9 @@ def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
-    from ddpm import api as library
+    from ddpm import api
 
-    return getattr(library, name)
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

@@ -26,10 +26,7 @@ from ddpm.config.choices import Choice, choices
 from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError
-from ddpm.evaluate import evaluator as judge
-from ddpm.evaluate import page as picture
-from ddpm.evaluate import record, table
-from ddpm.evaluate import samples as source
+from ddpm.evaluate import evaluator, page, record, samples, table
 from ddpm.evaluate.record import Evaluation, Figure
 from ddpm.io import npz
 from ddpm.sample.model import load
@@ -46,8 +43,8 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def bench(digits: Dataset) -> judge.Bench:
-    return judge.prepare(digits, n=600, parts=("distance", "neighbours", "memorization"), device=CPU)
+def bench(digits: Dataset) -> evaluator.Bench:
+    return evaluator.prepare(digits, n=600, parts=("distance", "neighbours", "memorization"), device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +71,8 @@ def ddpm_eval(*arguments: str) -> None:
     command.evaluate(config)
 
 
-def measured(bench: judge.Bench, images: torch.Tensor, labels: torch.Tensor | None = None) -> Evaluation:
-    return judge.measure(bench, images, labels, subject="these")[0]
+def measured(bench: evaluator.Bench, images: torch.Tensor, labels: torch.Tensor | None = None) -> Evaluation:
+    return evaluator.measure(bench, images, labels, subject="these")[0]
 
 
 # The protocol
@@ -92,7 +89,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
         return result
 
     first = numbers("a")
-    monkeypatch.setattr(picture, "draw", lambda *_: None)  # once is enough
+    monkeypatch.setattr(page, "draw", lambda *_: None)  # once is enough
     assert numbers("b", "batch_size=50") == first
     other = numbers("c", "seed=1")
     assert other["figures"]["fd"] != first["figures"]["fd"]
@@ -104,7 +101,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
 def test_a_conditional_model_is_asked_for_all_classes_alike(run: Path) -> None:
     model = ddpm.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     sampler = Choice("ddim", {**_sampler("ddim"), "num_steps": 2})
-    drawn = judge.draw(model, sampler, n=23, seed=3, batch_size=7)
+    drawn = evaluator.draw(model, sampler, n=23, seed=3, batch_size=7)
     assert drawn.labels is not None and drawn.labels.tolist() == [i % 10 for i in range(23)]
     assert drawn.images.dtype == torch.uint8 and drawn.images.shape == (23, 1, 8, 8)
     assert drawn.evaluations == drawn.num_steps == 2
@@ -116,7 +113,7 @@ def _sampler(name: str) -> dict[str, Any]:
     return {key: value for key, value in choices("sampler")[name].items() if key != "name"}
 
 
-def test_test_images_lie_at_distance_0_and_are_found_out(bench: judge.Bench, digits: Dataset) -> None:
+def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Bench, digits: Dataset) -> None:
     found = measured(bench, digits.test.images, digits.test.labels)
     assert found.figures["fd"].value < 1e-8
     assert found.figures["fd_excess"].value < 0  # the floor is taken off where there is none
@@ -125,7 +122,7 @@ def test_test_images_lie_at_distance_0_and_are_found_out(bench: judge.Bench, dig
 
 
 @pytest.mark.slow
-def test_training_images_score_as_the_row_of_real_images(bench: judge.Bench, digits: Dataset) -> None:
+def test_training_images_score_as_the_row_of_real_images(bench: evaluator.Bench, digits: Dataset) -> None:
     """Others than those that the row is of."""
     found = measured(bench, digits.train.images[-500:]).figures
     excess, real = found["fd_excess"], found["real_fd_excess"]
@@ -137,7 +134,7 @@ def test_training_images_score_as_the_row_of_real_images(bench: judge.Bench, dig
 
 
 def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -> None:
-    small = judge.prepare(digits, n=20, parts=judge.PARTS, device=CPU)
+    small = evaluator.prepare(digits, n=20, parts=evaluator.PARTS, device=CPU)
     found = measured(small, digits.train.images[:20], digits.train.labels[:20])  # type: ignore[index]
     text = " ".join(found.notes)
     for name in ("fd", "fd_excess", "pixel_fd", "kid", "precision", "class_fd_excess", "cas", "bits_per_dim"):
@@ -147,26 +144,26 @@ def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -
 
 
 def test_accuracy_scores_are_of_guidance_1(
-    digits: Dataset, bench: judge.Bench, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, bench: evaluator.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: object) -> dict[str, Figure]:
         return {"cas": Figure(0.5)}
 
-    monkeypatch.setattr(judge.of, "classification", asked)
+    monkeypatch.setattr(evaluator.of, "classification", asked)
     only = dataclasses.replace(bench, parts=("cas",), eyes=None, test=None)
     train = digits.train
     for scale, there in ((1.0, True), (3.0, False)):
         about = {"guidance_scale": scale}
-        found, _ = judge.measure(only, train.images[:9], train.labels[:9], subject="x", about=about)  # type: ignore[index]
+        found, _ = evaluator.measure(only, train.images[:9], train.labels[:9], subject="x", about=about)  # type: ignore[index]
         assert ("cas" in found.figures) is there
         assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
 
 
-def test_features_without_classes_are_said(bench: judge.Bench, digits: Dataset) -> None:
+def test_features_without_classes_are_said(bench: evaluator.Bench, digits: Dataset) -> None:
     assert bench.eyes is not None and bench.test is not None
 
-    class Classless(judge.Eyes):
-        def see(self, images: torch.Tensor) -> judge.of.Seen:
+    class Classless(evaluator.Eyes):
+        def see(self, images: torch.Tensor) -> evaluator.of.Seen:
             return super().see(images)._replace(probabilities=None)
 
     eyes, test = Classless(*bench.eyes), bench.test._replace(probabilities=None)
@@ -179,24 +176,24 @@ def test_features_without_classes_are_said(bench: judge.Bench, digits: Dataset) 
 def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
     train, test = digits.train.images, digits.test.images
     own = torch.cat([train[:3], test[:2], train[:1], 255 - train[:1].roll(1, 3)])
-    notes = judge.of.copies(own, judge.of.known(digits))
+    notes = evaluator.of.copies(own, evaluator.of.known(digits))
     assert [note.split(" image")[0] for note in notes] == ["2 of 7", "4 of 7", "1 of 7"]
 
 
 def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
     model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
-    odds = judge.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
+    odds = evaluator.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
     assert odds.figures.keys() == {"eps_loss", "eps_loss_train"} and odds.curves.keys() == {"test", "train"}
     assert odds.notes == ("no bits_per_dim: levels = 2: the images have greys between these levels",)
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
-    odds = judge.likelihood(model, digits, n=40, seed=0)
+    odds = evaluator.likelihood(model, digits, n=40, seed=0)
     assert not odds.figures and not odds.curves and len(odds.notes) == 3
     assert all("are not finite" in note for note in odds.notes)
 
 
-def test_images_of_another_kind_are_refused(bench: judge.Bench) -> None:
+def test_images_of_another_kind_are_refused(bench: evaluator.Bench) -> None:
     for images in (torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 9, 8).byte(), torch.zeros(0, 1, 8, 8).byte()):
         with pytest.raises(ValueError, match="do not fit those of digits"):
             measured(bench, images)
@@ -225,7 +222,7 @@ def _noisy(x: torch.Tensor) -> torch.Tensor:
     "name",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in list(CORRUPTIONS)[1:]), "blur"],
 )
-def test_what_is_wrong_with_images_shows(bench: judge.Bench, digits: Dataset, name: str) -> None:
+def test_what_is_wrong_with_images_shows(bench: evaluator.Bench, digits: Dataset, name: str) -> None:
     corrupt, figure, direction = CORRUPTIONS[name]
     images, labels = digits.train.images[-600:], digits.train.labels
     assert labels is not None
@@ -271,8 +268,8 @@ def saved(path: Path, **arrays: Any) -> str:
     return str(path)
 
 
-def read(text: str, digits: Dataset, n: int = 1000) -> source.Brought:
-    return source.read(text, digits, DIGITS, n, 0, "nowhere")
+def read(text: str, digits: Dataset, n: int = 1000) -> samples.Brought:
+    return samples.read(text, digits, DIGITS, n, 0, "nowhere")
 
 
 def test_npz_is_read_as_it_was_written(tmp_path: Path, digits: Dataset) -> None:
@@ -579,10 +576,10 @@ def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
 
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:
-    colour = judge.Gallery(torch.zeros(3, 3, 8, 8).byte(), None, torch.empty(0, 2, 3, 8, 8).byte())
+    colour = evaluator.Gallery(torch.zeros(3, 3, 8, 8).byte(), None, torch.empty(0, 2, 3, 8, 8).byte())
     curve = {"t": [0.0, 1.0], "lambda_": [3.0, None], "eps_mse": [1.0, 0.1], "error": [0.1, 0.1]}
     strange = evaluation(subject="costs $5 and $6", notes=("$x",) * 30, curves={"train": curve})
-    picture.draw(strange, colour, tmp_path / "it.png")
+    page.draw(strange, colour, tmp_path / "it.png")
     assert Image.open(tmp_path / "it.png").size > (800, 600)
 
 
@@ -636,7 +633,7 @@ def test_nothing_is_left_where_something_goes_wrong(
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(picture, "draw", full)
+    monkeypatch.setattr(page, "draw", full)
     with pytest.raises(UserError, match=r"cannot write to outputs.*No space left"):
         ddpm_eval("samples=digits:test", "measure=[distance]", "device=cpu")
     assert not list(tmp_path.rglob("eval-*")) and capsys.readouterr().out == ""

@@ -17,12 +17,11 @@ from ddpm.data.digits import digits
 from ddpm.data.info import Facts
 from ddpm.data.mnist import mnist
 from ddpm.errors import DataError, UserError
-from ddpm.evaluate.features import extractor as features
-from ddpm.evaluate.features import training as feature_training
+from ddpm.evaluate.features import extractor, training
 from ddpm.evaluate.features.extractor import Features, features_for, pixel_features
 from ddpm.evaluate.features.network import FeatureNetwork, halve, initialise, whitening
 from ddpm.evaluate.features.training import Recipe
-from ddpm.evaluate.metrics import cas as classify
+from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.cas import accuracy_score
 from ddpm.io.cache import load_arrays, save_arrays
 
@@ -142,7 +141,7 @@ def test_shipped_mnist_loads_and_its_hash_is_pinned():
     facts = Facts("mnist", 1, 28, 10, tuple("0123456789"), 256)
     split = Split(images, torch.arange(3))
     made = features_for(Dataset(facts, split, split, split), CPU, ignore)
-    assert made.sha256 == features.SHIPPED["mnist", 28]
+    assert made.sha256 == extractor.SHIPPED["mnist", 28]
     assert made.embed(images).features.shape == (3, 32) and made.embed(images).probabilities.shape == (3, 10)
 
 
@@ -164,13 +163,13 @@ def test_embedding_takes_only_images_of_its_kind(shipped, images):
 
 
 def test_a_file_that_is_another_is_one_clear_error(data, tmp_path, monkeypatch):
-    arrays = load_arrays(features.ASSETS / "digits.safetensors", features.MAX_BYTES)
-    monkeypatch.setattr(features, "ASSETS", tmp_path)
+    arrays = load_arrays(extractor.ASSETS / "digits.safetensors", extractor.MAX_BYTES)
+    monkeypatch.setattr(extractor, "ASSETS", tmp_path)
     path = tmp_path / "digits.safetensors"
     save_arrays(path, {**arrays, "classifier.bias": arrays["classifier.bias"] + 1})
     with pytest.raises(DataError, match="not the file this version of ddpm came with"):
         features_for(data, CPU, ignore)
-    whole = (Path(features.__file__).parent / "assets" / "digits.safetensors").read_bytes()
+    whole = (Path(extractor.__file__).parent / "assets" / "digits.safetensors").read_bytes()
     path.write_bytes(whole[:-3] + b"\x00\x01\x02")
     with pytest.raises(DataError, match="does not match the SHA-256"):
         features_for(data, CPU, ignore)
@@ -180,7 +179,7 @@ def test_a_file_that_is_another_is_one_clear_error(data, tmp_path, monkeypatch):
     ):
         save_arrays(path, {**arrays, **wrong})
         with pytest.raises(DataError, match="those of another network"):
-            features.load(path, data.facts, CPU)
+            extractor.load(path, data.facts, CPU)
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         features_for(data, CPU, ignore)
@@ -209,8 +208,8 @@ def test_pixel_features(data):
 def unknown(tmp_path, monkeypatch) -> Dataset:
     """A labelled set that no features are shipped for; its features take a moment."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path))
-    monkeypatch.setattr(features, "FEWEST", 100)
-    monkeypatch.setattr(features, "USUAL", Recipe(2, 1e-3))
+    monkeypatch.setattr(extractor, "FEWEST", 100)
+    monkeypatch.setattr(extractor, "USUAL", Recipe(2, 1e-3))
     images = torch.randint(
         0, 256, (100, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -241,7 +240,7 @@ def test_features_are_trained_once_and_cached(unknown, tmp_path):
 def test_a_cached_file_is_looked_at_closely_but_needs_no_lock(unknown, tmp_path, monkeypatch):
     made = features_for(unknown, CPU, ignore)
     (file,) = tmp_path.glob("*.safetensors")
-    arrays = load_arrays(file, features.MAX_BYTES)
+    arrays = load_arrays(file, extractor.MAX_BYTES)
     matrix, said = arrays["whitening.matrix"], list[str]()
     for wrong in (
         {"whitening.matrix": matrix.astype(np.int8)},
@@ -251,7 +250,7 @@ def test_a_cached_file_is_looked_at_closely_but_needs_no_lock(unknown, tmp_path,
         save_arrays(file, {**arrays, **wrong})
         assert features_for(unknown, CPU, said.append).sha256 == made.sha256
     assert len(said) == 3, "made anew each time"
-    monkeypatch.setattr(features, "FileLock", None)  # a folder that may only be read
+    monkeypatch.setattr(extractor, "FileLock", None)  # a folder that may only be read
     assert features_for(unknown, CPU, said.append).sha256 == made.sha256 and len(said) == 3
 
 
@@ -313,12 +312,12 @@ def test_inception_features_are_whitened_too(monkeypatch):
 
 
 def test_accuracy_score_tells_right_labels_from_wrong_ones(data, monkeypatch):
-    monkeypatch.setattr(classify, "RECIPE", Recipe(40, 4e-3))
+    monkeypatch.setattr(cas, "RECIPE", Recipe(40, 4e-3))
     train, test = data.train, data.test
     real = accuracy_score(train.images, train.labels, test.images, test.labels, 10, 0, CPU)
     assert real.value > 0.7 and real.n == 180
     assert real.error == pytest.approx((real.value * (1 - real.value) / 180) ** 0.5)
-    monkeypatch.setattr(classify, "RECIPE", Recipe(8, 4e-3))
+    monkeypatch.setattr(cas, "RECIPE", Recipe(8, 4e-3))
     one = accuracy_score(train.images, torch.full_like(train.labels, 3), test.images, test.labels, 10, 0, CPU)
     assert one.value == (test.labels == 3).double().mean().item()
 
@@ -347,8 +346,8 @@ needs_data = pytest.mark.skipif(
 def test_mnist_ranking_is_the_same_for_another_seed():
     """Five corruptions, in two strengths where they have one: each farther than real images, in the same order."""
     data = mnist(Path(REAL))
-    arrays = features.train(data, 1, CPU)
-    both = [features_for(data, CPU, ignore), features._from_arrays(arrays, data.facts, CPU)]
+    arrays = extractor.train(data, 1, CPU)
+    both = [features_for(data, CPU, ignore), extractor._from_arrays(arrays, data.facts, CPU)]
     real, train = data.test.images, Split(data.train.images[:10_000], data.train.labels[:10_000])
     spoiled = {"real": train.images, **corruptions(train)}
     spoiled["more blur"], spoiled["more noise"] = blurred(spoiled["blur"]), noisy(train.images, 30)
@@ -383,17 +382,15 @@ def test_training_is_repeatable_on_a_gpu_too(data, monkeypatch):
         return forward(self, images)
 
     monkeypatch.setattr(FeatureNetwork, "forward", watched)
-    feature_training.fit(
-        FeatureNetwork(1, 8, 10), data.train.images, data.train.labels, Recipe(1, 1e-3), 0, CPU
-    )
+    training.fit(FeatureNetwork(1, 8, 10), data.train.images, data.train.labels, Recipe(1, 1e-3), 0, CPU)
     assert asked == [(True, False)]
 
 
 def test_training_depends_on_seed_and_images_alone(data):
     split = Split(data.train.images[:200], data.train.labels[:200])
     torch.manual_seed(1)
-    first = feature_training.train_features(split, 10, Recipe(3, 1e-3), 0, CPU)
+    first = training.train_features(split, 10, Recipe(3, 1e-3), 0, CPU)
     torch.manual_seed(2)
-    again, other = (feature_training.train_features(split, 10, Recipe(3, 1e-3), seed, CPU) for seed in (0, 1))
+    again, other = (training.train_features(split, 10, Recipe(3, 1e-3), seed, CPU) for seed in (0, 1))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["classifier.weight"], other["classifier.weight"])

@@ -25,9 +25,7 @@ from ddpm.config.schema import ExportConfig, TrainConfig, check, to_dict
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import SAMPLERS, sample_levels
 from ddpm.errors import CheckpointError, UserError
-from ddpm.export import crosscheck
-from ddpm.export import formats as export
-from ddpm.export import model_card as card
+from ddpm.export import crosscheck, formats, model_card
 from ddpm.sample import model as sample_model
 from ddpm.sample import sampling
 from ddpm.train.checkpointing import save
@@ -175,9 +173,9 @@ def test_the_cards_conditional_example_guides_as_we_do(
     code = example(out)
     assert len(code.splitlines()) <= 16 and ("scale" in code) == (dropout > 0)
     images = run_example(out, monkeypatch)["images"] * 2 - 1
-    sampler = export.ddim_as_exported(model)
+    sampler = formats.ddim_as_exported(model)
     y = torch.arange(model.facts.num_classes)
-    guidance = sample_model.Guidance(card.SCALE if dropout else 1.0)
+    guidance = sample_model.Guidance(model_card.SCALE if dropout else 1.0)
     x_T = torch.randn(len(y), *model.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         denoise = sample_model.denoiser(model, sampler, y, guidance)
@@ -264,7 +262,7 @@ def test_the_mlp_is_refused_and_exported_as_safetensors(tmp_path: Path) -> None:
     save(run, tmp_path / "a.safetensors", {})
     model = ddpm.load(tmp_path / "a.safetensors", "cpu")
     with pytest.raises(UserError, match="model=mlp is none of its networks"):
-        export.diffusers_files(model)
+        formats.diffusers_files(model)
     command.export(ExportConfig(str(tmp_path / "a.safetensors"), "safetensors", str(tmp_path / "out"), True))
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == run.ema.state_dict().keys()
 
@@ -276,7 +274,7 @@ def test_a_plugins_schedule_needs_only_to_preserve_variance(tmp_path: Path) -> N
     arc = type(model.schedule)(angle.cos(), angle.sin())
     bent = dataclasses.replace(model, schedule=arc)
     folder = tmp_path / "arc"
-    for name, data in export.diffusers_files(bent).items():
+    for name, data in formats.diffusers_files(bent).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     assert crosscheck.largest_difference(bent, folder) < 1e-4
@@ -287,8 +285,8 @@ def test_a_folder_that_draws_other_images_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt = trained(tmp_path / "run", *SHORT, "objective=v")
-    right = export.trained_betas
-    monkeypatch.setattr(export, "trained_betas", lambda schedule: right(schedule)[::-1])
+    right = formats.trained_betas
+    monkeypatch.setattr(formats, "trained_betas", lambda schedule: right(schedule)[::-1])
     with pytest.raises(UserError, match=r"draws other images .* nothing was kept"):
         command.export(ExportConfig(str(ckpt), "diffusers", str(tmp_path / "a" / "b"), True))
     assert not (tmp_path / "a").exists()
@@ -403,7 +401,7 @@ def test_no_path_of_the_machine_is_published(tmp_path: Path) -> None:
         fields["config"]["dataset"] = {"name": "folder", "path": "/home/secret/pictures", "image_size": 8}
 
     rewrite(ckpt, change)
-    for form in export.FORMATS:
+    for form in formats.FORMATS:
         command.export(ExportConfig(str(ckpt), form, str(tmp_path / form), True))
         for file in (tmp_path / form).rglob("*"):
             assert not file.is_file() or b"secret" not in file.read_bytes(), file
@@ -420,7 +418,7 @@ def test_a_card_names_the_licence_that_forbids(tmp_path: Path) -> None:
         "tags": ["diffusion", "ddpm", "image-generation"],
     }
     persian = dataclasses.replace(model.config, dataset=Choice("persian", {}))
-    text = card.card(dataclasses.replace(model, config=persian), "diffusers", True, "", "")
+    text = model_card.card(dataclasses.replace(model, config=persian), "diffusers", True, "", "")
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
     assert "Free for research, not for commercial use." in text
 
@@ -429,7 +427,7 @@ def test_a_card_names_the_licence_that_forbids(tmp_path: Path) -> None:
     ("T", "steps"), [(1000, 50), (100, 50), (20, 20), (3, 3), (1, 1), (997, 997), (60, 30)]
 )
 def test_steps_of_ddim_divide_the_timesteps(T: int, steps: int) -> None:
-    assert export.ddim_steps(T) == steps
+    assert formats.ddim_steps(T) == steps
 
 
 def test_the_command_as_it_is_installed(command: Command, tmp_path: Path) -> None:

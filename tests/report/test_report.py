@@ -23,14 +23,12 @@ from ddpm.config import hydra
 from ddpm.config.choices import Choice, choices
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.report import contact_sheet as contact
-from ddpm.report import plot as report_pictures
-from ddpm.report import runs as report
+from ddpm.report import contact_sheet, plot, runs
 from ddpm.report import table as report_table
 from ddpm.report.runs import Point, RunRow
-from ddpm.runs import run_dir as run_folder
+from ddpm.runs import run_dir
 from ddpm.sample.model import load
-from ddpm.train import metrics_file as metrics
+from ddpm.train import metrics_file
 from tests.conftest import Command, run_script
 
 QUICK = [
@@ -82,7 +80,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def rows_of(sweep: Path) -> dict[str, RunRow]:
-    return {row.name: row for row in report.read_all([sweep], run_folder.is_running)}
+    return {row.name: row for row in runs.read_all([sweep], run_dir.is_running)}
 
 
 def records(run: Path) -> list[dict[str, float]]:
@@ -170,10 +168,10 @@ def test_report_writes_table_csv_and_pictures(sweep: Path, tmp_path: Path) -> No
 def check_contact(sweep: Path, tmp_path: Path, order: list[str]) -> None:
     """Every cell is an image that ddpm-sample draws, each of its pixels a square; labels are there and differ."""
     sheet = np.asarray(Image.open(tmp_path / "made" / "contact.png")).astype(int)
-    height, width = 4 * contact.LINE + contact.GAP, 64 + contact.GAP
+    height, width = 4 * contact_sheet.LINE + contact_sheet.GAP, 64 + contact_sheet.GAP
     assert sheet.shape == (
-        contact.LINE + 3 * contact.GAP + 5 * height,
-        contact.LABEL + 3 * width + contact.GAP,
+        contact_sheet.LINE + 3 * contact_sheet.GAP + 5 * height,
+        contact_sheet.LABEL + 3 * width + contact_sheet.GAP,
         3,
     )
     labels = []
@@ -184,12 +182,12 @@ def check_contact(sweep: Path, tmp_path: Path, order: list[str]) -> None:
         assert result.returncode == 0, result.stderr
         drawn = np.load(tmp_path / name / "samples.npz")["images"].astype(int)
         drawn = drawn[..., None].repeat(3, axis=-1) if drawn.ndim == 3 else drawn
-        top = contact.LINE + 3 * contact.GAP + order.index(name) * height
+        top = contact_sheet.LINE + 3 * contact_sheet.GAP + order.index(name) * height
         for i, image in enumerate(drawn):
-            left, factor = contact.LABEL + i * width, 64 // len(image)
+            left, factor = contact_sheet.LABEL + i * width, 64 // len(image)
             cell = sheet[top : top + 64, left : left + 64]
             assert abs(cell - image.repeat(factor, axis=0).repeat(factor, axis=1)).max() <= 1
-        labels.append(sheet[top : top + 64, : contact.LABEL])
+        labels.append(sheet[top : top + 64, : contact_sheet.LABEL])
         assert 200 < (labels[-1].min(axis=2) < 100).sum() < 0.2 * labels[-1][..., 0].size
     assert (labels[0] != labels[1]).any()
 
@@ -215,13 +213,15 @@ def test_report_needs_no_torch_for_tables_and_a_sampler_may_be_typed(sweep: Path
 def test_typed_sampler_is_the_one_that_draws(sweep: Path) -> None:
     params = {key: value for key, value in choices("sampler")["ddim"].items() if key != "name"}
     run = sweep / "linear"
-    own, step = contact.drawn(run, 2, 0, None, torch.device("cpu"))
-    few, _ = contact.drawn(run, 2, 0, Choice("ddim", {**params, "num_steps": 2}), torch.device("cpu"))
+    own, step = contact_sheet.drawn(run, 2, 0, None, torch.device("cpu"))
+    few, _ = contact_sheet.drawn(run, 2, 0, Choice("ddim", {**params, "num_steps": 2}), torch.device("cpu"))
     assert step == 8 and own.shape == (2, 8, 8, 1) and (own != few).any()
     model, _ = load(run / "checkpoints" / "step_0000008.safetensors", torch.device("cpu"))
-    many = contact.fitted(Choice("ddim", {**params, "num_steps": 5000}), model)  # ddpm-sample would refuse it
+    many = contact_sheet.fitted(
+        Choice("ddim", {**params, "num_steps": 5000}), model
+    )  # ddpm-sample would refuse it
     assert many.params["num_steps"] == 1000
-    assert (contact.drawn(run, 2, 1, None, torch.device("cpu"))[0] != own).any()
+    assert (contact_sheet.drawn(run, 2, 1, None, torch.device("cpu"))[0] != own).any()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_folders_are_typed_bare_or_by_key() -> None:
 
 
 def test_hostile_folders_are_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(metrics_file, "MAX_BYTES", 1 << 20)
     good = '{"step": 1, "loss": 0.5}\n'
     for name, text in {
         "long": good * 60_000,
@@ -328,41 +328,41 @@ def test_results_that_make_no_sense_do_not_count(sweep: Path, tmp_path: Path) ->
     whole = json.loads((run / "result.json").read_text())
     for change in ({"step": 1e999}, {"seconds": None}, {"val_loss": "x"}, {"step": float("nan")}):
         (run / "result.json").write_text(json.dumps({**whole, **change}))
-        assert report.read(run, "run", run_folder.is_running).status == "stopped", change
+        assert runs.read(run, "run", run_dir.is_running).status == "stopped", change
     (run / "result.json").write_text(json.dumps(whole))
     (run / "failed.txt").write_text("an earlier try")
-    assert report.read(run, "run", lambda path: True).status == "done"
+    assert runs.read(run, "run", lambda path: True).status == "done"
 
 
 def test_runs_that_change_or_go_while_they_are_read(sweep: Path, tmp_path: Path) -> None:
     run = shutil.copytree(sweep / "linear", tmp_path / "run")
-    found = report.find(tmp_path)
+    found = runs.find(tmp_path)
     (run / "checkpoints" / "step_0000008.safetensors").write_bytes(b"")
-    row = report.read(found[0], "run", run_folder.is_running)
+    row = runs.read(found[0], "run", run_dir.is_running)
     assert row.status == "done" and row.settings["optimizer.lr"] == 1e-3
     assert "step_0000008.safetensors is no checkpoint" in row.reason
     (run / "metrics.jsonl").unlink()
-    row = report.read(found[0], "run", run_folder.is_running)
+    row = runs.read(found[0], "run", run_dir.is_running)
     assert [point.step for point in row.figures["val_eps_mse"]] == [8]  # from the header of `best`
     shutil.rmtree(run)
-    row = report.read(found[0], "run", run_folder.is_running)
+    row = runs.read(found[0], "run", run_dir.is_running)
     assert (row.status, row.step, row.settings, row.loss) == ("stopped", 0, {}, [])
 
 
 def test_asking_whether_a_run_is_running_disturbs_nobody(tmp_path: Path) -> None:
-    assert not run_folder.is_running(tmp_path) and list(tmp_path.iterdir()) == []
-    held = run_folder.claim(str(tmp_path), overwrite=False, fresh=True)
-    assert run_folder.is_running(tmp_path)
+    assert not run_dir.is_running(tmp_path) and list(tmp_path.iterdir()) == []
+    held = run_dir.claim(str(tmp_path), overwrite=False, fresh=True)
+    assert run_dir.is_running(tmp_path)
     held.release()
-    assert not run_folder.is_running(tmp_path)
+    assert not run_dir.is_running(tmp_path)
     code = (
         f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}); fcntl.flock(file, fcntl.LOCK_SH)\n"
         "print(flush=True); time.sleep(0.15); fcntl.flock(file, fcntl.LOCK_UN)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as asking:
         assert asking.stdout is not None and asking.stdout.readline()
-        assert not run_folder.is_running(tmp_path)  # two who ask are not taken for a training
-        run_folder.claim(str(tmp_path), overwrite=False, fresh=True).release()  # which waits for a moment
+        assert not run_dir.is_running(tmp_path)  # two who ask are not taken for a training
+        run_dir.claim(str(tmp_path), overwrite=False, fresh=True).release()  # which waits for a moment
 
 
 def made_up(number: int, **settings: object) -> RunRow:
@@ -393,7 +393,7 @@ def test_pictures_of_any_number_of_runs_are_of_a_sane_size(tmp_path: Path, count
         )
         for i in range(count)
     ]
-    report_pictures.draw(report.ranked(rows, "val_eps_mse"), "val_eps_mse", tmp_path / "a.png")
+    plot.draw(runs.ranked(rows, "val_eps_mse"), "val_eps_mse", tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape[1] == 1320 and 500 < pixels.shape[0] < 1900 and (pixels < 128).mean() > 0.005
@@ -406,21 +406,21 @@ def test_pictures_stand_any_number_and_any_letter(tmp_path: Path) -> None:
     for number, (value, error) in enumerate(huge):
         run = tmp_path / f"ران 漢字 $x^{number}"
         run.mkdir()
-        record = {"step": 10**12 - number, "loss": value, **dict.fromkeys(metrics.VALIDATED, abs(error))}
+        record = {"step": 10**12 - number, "loss": value, **dict.fromkeys(metrics_file.VALIDATED, abs(error))}
         record |= {"val_eps_mse": value, "val_eps_mse_error": error, "images_per_second": value}
         (run / "metrics.jsonl").write_text(
             json.dumps({**record, "step": 0}) + "\n" + json.dumps(record) + "\n"
         )
-    rows = report.ranked(report.read_all([tmp_path], run_folder.is_running), "val_eps_mse")
+    rows = runs.ranked(runs.read_all([tmp_path], run_dir.is_running), "val_eps_mse")
     assert [row.last("val_eps_mse") is not None and row.reason == "" for row in rows] == [True] * 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report_pictures.draw(rows, "val_eps_mse", tmp_path / "a.png")
+        plot.draw(rows, "val_eps_mse", tmp_path / "a.png")
         settings = [
             {"optimizer.lr": lr, "model.channels": [number]} for number, lr in enumerate((0.0, 1e300, 1e-300))
         ]
         rows = [dataclasses.replace(row, settings=s) for row, s in zip(rows[:3], settings, strict=True)]
-        report_pictures.draw(rows, "val_eps_mse", tmp_path / "b.png")
+        plot.draw(rows, "val_eps_mse", tmp_path / "b.png")
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
@@ -446,16 +446,18 @@ def test_sheet_fits_images_of_any_size_and_channels() -> None:
     noise = np.random.default_rng(1)
     shapes = [(8, 1), (28, 1), (32, 3), (5, 2), (9, 4), (300, 3)]
     images = [noise.integers(0, 256, (2, size, size, channels), dtype=np.uint8) for size, channels in shapes]
-    sheet = contact.sheet("title", [contact.Strip("h", "word " * 90, "foot", each) for each in images])
-    cell = contact.LARGEST
+    sheet = contact_sheet.sheet(
+        "title", [contact_sheet.Strip("h", "word " * 90, "foot", each) for each in images]
+    )
+    cell = contact_sheet.LARGEST
     assert sheet.shape[:2] == (
-        contact.LINE + 3 * contact.GAP + 6 * (cell + contact.GAP),
-        contact.LABEL + 2 * (cell + contact.GAP) + contact.GAP,
+        contact_sheet.LINE + 3 * contact_sheet.GAP + 6 * (cell + contact_sheet.GAP),
+        contact_sheet.LABEL + 2 * (cell + contact_sheet.GAP) + contact_sheet.GAP,
     )
     top = (
-        contact.LINE + 3 * contact.GAP + (cell + contact.GAP) + (cell - 56) // 2
+        contact_sheet.LINE + 3 * contact_sheet.GAP + (cell + contact_sheet.GAP) + (cell - 56) // 2
     )  # 28 enlarged twice, centred
-    left = contact.LABEL + (cell - 56) // 2
+    left = contact_sheet.LABEL + (cell - 56) // 2
     assert (sheet[top : top + 56 : 2, left : left + 56 : 2] == images[1][0]).all()
     with pytest.raises(UserError, match="no checkpoint yet"):
-        contact.drawn(Path("nowhere"), 1, 0, None, torch.device("cpu"))
+        contact_sheet.drawn(Path("nowhere"), 1, 0, None, torch.device("cpu"))

@@ -11,18 +11,16 @@ from PIL import Image
 
 from ddpm import build
 from ddpm.cli import evaluate as command
-from ddpm.cli import study as studying
+from ddpm.cli import study
 from ddpm.config import hydra, schema
 from ddpm.config.choices import Choice, choose_sampler
 from ddpm.config.schema import check
 from ddpm.data.dataset import Dataset, Split
 from ddpm.errors import UserError
-from ddpm.evaluate import evaluator as judge
-from ddpm.evaluate import record
+from ddpm.evaluate import evaluator, record
 from ddpm.evaluate import run as judging
 from ddpm.evaluate.record import Evaluation, Figure
-from ddpm.report import sampler_study as study
-from ddpm.report import sampler_study_plot as study_picture
+from ddpm.report import sampler_study, sampler_study_plot
 from ddpm.runtime import signals
 from ddpm.sample import sampler_file
 from ddpm.train.checkpointing import save
@@ -45,7 +43,7 @@ def of(
         "evaluations_per_image": steps * (2 if sampler == "heun" else 1),
         "seconds": {"sampling": seconds},
         "machine": "a machine",
-        **dict.fromkeys(study.COMMON, "x"),
+        **dict.fromkeys(sampler_study.COMMON, "x"),
         **{"n": 500, "seed": 0, "step": 7, "split_images": 400},
     }
     return Evaluation("a run", {**found, "real_fd_excess": Figure(0.01, low=0.0, high=0.02)}, protocol)
@@ -53,8 +51,8 @@ def of(
 
 def chosen(*evaluations: Evaluation) -> tuple[int | None, int | None]:
     """Places of the best and of the cheapest within its interval."""
-    found = study.gather(evaluations, ["sampler", "sampler.num_steps"])
-    best, cheapest = study.best(found), study.cheapest(found)
+    found = sampler_study.gather(evaluations, ["sampler", "sampler.num_steps"])
+    best, cheapest = sampler_study.best(found), sampler_study.cheapest(found)
     return tuple(None if row is None else found.rows.index(row) for row in (best, cheapest))  # type: ignore[return-value]
 
 
@@ -69,25 +67,27 @@ def test_the_cheapest_within_the_interval_of_the_best_is_named() -> None:
     assert chosen(of("ddim", 5, -0.05), of("ddim", 4, 0.06)) == (0, 0)
     assert chosen(of("ddim", 5, None), of("ddim", 20, 0.4)) == (1, 1)
     assert chosen(of("ddim", 5, None)) == (None, None)
-    none = study.gather([of("ddim", 5, None)], [])
-    assert "500 images are too few" in study.verdict(none) and "–" in study.table(none)
+    none = sampler_study.gather([of("ddim", 5, None)], [])
+    assert "500 images are too few" in sampler_study.verdict(none) and "–" in sampler_study.table(none)
 
 
 def test_the_table_shows_what_was_varied_and_comes_back_from_its_file(tmp_path: Path) -> None:
     rows = [of("ddim", 5, 0.4, eta=0.0), of("ddim", 10, 0.35, eta=0.5, seconds=2.0), of("heun", 3, 1.5)]
-    found = study.gather(rows, ["sampler", "sampler.num_steps", "sampler.eta"])
-    head, first, *_, heun, real = study.cells(found)
+    found = sampler_study.gather(rows, ["sampler", "sampler.num_steps", "sampler.eta"])
+    head, first, *_, heun, real = sampler_study.cells(found)
     assert head[:5] == ["sampler", "steps", "eta", "evaluations", "s / 1,000 images"]
     assert first[:6] == ["ddim", "5", "0", "5", "2", "0.400 [0.300, 0.500]"]
     assert (
         heun[:5] == ["heun", "3", "–", "6", "2"] and real[0] == "real images" and real[5].startswith("0.010")
     )
-    study.write(tmp_path / "study.json", found)
-    assert study.read(tmp_path / "study.json") == found
-    lines = study.markdown(found).splitlines()
+    sampler_study.write(tmp_path / "study.json", found)
+    assert sampler_study.read(tmp_path / "study.json") == found
+    lines = sampler_study.markdown(found).splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1 and "Cheapest within" in lines[-1]
     for excess in (0.4, -0.2):  # log axes, and those that go below 0
-        study_picture.draw(study.gather([*rows, of("unipc", 8, excess)], []), tmp_path / "study.png")
+        sampler_study_plot.draw(
+            sampler_study.gather([*rows, of("unipc", 8, excess)], []), tmp_path / "study.png"
+        )
         assert Image.open(tmp_path / "study.png").width > 1000
 
 
@@ -95,15 +95,15 @@ def concluded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *evaluations: Evaluation, **settings: Any
 ) -> Choice | None:
     """The sampler that a study of these evaluations leaves beside its checkpoint."""
-    monkeypatch.setattr(study_picture, "draw", lambda *_: None)
+    monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: None)
     usual = {"ema": True, "n": 1000, **settings}
     configs = [
         SimpleNamespace(sampler=choose_sampler(str(each.protocol["sampler"]["name"]), {}), **usual)
         for each in evaluations
     ]
-    plan: Any = studying.Plan(configs, ["sampler", "guidance_scale"])  # type: ignore[arg-type]
+    plan: Any = study.Plan(configs, ["sampler", "guidance_scale"])  # type: ignore[arg-type]
     (folder / "sampler.yaml").unlink(missing_ok=True)
-    studying._conclude(plan, folder / "a.safetensors", folder, list(evaluations))
+    study._conclude(plan, folder / "a.safetensors", folder, list(evaluations))
     return sampler_file.read(folder / "sampler.yaml")
 
 
@@ -137,13 +137,13 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
 @pytest.mark.parametrize("change", [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}])
 def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     identity = {"sampler": {"name": "ddim", "num_steps": 4}}
-    about = {**of("ddim", 4, 0.2).protocol, "setting": studying._digest(identity)}
-    file = tmp_path / studying._name(identity) / "evaluation.json"
+    about = {**of("ddim", 4, 0.2).protocol, "setting": study._digest(identity)}
+    file = tmp_path / study._name(identity) / "evaluation.json"
     file.parent.mkdir()
     for more, there in (({}, True), (change, False)):
         kept = dataclasses.replace(of("ddim", 4, 0.2), protocol={**about, **more}).to_dict()
         file.write_text(json.dumps(kept))
-        assert (studying._kept(tmp_path, identity) is not None) is there
+        assert (study._kept(tmp_path, identity) is not None) is there
 
 
 # As users type it.
@@ -162,7 +162,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ddpm_eval_m(*typed: str) -> None:
-    studying.study(hydra.read_overrides(list(typed)))
+    study.study(hydra.read_overrides(list(typed)))
 
 
 def inverted(data: Dataset) -> Dataset:
@@ -173,23 +173,23 @@ def forbid_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(*_: object, **__: object) -> None:
         raise AssertionError("an image was drawn")
 
-    monkeypatch.setattr(judge, "draw", draw)
+    monkeypatch.setattr(evaluator, "draw", draw)
 
 
 @pytest.mark.slow
 def test_a_study_from_the_first_image_to_the_sampler_file(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    folder, draw, drawn = run / "evaluations" / "study", judge.draw, list[str]()
+    folder, draw, drawn = run / "evaluations" / "study", evaluator.draw, list[str]()
 
-    def draw_three(model: Any, sampler: Any, **options: Any) -> judge.Drawn:
+    def draw_three(model: Any, sampler: Any, **options: Any) -> evaluator.Drawn:
         if len(drawn) == 3:
             raise signals.Stopped(2)
         drawn.append(f"{sampler.name} {sampler.params['num_steps']} {options['seed']} {options['n']}")
         return draw(model, sampler, **options)
 
-    monkeypatch.setattr(judge, "draw", draw_three)
-    monkeypatch.setattr(studying, "FEWEST", 120)
+    monkeypatch.setattr(evaluator, "draw", draw_three)
+    monkeypatch.setattr(study, "FEWEST", 120)
     with pytest.raises(signals.Stopped) as stopped:  # Ctrl-C in the fourth
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert stopped.value.said and "the same command goes on" in capsys.readouterr().out
@@ -214,16 +214,16 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
         "study.png",
     }
 
-    result = study.read(folder / "study.json")
+    result = sampler_study.read(folder / "study.json")
     assert [(row.sampler["name"], row.evaluations) for row in result.rows] == [
         *(("ddim", 2), ("ddim", 4), ("dpmpp_2m", 2), ("dpmpp_2m", 4))
     ]
-    named = study.cheapest(result)
+    named = sampler_study.cheapest(result)
     written = sampler_file.read(run / "checkpoints" / "sampler.yaml")
     assert named is not None and written is not None and written.to_dict() == named.sampler
 
     forbid_drawing(monkeypatch)
-    monkeypatch.setattr(judge, "prepare", None)  # nor is anything else done again
+    monkeypatch.setattr(evaluator, "prepare", None)  # nor is anything else done again
     ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert "all of them are there already" in capsys.readouterr().out
     with pytest.raises(TypeError):  # which nothing but new work does

@@ -15,8 +15,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
-from ddpm.runs import resume, resume_overrides
-from ddpm.runs import run_dir as run_folder
+from ddpm.runs import resume, resume_overrides, run_dir
 from ddpm.train import environment
 from ddpm.train.checkpointing import save
 from ddpm.train.state import Run, prepare
@@ -45,26 +44,26 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_a_folder_is_locked_until_its_holder_ends(tmp_path: Path) -> None:
-    held = run_folder.claim(str(tmp_path), overwrite=False, fresh=True)
+    held = run_dir.claim(str(tmp_path), overwrite=False, fresh=True)
     code = f"from ddpm.runs import run_dir as run_folder; run_folder.claim({str(tmp_path)!r}, False, fresh=False)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is in use by another process" in other.stderr
     held.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-    run_folder.claim(str(tmp_path), False, fresh=True).release()  # the other process has ended
+    run_dir.claim(str(tmp_path), False, fresh=True).release()  # the other process has ended
 
 
 def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
-    run_folder.claim(str(tmp_path / "a" / "b"), False, fresh=True).release()
+    run_dir.claim(str(tmp_path / "a" / "b"), False, fresh=True).release()
     assert not (tmp_path / "a" / "b").exists()
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not empty"):
-        run_folder.claim(str(tmp_path), False, fresh=True)
+        run_dir.claim(str(tmp_path), False, fresh=True)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "thesis.txt"}
 
 
 def test_a_folder_that_has_gone_is_released_without_a_word(tmp_path: Path) -> None:
-    held = run_folder.claim(str(tmp_path / "a"), False, fresh=True)
+    held = run_dir.claim(str(tmp_path / "a"), False, fresh=True)
     (tmp_path / "a" / ".lock").unlink()
     (tmp_path / "a").rmdir()
     held.release()
@@ -78,23 +77,23 @@ def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match=r"cannot use run_dir=.*: Function not implemented"):
-        run_folder.claim(str(tmp_path / "a"), False, fresh=True)
+        run_dir.claim(str(tmp_path / "a"), False, fresh=True)
 
 
 def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: Run) -> None:
     mine = tmp_path / "mine"
     with pytest.raises(UserError, match="is not empty: overwrite=true replaces"):
-        run_folder.claim(str(mine), overwrite=False, fresh=True)
+        run_dir.claim(str(mine), overwrite=False, fresh=True)
     (mine / "thesis.txt").write_text("years of work")
     (mine / "checkpoints" / "epoch_3.ckpt").write_bytes(b"of another tool")
     (mine / "samples").mkdir()
     (mine / "samples" / "step_0000002.png").write_bytes(b"")
-    run_folder.claim(str(mine), overwrite=True, fresh=True).release()
-    run_folder.clear(mine)
+    run_dir.claim(str(mine), overwrite=True, fresh=True).release()
+    run_dir.clear(mine)
     left = {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()}
     assert left == {".lock", "thesis.txt", "checkpoints/epoch_3.ckpt"} and not (mine / "samples").exists()
     with pytest.raises(UserError, match="other things than a run"):
-        run_folder.claim(str(mine), overwrite=True, fresh=True)
+        run_dir.claim(str(mine), overwrite=True, fresh=True)
 
 
 def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path) -> None:
@@ -103,20 +102,20 @@ def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path
         (tmp_path / part).mkdir()
     for name in ("train.log", "config.yaml", ".lock", "samples/step_0000003.png", ".a.7.0123abcd.tmp"):
         (tmp_path / name).write_bytes(b"")
-    assert run_folder.is_only_begun(tmp_path)
+    assert run_dir.is_only_begun(tmp_path)
     for name in ("checkpoints/epoch_3.ckpt", "samples/paper_figure.png", "thesis.txt", ".vimrc.tmp"):
         (tmp_path / name).write_bytes(b"")
-        assert not run_folder.is_only_begun(tmp_path), name
+        assert not run_dir.is_only_begun(tmp_path), name
         (tmp_path / name).unlink()
     (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"")
-    assert not run_folder.is_only_begun(tmp_path)
+    assert not run_dir.is_only_begun(tmp_path)
 
 
 def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> None:
     left = tmp_path / "mine" / "checkpoints" / ".step_0000007.safetensors.99.0123abcd.tmp"
     left.write_bytes(b"half")
     (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
-    run_folder.sweep(tmp_path / "mine")
+    run_dir.sweep(tmp_path / "mine")
     assert not left.exists() and (tmp_path / "mine" / ".notes.tmp").exists()
     assert len(locate.saved_steps(tmp_path / "mine")) == 2
 
@@ -124,10 +123,10 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> No
 def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "mine" / "checkpoints"
     save(run, folder / "best.safetensors", {})  # of step 5
-    notes = run_folder.set_aside(tmp_path / "mine", 2)
+    notes = run_dir.set_aside(tmp_path / "mine", 2)
     assert len(notes) == 2 and "step_0000005" in notes[0] and "best" in notes[1]
     save(run, folder / "step_0000005.safetensors", {})
-    run_folder.set_aside(tmp_path / "mine", 2)
+    run_dir.set_aside(tmp_path / "mine", 2)
     names = {path.name for path in (folder / "set_aside").iterdir()}
     assert names == {"step_0000005.safetensors", "step_0000005-2.safetensors", "best.safetensors"}
     assert [path.name for path in folder.glob("*.safetensors")] == ["step_0000002.safetensors"]
@@ -156,9 +155,9 @@ def test_results_that_make_no_sense_are_none(tmp_path: Path) -> None:
         "[" * 9999,
     ):
         (tmp_path / "result.json").write_text(text)
-        assert run_folder.read_result(tmp_path) is None
+        assert run_dir.read_result(tmp_path) is None
     (tmp_path / "result.json").write_text('{"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}')
-    assert run_folder.read_result(tmp_path) == {"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}
+    assert run_dir.read_result(tmp_path) == {"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}
 
 
 def test_a_run_goes_on_in_its_own_folder_or_a_new_one(

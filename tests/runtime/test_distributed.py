@@ -25,7 +25,7 @@ from ddpm.checkpoint import locate
 from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import elastic as restarts
+from ddpm.runs import elastic
 from ddpm.runtime import device
 from ddpm.runtime.world import ALONE, World, world
 
@@ -203,9 +203,7 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
     home = Path("outputs/train")
     about = {
         "2026-01-01/10-00-00": json.dumps({"launch": "torchrun:job7"}),
-        "2026-01-02/10-00-00": json.dumps(
-            {"launch": f"agent:{restarts.socket.gethostname()}:{os.getppid()}"}
-        ),
+        "2026-01-02/10-00-00": json.dumps({"launch": f"agent:{elastic.socket.gethostname()}:{os.getppid()}"}),
         "2026-01-03/10-00-00": json.dumps({"seed": 0}),
         "2026-01-04/10-00-00": "[" * 100_000,
         "2026-01-05/10-00-00": '["launch"]',
@@ -223,7 +221,7 @@ def test_only_a_start_of_the_same_run_finds_its_folder(
                 monkeypatch.delenv(f"TORCHELASTIC_{key}", raising=False)
             else:
                 monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
-        place = restarts.again(composed(*overrides))
+        place = elastic.again(composed(*overrides))
         assert place is None or (place.in_place and place.again)
         return None if place is None else place.folder
 

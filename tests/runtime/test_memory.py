@@ -101,11 +101,11 @@ def model(tmp_path: Path) -> Model:
 def drawn(model: Model, n: int, batch_size: int) -> torch.Tensor:
     from ddpm.config import hydra
     from ddpm.config.schema import SampleConfig, check
-    from ddpm.sample import tasks as plan
+    from ddpm.sample import tasks
 
     overrides = ["ckpt=x", f"n={n}", f"batch_size={batch_size}", "sampler=ddim", "sampler.num_steps=3"]
     wanted = check(SampleConfig, hydra.compose("sample", overrides))
-    return sample._draw(wanted, model, plan.make(wanted, model)).x
+    return sample._draw(wanted, model, tasks.make(wanted, model)).x
 
 
 def test_sampling_halves_its_chunk_and_draws_the_same(

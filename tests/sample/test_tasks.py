@@ -19,15 +19,14 @@ from ddpm.config import hydra
 from ddpm.config.choices import Choice
 from ddpm.config.schema import SampleConfig, TrainConfig, check
 from ddpm.data.info import Facts
-from ddpm.diffusion import editing as tasks
+from ddpm.diffusion import editing
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.samplers import ddim, sample_levels
 from ddpm.diffusion.schedules import Level, NoiseSchedule, linear
 from ddpm.errors import UserError
 from ddpm.io.images import normalise, to_uint8
 from ddpm.io.pictures import MAX_SOURCE_PIXELS
-from ddpm.sample import tasks as plan
-from ddpm.sample import user_images as inputs
+from ddpm.sample import tasks, user_images
 from ddpm.sample.model import Model
 from tests.conftest import run_script
 from tests.diffusion.mixture import IdealDenoiser
@@ -62,7 +61,7 @@ def inpainted(jump_length: int, jump_n_sample: int, steps: int = 50, n: int = 30
 
     levels = sample_levels(schedule, steps)
     found = list(
-        tasks.repaint(
+        editing.repaint(
             Gaussian(schedule, covariance),
             levels,
             noise(0) * levels[0].sigma,
@@ -104,39 +103,39 @@ def ideal() -> tuple[IdealDenoiser, list[Level], Tensor]:
 def test_variation_without_strength_is_the_input_and_with_all_of_it_generation() -> None:
     _, levels, x_0 = ideal()
     eps = torch.randn(x_0.shape, dtype=FLOAT64)
-    x, rest = tasks.sdedit(levels, x_0, eps, 0)
+    x, rest = editing.sdedit(levels, x_0, eps, 0)
     assert torch.equal(x, x_0) and len(rest) == 1
-    x, rest = tasks.sdedit(levels, x_0, eps, 1)
+    x, rest = editing.sdedit(levels, x_0, eps, 1)
     assert torch.equal(x, eps * levels[0].sigma) and list(rest) == levels
-    x, rest = tasks.sdedit(levels, x_0, eps, 0.6)
+    x, rest = editing.sdedit(levels, x_0, eps, 0.6)
     assert len(rest) == 31 and torch.equal(x, rest[0].alpha * x_0 + rest[0].sigma * eps)
-    assert len(tasks.sdedit(levels, x_0, eps, 1e-9)[1]) == 2
+    assert len(editing.sdedit(levels, x_0, eps, 1e-9)[1]) == 2
     with pytest.raises(ValueError, match="strength"):
-        tasks.sdedit(levels, x_0, eps, 1.5)
+        editing.sdedit(levels, x_0, eps, 1.5)
 
 
 def test_slerp_keeps_ends_and_norms() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 5, 1, 8, 8, generator=generator)
-    assert torch.equal(tasks.slerp(a, b, torch.zeros(5)), a) and torch.equal(
-        tasks.slerp(a, b, torch.ones(5)), b
+    assert torch.equal(editing.slerp(a, b, torch.zeros(5)), a) and torch.equal(
+        editing.slerp(a, b, torch.ones(5)), b
     )
     a, b = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (a, b))
     for part in (0.1, 0.5, 0.8):
-        middle = tasks.slerp(a, b, torch.full((5,), part))
+        middle = editing.slerp(a, b, torch.full((5,), part))
         assert torch.allclose(middle.flatten(1).norm(dim=1), torch.ones(5), atol=1e-6)
         shares = torch.acos((middle * a).sum((1, 2, 3))) / torch.acos((a * b).sum((1, 2, 3)))
         assert torch.allclose(shares, torch.full((5,), part), atol=1e-4)
-    assert torch.allclose(tasks.slerp(a, a, torch.full((5,), 0.3)), a)
-    assert torch.isfinite(tasks.slerp(a, -a, torch.full((5,), 0.5))).all()
+    assert torch.allclose(editing.slerp(a, a, torch.full((5,), 0.3)), a)
+    assert torch.isfinite(editing.slerp(a, -a, torch.full((5,), 0.5))).all()
 
 
 def test_reconstruction_returns_the_images() -> None:
     denoiser, levels, x_0 = ideal()
-    (*_, end) = tasks.reconstruct(denoiser, levels, x_0)
-    mse, largest = tasks.grey_level_errors((x_0 + 1) * 127.5, end.x)
+    (*_, end) = editing.reconstruct(denoiser, levels, x_0)
+    mse, largest = editing.grey_level_errors((x_0 + 1) * 127.5, end.x)
     assert largest.max() < 0.1 and (mse <= largest**2).all()
-    (*_, again) = ddim(denoiser, levels, tasks.encode(denoiser, levels, x_0), lambda k: x_0)
+    (*_, again) = ddim(denoiser, levels, editing.encode(denoiser, levels, x_0), lambda k: x_0)
     assert torch.equal(again.x, end.x)
 
 
@@ -179,8 +178,8 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan_and_draw(config: SampleConfig, model: Model) -> tuple[plan.Plan, Tensor]:
-    todo = plan.make(config, model)
+def plan_and_draw(config: SampleConfig, model: Model) -> tuple[tasks.Plan, Tensor]:
+    todo = tasks.make(config, model)
     return todo, command._draw(config, model, todo).x
 
 
@@ -240,24 +239,24 @@ def test_all_grey_levels_come_back() -> None:
 
 def test_masks_are_white_where_unknown(tmp_path: Path) -> None:
     two = torch.arange(2)
-    left, top, centre = (inputs.mask(name, 8, 0, two) for name in ("left", "top", "centre"))
+    left, top, centre = (user_images.mask(name, 8, 0, two) for name in ("left", "top", "centre"))
     assert left[0, 0].sum() == 32 and left[..., :4].all()
     assert top[0, 0].sum() == 32 and top[:, :, :4].all()
     assert centre[0, 0].sum() == 16 and centre[:, :, 2:6, 2:6].all()
-    random = inputs.mask("random", 64, 0, two)
+    random = user_images.mask("random", 64, 0, two)
     assert abs(random.float().mean() - 0.75) < 0.02 and not torch.equal(random[0], random[1])
-    assert torch.equal(inputs.mask("random", 64, 0, two[1:])[0], random[1])
+    assert torch.equal(user_images.mask("random", 64, 0, two[1:])[0], random[1])
     picture = np.zeros((32, 32), np.uint8)
     picture[:, :16] = 255
     Image.fromarray(picture).save(tmp_path / "mask.png")
-    assert torch.equal(inputs.mask(str(tmp_path / "mask.png"), 8, 0, two), left)  # of any size
+    assert torch.equal(user_images.mask(str(tmp_path / "mask.png"), 8, 0, two), left)  # of any size
 
 
 # What users bring.
 
 
-def read(text: str, facts: Facts = FACTS) -> inputs.Inputs:
-    return inputs.read(text, facts, Choice("digits", {}), "data")
+def read(text: str, facts: Facts = FACTS) -> user_images.Inputs:
+    return user_images.read(text, facts, Choice("digits", {}), "data")
 
 
 def test_files_and_folders_are_made_like_the_models_images(tmp_path: Path) -> None:
@@ -365,7 +364,7 @@ def test_plans_that_cannot_be_are_one_line(
     if "sampler" in options:
         options = {**options, "sampler": Choice(options["sampler"], {})}
     with pytest.raises(UserError) as error:
-        plan.make(dataclasses.replace(base, **options), model)
+        tasks.make(dataclasses.replace(base, **options), model)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
@@ -387,15 +386,15 @@ def test_classes_come_from_the_input_unless_typed(base: SampleConfig, tmp_path: 
     model = make_model(conditional=True)
     own = build.dataset(Choice("digits", {}), "data").test.labels
     config = dataclasses.replace(base, task="variation", input="digits:test:3-5", n=2)
-    y = plan.make(config, model).y
+    y = tasks.make(config, model).y
     assert y is not None and own is not None and y.tolist() == own[3:6].repeat_interleave(2).tolist()
-    y = plan.make(dataclasses.replace(config, label=[7]), model).y
+    y = tasks.make(dataclasses.replace(config, label=[7]), model).y
     assert y is not None and y.tolist() == [7] * 6
     Image.new("L", (8, 8)).save(tmp_path / "mine.png")
     mine = dataclasses.replace(config, input=str(tmp_path / "mine.png"))
     with pytest.raises(UserError, match=r"add label=.*0 to 9"):
-        plan.make(mine, model)
-    plan.make(dataclasses.replace(mine, guidance_scale=0.0), model)
+        tasks.make(mine, model)
+    tasks.make(dataclasses.replace(mine, guidance_scale=0.0), model)
 
 
 # As users type it.
@@ -438,7 +437,7 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
     if out == "reconstruct":
         assert len(about["largest_difference"]) == 2 and about["sampler"]["clip"] == "none"
     if out == "inpaint":
-        (mine,) = inputs.read(str(home / "my (1).png"), FACTS, Choice("digits", {}), "data").images
+        (mine,) = user_images.read(str(home / "my (1).png"), FACTS, Choice("digits", {}), "data").images
         assert (images[:, :, 4:] == mine[0, :, 4:].numpy()).all() and (images[0] != images[1]).any()
     if out == "variation":
         given = read("digits:test:0,5").images[:, 0].numpy()
@@ -446,8 +445,11 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
 
 
 def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) -> None:
-    assert inputs.guidance(base).interval == (0.0, math.inf)  # with zero terminal SNR it begins at infinity
+    assert user_images.guidance(base).interval == (
+        0.0,
+        math.inf,
+    )  # with zero terminal SNR it begins at infinity
     typed = dataclasses.replace(base, guidance_interval=[0.5, 2.0])
-    assert inputs.guidance(typed).interval == (0.5, 2.0)
+    assert user_images.guidance(typed).interval == (0.5, 2.0)
     with pytest.raises(UserError, match="two rising numbers"):
-        inputs.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))
+        user_images.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))

@@ -13,9 +13,8 @@ import pytest
 
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import run_dir as run_folder
-from ddpm.sweep import gpu_locks as leases
-from ddpm.sweep import job
+from ddpm.runs import run_dir
+from ddpm.sweep import gpu_locks, job
 from ddpm.sweep import sweep as sweeps
 from ddpm.sweep.job import MAX_NAME, name
 from tests.conftest import run_script
@@ -308,7 +307,7 @@ def test_every_job_is_planned_and_checked() -> None:
 
 def test_a_job_belongs_to_the_start_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not to the next one in the same folder, whose lock looks the same."""
-    lock = run_folder.lock(tmp_path)
+    lock = run_dir.lock(tmp_path)
     (tmp_path / job.OWNER).write_text("first")
     monkeypatch.setenv(job.TOKEN, "first")
     assert not job._orphaned(tmp_path)
@@ -336,11 +335,11 @@ def config(**changes: object) -> TrainConfig:
 
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "visible", lambda: ["3", "GPU-5e"])
-    monkeypatch.setattr(leases.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpu_locks, "visible", lambda: ["3", "GPU-5e"])
+    monkeypatch.setattr(gpu_locks.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
-def taken(**changes: object) -> leases.Lease | None:
+def taken(**changes: object) -> gpu_locks.Lease | None:
     """None where it would have to wait."""
 
     class Waits(Exception):
@@ -350,7 +349,7 @@ def taken(**changes: object) -> leases.Lease | None:
         raise Waits
 
     try:
-        return leases.take(config(**changes), say)
+        return gpu_locks.take(config(**changes), say)
     except Waits:
         return None
 
@@ -379,10 +378,10 @@ def test_only_gpus_that_are_named_and_there_are_taken(two_gpus: None) -> None:
     lease.release()
     pinned = taken(gpus="auto", device="'cuda:1'")
     assert pinned and pinned.device == "cuda:1"
-    assert leases.take(config(gpus="auto", device="cpu"), print) is None
-    assert leases.take(config(), print) is None
+    assert gpu_locks.take(config(gpus="auto", device="cpu"), print) is None
+    assert gpu_locks.take(config(), print) is None
     with pytest.raises(UserError, match="gpus=0,2: this machine has 2 CUDA devices"):
-        leases.take(config(gpus="'0,2'"), print)
+        gpu_locks.take(config(gpus="'0,2'"), print)
 
 
 def test_locks_are_not_put_into_a_folder_of_somebody_else(two_gpus: None, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ddpm.config.schema import to_dict
 from ddpm.errors import UserError
 from ddpm.runtime.world import World
 from ddpm.train import compile as compiling
-from ddpm.train import loop as training
+from ddpm.train import loop
 from ddpm.train.compile import COMPILE_SECONDS, SAVED, begin, decide
 from ddpm.train.state import Run, prepare
 from tests.train.test_training import CPU, config, tiny_data
@@ -84,7 +84,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_cpu(run: Run, n: int) -> None:
         device, run.device = run.device, CPU
         try:
-            training.trial(run, n)
+            loop.trial(run, n)
         finally:
             run.device = device
         now[0] += 1.0

@@ -13,8 +13,7 @@ from ddpm.cli import train as train_command
 from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import resume_overrides
-from ddpm.runs import run_dir as run_folder
+from ddpm.runs import resume_overrides, run_dir
 from ddpm.train import tensorboard
 from tests.conftest import Command
 
@@ -155,16 +154,16 @@ def test_a_run_that_began_without_is_told_from_its_beginning(tmp_path: Path) -> 
     assert len(list((run / "tensorboard").glob("events*"))) == 1
     assert (run / "tensorboard" / "notes.txt").read_text() == "mine"
     (run / "tensorboard" / "notes.txt").unlink()
-    run_folder.clear(run)
+    run_dir.clear(run)
     assert not (run / "tensorboard").exists()
 
 
 def test_event_files_are_a_runs_own(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
-    assert run_folder.is_only_begun(tmp_path)
+    assert run_dir.is_only_begun(tmp_path)
     (tmp_path / "tensorboard" / "thesis.txt").touch()
-    assert not run_folder.is_only_begun(tmp_path)
+    assert not run_dir.is_only_begun(tmp_path)
 
 
 def test_without_the_package_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,7 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import Facts
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runtime import device
-from ddpm.train import loop as training
-from ddpm.train import metrics_file as metrics
+from ddpm.train import loop, metrics_file
 from ddpm.train.checkpointing import restore
 from ddpm.train.loop import fit, learning_rate, train_step
 from ddpm.train.state import Run, prepare
@@ -84,7 +83,7 @@ def test_one_step_equals_the_textbook(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.999), weight_decay=0.1)
     for step in range(3):
         x_0, y = batches.batch(step)
-        t, weight, eps, labels = training._draw(run, x_0, y, torch.arange(12))
+        t, weight, eps, labels = loop._draw(run, x_0, y, torch.arange(12))
         assert labels is None and (weight == 1).all()
         alpha, sigma = (
             table.float()[t].view(-1, 1, 1, 1) for table in (run.schedule.alpha, run.schedule.sigma)
@@ -146,7 +145,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: list[str
     half = prepare(config(*overrides), data, CPU)
     for progress in fit(half, data, tmp_path / "half"):
         if progress.step == 1:
-            training.keep(half, tmp_path / "half", {})  # as on a signal
+            loop.keep(half, tmp_path / "half", {})  # as on a signal
         if progress.step == killed:
             break
     resumed = prepare(config(*overrides, "seed=0"), data, CPU)
@@ -185,13 +184,13 @@ def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path, monkeypatch: pytest.M
     lines = [f'{{"step": {step}, "loss": 1.5}}\n' for step in range(1, 5)]
     for end in ('{"step": 5, "lo', "[" * 100_000, '{"step": 5, "loss": NaN}\n', '{"step": 5}\n', "7\n", "\0"):
         file.write_text("".join(lines) + end)
-        metrics.cut(file, 9)
+        metrics_file.cut(file, 9)
         assert file.read_text() == "".join(lines), end
-    metrics.cut(file, 2)
+    metrics_file.cut(file, 2)
     assert file.read_text() == "".join(lines[:2])
-    monkeypatch.setattr(metrics, "MAX_BYTES", 30)
+    monkeypatch.setattr(metrics_file, "MAX_BYTES", 30)
     with pytest.raises(OSError, match="more than 30 bytes"):
-        metrics.cut(file, 2)
+        metrics_file.cut(file, 2)
     assert file.read_text() == "".join(lines[:2])
 
 
@@ -210,7 +209,7 @@ def test_loss_falls_on_a_learnable_set(tmp_path: Path) -> None:
 
 
 def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, original = tiny_data(), training.losses
+    data, original = tiny_data(), loop.losses
     run = prepare(config(*(f"trainer.{key}_every=4" for key in ("log", "validate", "checkpoint"))), data, CPU)
     kept: dict[int, torch.Tensor] = {}
 
@@ -219,7 +218,7 @@ def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytes
         loss = original(*arguments)
         return loss * float("nan") if run.step == 2 else loss
 
-    monkeypatch.setattr(training, "losses", poisoned)
+    monkeypatch.setattr(loop, "losses", poisoned)
     with pytest.raises(UserError, match=r"loss nan .* at step 3, at a learning rate of 0.00"):
         list(fit(run, data, tmp_path))
     network = sum(p.numel() for p in run.network.parameters())
@@ -235,7 +234,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         for progress in fit(run, tiny_data(), tmp_path):
             if progress.step == 2:  # finite gradients can still overflow the weights
                 next(run.network.parameters()).data.view(-1)[0] = float("inf")
-                training.keep(run, tmp_path, {})
+                loop.keep(run, tmp_path, {})
     assert locate.saved_steps(tmp_path) == []
 
 
@@ -288,7 +287,7 @@ def test_learning_rate() -> None:
 def test_labels_are_dropped_at_the_asked_rate() -> None:
     run = prepare(config("model.conditional=true", "objective.label_dropout=0.25"), tiny_data(), CPU)
     y = torch.arange(20_000) % 3
-    _, _, _, labels = training._draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000))
+    _, _, _, labels = loop._draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000))
     assert labels is not None
     dropped = labels == 3
     assert abs(dropped.float().mean() - 0.25) < 0.015 and torch.equal(labels[~dropped], y[~dropped])

@@ -18,7 +18,7 @@ from ddpm.config.choices import choose_sampler
 from ddpm.data.batches import Batches
 from ddpm.sample import sampling
 from ddpm.sample.model import Guidance, Model, denoiser, levels
-from ddpm.train import loop as training
+from ddpm.train import loop
 from ddpm.train.optimizers import OPTIMIZERS
 from ddpm.train.state import Run, prepare
 from tests.train.test_training import CPU, config, tiny_data
@@ -121,7 +121,7 @@ def test_no_training_step_waits(monkeypatch: pytest.MonkeyPatch, overrides: list
         batches = Batches(data.train, 12, 0, GPU)
         with Waits():
             for run.step in range(5):
-                loss, _ = training.train_step(run, *batches.batch(run.step))
+                loss, _ = loop.train_step(run, *batches.batch(run.step))
                 run.loss_sum += torch.where(loss.isfinite(), loss, 0)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from ddpm.cli import app as hydra_app
+from ddpm.cli import app
 from ddpm.cli.eval_keys import before_typed, check_keys
 from ddpm.config import hydra
 from ddpm.config.schema import EvalConfig
@@ -11,7 +11,7 @@ from ddpm.runtime.world import world
 
 def main() -> None:
     sys.argv[1:] = [_with_paths(argument) for argument in sys.argv[1:]]
-    hydra_app.run("eval", EvalConfig, evaluate, sweep=_study, defaults=before_typed)
+    app.run("eval", EvalConfig, evaluate, sweep=_study, defaults=before_typed)
 
 
 def _study(typed: list[str]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli import app as hydra_app
+from ddpm.cli import app
 from ddpm.config import hydra
 from ddpm.config.choices import ADDED, choices
 from ddpm.config.schema import CIRCUMSTANCES, ExportConfig, to_dict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    hydra_app.run("export", ExportConfig, export)
+    app.run("export", ExportConfig, export)
 
 
 def export(config: ExportConfig) -> None:

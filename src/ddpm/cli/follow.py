@@ -87,7 +87,7 @@ def _out_of_memory(run: "Run") -> UserError:
     import torch
 
     from ddpm.runtime import memory
-    from ddpm.train import loop as training
+    from ddpm.train import loop
 
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
     text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
@@ -100,7 +100,7 @@ def _out_of_memory(run: "Run") -> UserError:
     run.network._compiled_call_impl = None  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
-    peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)
+    peak = memory.peak_on_gpu(lambda n: loop.trial(run, n), run.device)
     fits = memory.largest_batch(peak, free, batch)
     if fits is None:
         return UserError(f"{text}; not even 1 image fits: take a smaller model, or free the GPU")

@@ -2,13 +2,13 @@
 
 import math
 
-from ddpm.cli import app as hydra_app
+from ddpm.cli import app
 from ddpm.config.schema import InfoConfig
 from ddpm.errors import printable
 
 
 def main() -> None:
-    hydra_app.run("info", InfoConfig, info)
+    app.run("info", InfoConfig, info)
 
 
 def info(config: InfoConfig) -> None:

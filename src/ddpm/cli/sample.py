@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import app as hydra_app
-from ddpm.cli import default_sampler
+from ddpm.cli import app, default_sampler
 from ddpm.config.schema import SampleConfig, to_dict
 from ddpm.errors import printable
 from ddpm.io.files import write_atomically
-from ddpm.runs import output_dirs as folders
+from ddpm.runs import output_dirs
 from ddpm.runtime.world import ALONE, World, world
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ STRIP_COLUMNS = 10
 
 
 def main() -> None:
-    hydra_app.run("sample", SampleConfig, sample, defaults=_default_sampler)
+    app.run("sample", SampleConfig, sample, defaults=_default_sampler)
 
 
 def _default_sampler(typed: list[str]) -> list[str]:
@@ -56,7 +55,7 @@ def _sample_on(config: SampleConfig, own: World, device: "torch.device", started
     from ddpm.checkpoint import locate, verify
     from ddpm.runtime.device import slow_in_bf16
     from ddpm.runtime.distributed import agreed, collected, told
-    from ddpm.sample import tasks as plan
+    from ddpm.sample import tasks
     from ddpm.sample.model import load
 
     path, notes = Path(), list[str]()
@@ -66,7 +65,7 @@ def _sample_on(config: SampleConfig, own: World, device: "torch.device", started
     path = told(own, path)
     with agreed(own):
         model, meta = load(path, device, config.ema, config.precision)
-        todo = plan.make(config, model)
+        todo = tasks.make(config, model)
     slow = slow_in_bf16("precision", config.precision, device)
     for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
         print(printable(note), flush=True)
@@ -98,7 +97,7 @@ def _finish(
         **figures,
         "evaluations_per_image": drawn.evaluations,
     }
-    with folders.results(config.out, folders.of_run(path) / "samples" / "drawn") as out:
+    with output_dirs.results(config.out, output_dirs.of_run(path) / "samples" / "drawn") as out:
         files = _write(config, todo, drawn, out)
         about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
         write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())

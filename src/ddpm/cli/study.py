@@ -17,7 +17,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import EvalConfig, check
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
-from ddpm.runs import output_dirs as folders
+from ddpm.runs import output_dirs
 from ddpm.runtime import signals
 from ddpm.runtime.console import tell
 from ddpm.runtime.world import ALONE, world
@@ -63,8 +63,8 @@ def study(typed: list[str]) -> None:
     ckpt, device = plan.common.ckpt, runtime_device.device(plan.common.device)
     assert ckpt is not None
     path, notes = locate.newest_good(locate.find(ckpt), check=verify.examine)
-    out = Path(plan.common.out) if plan.common.out else folders.of_run(path) / "evaluations" / "study"
-    folders.check_results(str(out), out)
+    out = Path(plan.common.out) if plan.common.out else output_dirs.of_run(path) / "evaluations" / "study"
+    output_dirs.check_results(str(out), out)
     if slow := slow_in_bf16("precision", plan.common.precision, device):
         notes.append(slow)
     for note in notes:
@@ -181,14 +181,13 @@ def _measured(
     setting: EvalConfig, path: Path, out: Path, model: "Model", meta: "Meta", bench: "Bench"
 ) -> "Evaluation":
     """Drawn, measured and written."""
-    from ddpm.evaluate import evaluator as judge
-    from ddpm.evaluate import record
+    from ddpm.evaluate import evaluator, record
     from ddpm.evaluate import run as judging
     from ddpm.evaluate.provenance import Clock
 
     clock, identity = Clock(), _identity(setting, meta, bench.data)
     with judging.shown_steps(setting, ALONE, model, clock) as watched:
-        drawn = judge.draw(
+        drawn = evaluator.draw(
             model,
             setting.sampler,
             n=setting.n,
@@ -198,7 +197,7 @@ def _measured(
             **watched,
         )
     with judging.shown_parts(setting, ALONE, clock):
-        evaluation, _ = judge.measure(
+        evaluation, _ = evaluator.measure(
             bench,
             drawn.images,
             drawn.labels,
@@ -215,7 +214,7 @@ def _measured(
 
 def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, Any]:
     """All that decides an evaluation's figures, beside the features."""
-    from ddpm.evaluate import provenance as protocol
+    from ddpm.evaluate import provenance
 
     return {
         "ddpm": __version__,
@@ -227,7 +226,7 @@ def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, A
         "guidance_scale": setting.guidance_scale,
         "sampler": setting.sampler.to_dict(),
         "dataset": data.facts.name,
-        "test_sha256": protocol.sha256(data.test.images),
+        "test_sha256": provenance.sha256(data.test.images),
         "measure": sorted(setting.measure),
     }
 
@@ -263,11 +262,11 @@ def _features(evaluation: "Evaluation | None") -> object:
 def _conclude(plan: Plan, path: Path, out: Path, evaluations: "list[Evaluation]") -> None:
     """Table, files and, where one setting is to be preferred, sampler.yaml beside the checkpoint."""
     from ddpm.report import sampler_study as study
-    from ddpm.report import sampler_study_plot as study_picture
+    from ddpm.report import sampler_study_plot
 
     result = study.gather(evaluations, plan.varied)
     study.write(out / "study.json", result)
-    study_picture.draw(result, out / "study.png")
+    sampler_study_plot.draw(result, out / "study.png")
     write_atomically(out / "study.md", f"{study.markdown(result)}\n\n![study](study.png)\n".encode())
     print(study.table(result))
     for name in FILES:

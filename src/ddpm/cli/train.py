@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import app as hydra_app
+from ddpm.cli import app
 from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.errors import UserError
 from ddpm.io.files import reason, write_atomically
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    hydra_app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
+    app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
 
 
 def _sweep(overrides: list[str]) -> None:
@@ -39,14 +39,14 @@ def train(config: TrainConfig) -> float:
     """
     from ddpm.runtime import device as runtime_device
     from ddpm.runtime.distributed import joined
-    from ddpm.sweep import gpu_locks as leases
+    from ddpm.sweep import gpu_locks
     from ddpm.train import tensorboard
 
     started, own = time.perf_counter(), world()
     tensorboard.check(config)
     _check_size(config, own)
     _set_up_torch(config.trainer.deterministic, config.trainer.precision == "tf32")
-    lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
+    lease = gpu_locks.take(config, tell)  # until the process ends, and its memory on the GPU is free
     device = runtime_device.device(lease.device if lease else config.device, own)
     with joined(own, device):
         return _train_on(config, own, device, started)
@@ -54,17 +54,16 @@ def train(config: TrainConfig) -> float:
 
 def _train_on(config: TrainConfig, own: World, device: "torch.device", started: float) -> float:
     from ddpm import build
-    from ddpm.runs import elastic as restarts
-    from ddpm.runs import resume
+    from ddpm.runs import elastic, resume
     from ddpm.runs import run_dir as run_folder
     from ddpm.runtime.distributed import agreed, in_turn, told
-    from ddpm.train import state as runs
+    from ddpm.train import state
 
     place, claim, source = resume.Place(None, False, []), None, None
     try:
         with agreed(own):
             if own.first:
-                place = restarts.again(config) or resume.place(config)
+                place = elastic.again(config) or resume.place(config)
                 if place.folder is not None:
                     claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
                 source = resume.choose(place, config)
@@ -79,7 +78,7 @@ def _train_on(config: TrainConfig, own: World, device: "torch.device", started: 
         run_dir, figure = told(own, (claim.path if claim else Path(), figure))
         if figure is not None:
             return figure
-        runs.join(run, own)
+        state.join(run, own)
         return _train_in(run_dir, run, data, source, place.in_place, started)
     finally:
         if claim is not None:
@@ -105,10 +104,9 @@ def _prepare(
 ) -> "Run":
     from ddpm.networks.kernels import group_norm
     from ddpm.runtime.device import slow_in_bf16
-    from ddpm.train import checkpointing, environment
-    from ddpm.train import state as runs
+    from ddpm.train import checkpointing, environment, state
 
-    run = runs.prepare(config, data, device)
+    run = state.prepare(config, data, device)
     if note := slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
     if device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
@@ -211,12 +209,12 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
     from ddpm.diffusion.schedules import is_noise
-    from ddpm.runs import elastic as restarts
+    from ddpm.runs import elastic
     from ddpm.train import plots
 
     log = Log(run_dir / "train.log")
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(run.config)).encode())
-    about = {**run.environment, "seed": run.config.seed, **restarts.recorded()}
+    about = {**run.environment, "seed": run.config.seed, **elastic.recorded()}
     write_atomically(run_dir / "environment.json", json.dumps(about, indent=2).encode())
     plots.draw_forward(data.train.images[:8], run.schedule, run_dir / "forward.png")
     if data.notice:

@@ -16,7 +16,7 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
 from ddpm.evaluate import figures as of
-from ddpm.evaluate import provenance as protocol
+from ddpm.evaluate import provenance
 from ddpm.evaluate.features.extractor import Features, Projection, features_for, pixel_features
 from ddpm.evaluate.metrics.likelihood import bits_per_dimension, eps_loss
 from ddpm.evaluate.metrics.memorization import memorization
@@ -262,7 +262,7 @@ def measure(
         said.append("no cas: it needs images with labels, of a conditional model or in an .npz file")
     if "likelihood" in bench.parts and odds is None:
         said.append("no bits_per_dim, no eps_loss: they are asked of a model, not of images")
-    taken = protocol.seconds({**bench.seconds, **clock.seconds})
+    taken = provenance.seconds({**bench.seconds, **clock.seconds})
     made_with = {**_protocol(bench, len(images)), **(about or {}), "seconds": taken}
     evaluation = Evaluation(
         subject,
@@ -294,9 +294,9 @@ def _protocol(bench: Bench, n: int) -> dict[str, Any]:
         "image_size": facts.image_size,
         "split": "test",
         "split_images": len(bench.split),
-        "test_sha256": protocol.sha256(bench.data.test.images),
+        "test_sha256": provenance.sha256(bench.data.test.images),
         **features,
         "measure": list(bench.parts),
-        "machine": protocol.machine(bench.device),
-        "versions": protocol.versions(),
+        "machine": provenance.machine(bench.device),
+        "versions": provenance.versions(),
     }

@@ -16,12 +16,9 @@ from ddpm.config.choices import choices
 from ddpm.config.schema import EvalConfig
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError, printable
-from ddpm.evaluate import evaluator as judge
-from ddpm.evaluate import page as picture
-from ddpm.evaluate import record, table
-from ddpm.evaluate import samples as source
+from ddpm.evaluate import evaluator, page, record, samples, table
 from ddpm.evaluate.provenance import Clock
-from ddpm.runs import output_dirs as folders
+from ddpm.runs import output_dirs
 from ddpm.runtime.console import of_steps, tell
 from ddpm.runtime.device import slow_in_bf16
 from ddpm.runtime.distributed import agreed, in_turn, told
@@ -35,7 +32,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     with agreed(own):
         if own.first:
             path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
-            folders.check_results(config.out, _stem(path))
+            output_dirs.check_results(config.out, _stem(path))
     path = told(own, path)
     with agreed(own):
         model, meta = load(path, device, config.ema, config.precision)
@@ -44,7 +41,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     with agreed(own), shown_parts(config, own, clock):
         bench = make_bench(config, data, config.n, device, clock) if own.first else None
     with shown_steps(config, own, model, clock) as watched:
-        drawn = judge.draw(
+        drawn = evaluator.draw(
             model,
             config.sampler,
             n=config.n,
@@ -58,13 +55,13 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     with shown_parts(config, own, clock):
         if "likelihood" in config.measure:
             with clock("likelihood"):
-                odds = judge.likelihood(
+                odds = evaluator.likelihood(
                     model, data, n=config.n, seed=config.seed, batch_size=config.batch_size, world=own
                 )
         with agreed(own):
             if bench is None:
                 return
-            judged = judge.measure(
+            judged = evaluator.measure(
                 bench,
                 drawn.images,
                 drawn.labels,
@@ -84,13 +81,13 @@ def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
     with agreed(own), shown_parts(config, own, clock):
         if not own.first:
             return
-        folders.check_results(config.out, stem)
+        output_dirs.check_results(config.out, stem)
         data = build.dataset(config.dataset, config.data_root)
         say(own, data.notice)
-        found = source.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
+        found = samples.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
         bench = make_bench(config, data, len(found.images), device, clock)
         about = {"samples": config.samples, "seed": config.seed}
-        judged = judge.measure(
+        judged = evaluator.measure(
             bench,
             found.images,
             found.labels,
@@ -106,11 +103,11 @@ def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
 def subject(checkpoint_file: Path) -> str:
     """What an evaluation calls a model: its run, or a file that is of none."""
     of_run = checkpoint_file.parent.name == "checkpoints"
-    return str(folders.of_run(checkpoint_file) if of_run else checkpoint_file)
+    return str(output_dirs.of_run(checkpoint_file) if of_run else checkpoint_file)
 
 
 def _stem(checkpoint_file: Path) -> Path:
-    return folders.of_run(checkpoint_file) / "evaluations" / "eval"
+    return output_dirs.of_run(checkpoint_file) / "evaluations" / "eval"
 
 
 def dataset_of(config: EvalConfig, model: Model) -> Dataset:
@@ -140,14 +137,16 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> judge.Bench:
-    parts = tuple(part for part in judge.PARTS if part in config.measure)
-    return judge.prepare(
+def make_bench(
+    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
+) -> evaluator.Bench:
+    parts = tuple(part for part in evaluator.PARTS if part in config.measure)
+    return evaluator.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
     )
 
 
-def origin(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
+def origin(config: EvalConfig, drawn: evaluator.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
     return {
         "checkpoint": str(path),
         "checkpoint_sha256": meta.sha256,
@@ -163,10 +162,10 @@ def origin(config: EvalConfig, drawn: judge.Drawn, path: Path, meta: Meta) -> di
     }
 
 
-def _finish(config: EvalConfig, judged: tuple[record.Evaluation, judge.Gallery], stem: Path) -> None:
+def _finish(config: EvalConfig, judged: tuple[record.Evaluation, evaluator.Gallery], stem: Path) -> None:
     evaluation, gallery = judged
-    with folders.results(config.out, stem) as out:
-        picture.draw(evaluation, gallery, out / record.PICTURE)
+    with output_dirs.results(config.out, stem) as out:
+        page.draw(evaluation, gallery, out / record.PICTURE)
         record.write(out / record.FILE, evaluation)
     print(table.table([evaluation]))
     for file in (record.FILE, record.PICTURE):

@@ -21,7 +21,7 @@ from ddpm.config.schema import TrainConfig, check, settings_of
 from ddpm.errors import UserError, printable
 from ddpm.io.files import open_regular, reason
 from ddpm.runs.run_dir import FAILED
-from ddpm.train import metrics_file as metrics
+from ddpm.train import metrics_file
 
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000
@@ -104,7 +104,7 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
     figures: dict[str, list[Point]] = {figure: [] for figure in FIGURES}
     steps, notes = [outline.step, int((result or {}).get("step", 0))], [outline.reason]
     try:
-        for record in metrics.read(path / "metrics.jsonl"):
+        for record in metrics_file.read(path / "metrics.jsonl"):
             steps.append(int(record["step"]))
             loss.append((steps[-1], record["loss"]))
             if (speed := record.get("images_per_second")) is not None:
@@ -213,7 +213,7 @@ def _result(path: Path) -> dict[str, float] | None:
     """result.json of a finished run; None if it is absent or makes no sense."""
     try:
         raw = json.loads(_read_text(path / "result.json"))
-        result = {key: float(raw[key]) for key in ("step", "seconds", *metrics.VALIDATED)}
+        result = {key: float(raw[key]) for key in ("step", "seconds", *metrics_file.VALIDATED)}
         return result if all(math.isfinite(value) for value in result.values()) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -13,7 +13,7 @@ from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.errors import UserError
 from ddpm.io.files import leftovers, open_regular, reason
-from ddpm.runs import output_dirs as folders
+from ddpm.runs import output_dirs
 
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
 RUN_FILES = (
@@ -76,7 +76,7 @@ def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
 
 def claim_new() -> Claim:
     """A new folder under outputs/train."""
-    folder = folders.dated_folder("outputs/train")
+    folder = output_dirs.dated_folder("outputs/train")
     return Claim(folder, _lock(folder), made=True)
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ddpm.config.choices import Choice
 from ddpm.config.schema import SampleConfig
-from ddpm.diffusion import editing as tasks
+from ddpm.diffusion import editing
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
 from ddpm.io.images import Pixels
 from ddpm.runtime.randomness import normal
-from ddpm.sample import user_images as inputs
+from ddpm.sample import user_images
 from ddpm.sample.model import Model, denoiser, labels, levels
 from ddpm.sample.sampling import Steps, generation, run
 from ddpm.sample.user_images import bring, guidance, wanted
@@ -90,11 +90,11 @@ def _inpaint(config: SampleConfig, model: Model) -> Plan:
     sampler = Choice("ddpm", {key: config.sampler.params[key] for key in COMMON} | {"variance": "small"})
     path = levels(model, sampler)
     assert config.mask is not None
-    mask = inputs.mask(config.mask, model.facts.image_size, config.seed, brought.numbers)
+    mask = user_images.mask(config.mask, model.facts.image_size, config.seed, brought.numbers)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         index, row = brought.index[places].to(model.device), brought.row[places]
-        return tasks.repaint(
+        return editing.repaint(
             denoise,
             path,
             normal(config.seed, "x_T", 0, index, model.shape) * path[0].sigma,
@@ -128,7 +128,7 @@ def _variation(config: SampleConfig, model: Model) -> Plan:
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         index, x_0 = brought.index[places].to(model.device), brought.x_0[brought.row[places]].to(model.device)
         eps = normal(config.seed, "x_T", 0, index, model.shape)
-        x, rest = tasks.sdedit(path, x_0, eps, config.strength)
+        x, rest = editing.sdedit(path, x_0, eps, config.strength)
         yield Step(x, x_0, rest[0])
         if len(rest) > 1:
             yield from run(model, config.sampler, denoise, list(rest), x, index, config.seed)
@@ -138,7 +138,7 @@ def _variation(config: SampleConfig, model: Model) -> Plan:
         len(brought.index),
         _each(brought.y, brought.row),
         config.sampler,
-        len(tasks.sdedit(path, one, one, config.strength)[1]),
+        len(editing.sdedit(path, one, one, config.strength)[1]),
         steps,
         rows=len(brought.numbers),
         left=[brought.column],
@@ -167,7 +167,7 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         own = index[row[places]].to(model.device)
         a, b = (normal(seed, "x_T", 0, own, model.shape) * path[0].sigma for seed in seeds)
-        x_T = tasks.slerp(a, b, part[places].to(model.device))
+        x_T = editing.slerp(a, b, part[places].to(model.device))
         return run(model, config.sampler, denoise, path, x_T, own, config.seed)
 
     about = {"seeds": seeds}
@@ -188,13 +188,13 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
         for places in torch.split(torch.arange(len(brought.numbers)), config.batch_size):
             part_y = None if brought.y is None else brought.y[places].to(model.device)
             encoder = denoiser(model, sampler, part_y, guidance(config))
-            codes.append(tasks.encode(encoder, path, brought.x_0[places].to(model.device)))
+            codes.append(editing.encode(encoder, path, brought.x_0[places].to(model.device)))
     x_T = torch.cat(codes)
     row, part = _stretch(len(x_T) // 2, each)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         a, b = 2 * row[places], 2 * row[places] + 1
-        x = tasks.slerp(x_T[a], x_T[b], part[places].to(model.device))
+        x = editing.slerp(x_T[a], x_T[b], part[places].to(model.device))
         return run(model, sampler, denoise, path, x, row[places].to(model.device), config.seed)
 
     return Plan(
@@ -222,10 +222,10 @@ def _reconstruct(config: SampleConfig, model: Model) -> Plan:
     path = _reversible_levels(model, sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
-        return tasks.reconstruct(denoise, path, brought.x_0[places].to(model.device))
+        return editing.reconstruct(denoise, path, brought.x_0[places].to(model.device))
 
     def measure(x: Tensor) -> tuple[str, dict[str, Any]]:
-        mse, largest = tasks.grey_level_errors(brought.pixels, x)
+        mse, largest = editing.grey_level_errors(brought.pixels, x)
         text = (
             f"reconstruct: mean squared error {mse.mean():.4g}, largest difference {largest.max():.4g} grey levels "
             f"of 255, over {len(x)} images without clipping"

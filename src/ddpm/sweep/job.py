@@ -17,7 +17,7 @@ from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, check
 from ddpm.errors import printable
 from ddpm.io.files import open_regular
-from ddpm.runs import run_dir as run_folder
+from ddpm.runs import run_dir
 from ddpm.runs.resume import same_run
 from ddpm.runs.run_dir import FAILED
 from ddpm.runtime import signals
@@ -55,7 +55,7 @@ def run(raw: Any) -> float:
     launcher = hydra.runtime.choices["hydra/launcher"]
     far = is_far(launcher)
     _wait_for_others(sweep, folder, number, far)
-    if not config.overwrite and run_folder.read_result(folder) is not None and same_run(folder, config):
+    if not config.overwrite and run_dir.read_result(folder) is not None and same_run(folder, config):
         tell(f"job {number}: done already: {folder}")
         return figure(folder, config.minimize)
     tell(f"job {number}: begins: {folder}")
@@ -114,7 +114,7 @@ def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:
     while True:
         if (sweep / STOP).exists() or (not far and _orphaned(sweep)):
             raise JobFailed("stopped before it began")
-        if not run_folder.is_running(folder):
+        if not run_dir.is_running(folder):
             return
         if not told:
             tell(f"job {number}: waits for another process to end in {folder}")
@@ -131,7 +131,7 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
     environment = {
         **os.environ,
         signals.PARENT: str(os.getpid()),
-        run_folder.FAILED_FILE: str(folder / FAILED),
+        run_dir.FAILED_FILE: str(folder / FAILED),
     }
     signals.pass_over()
     with tempfile.TemporaryFile() as errors:
@@ -179,7 +179,7 @@ def _orphaned(sweep: Path) -> bool:
     with suppress(OSError), open_regular(sweep / OWNER) as file:
         if file.read(64).decode(errors="replace") != os.environ.get(TOKEN):
             return True
-    return not run_folder.is_running(sweep)
+    return not run_dir.is_running(sweep)
 
 
 def _ask(child: "subprocess.Popen[bytes]") -> float:

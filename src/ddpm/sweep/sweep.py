@@ -20,15 +20,12 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
-from ddpm.report import runs as report
-from ddpm.report import table as report_table
-from ddpm.runs import output_dirs as folders
-from ddpm.runs import resume_overrides
+from ddpm.report import runs, table
+from ddpm.runs import output_dirs, resume_overrides
 from ddpm.runs import run_dir as run_folder
 from ddpm.runtime import signals
 from ddpm.runtime.console import tell, typed
-from ddpm.sweep import gpu_locks as leases
-from ddpm.sweep import job
+from ddpm.sweep import gpu_locks, job
 from ddpm.train import tensorboard
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
@@ -104,7 +101,7 @@ def _first(override: Any) -> str:
 def _check(overrides: list[str]) -> None:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
     tensorboard.check(config)
-    leases.allowed(config.gpus or "auto", config.device)
+    gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
         raise UserError("trainer.init_from=latest: each job would look for another one; name the run")
 
@@ -114,11 +111,11 @@ def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
     figure = hydra.typed_value(of_jobs, "minimize") or "val_eps_mse"
     rows = []
     with suppress(UserError):  # no run at all
-        rows = report.read_all([folder], run_folder.is_running)
-        tell(report_table.table(rows, figure))
+        rows = runs.read_all([folder], run_folder.is_running)
+        tell(table.table(rows, figure))
     if missing := sum(not (folder / name).is_dir() for name in planned):
         tell(f"{missing} of {len(planned)} jobs were not begun")
-    if best := report_table.best(rows, figure):
+    if best := table.best(rows, figure):
         tell(best)
     tell(f"pictures and CSV: ddpm-report {typed(folder)}")
 
@@ -126,7 +123,7 @@ def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
 def _claim(run_dir: str | None) -> tuple[Path, Any]:
     """The sweep's folder, new unless it was named, and its lock. Raises UserError."""
     if run_dir in (None, "null"):
-        folder = folders.dated_folder("outputs/multirun")
+        folder = output_dirs.dated_folder("outputs/multirun")
     else:
         folder = Path(str(run_dir))
         if (folder / "checkpoints").exists():
@@ -150,7 +147,7 @@ def _shares(
         return lease, {}, ""
     places = 0
     if device != "cpu" and gpus != "null":
-        places = len(leases.allowed(gpus or "auto", device, len(leases.visible()))) * int(each or 1)
+        places = len(gpu_locks.allowed(gpus or "auto", device, len(gpu_locks.visible()))) * int(each or 1)
     if launcher == "basic":
         return lease, {}, ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

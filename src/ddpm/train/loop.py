@@ -30,7 +30,7 @@ from ddpm.runtime.device import precision, without_cudnn_benchmark
 from ddpm.runtime.randomness import key, normal, seed_generators, uniform
 from ddpm.sample.model import Guidance, Model, denoiser, labels
 from ddpm.sample.sampling import draw, finite, last
-from ddpm.train import metrics_file as metrics
+from ddpm.train import metrics_file
 from ddpm.train.checkpointing import save
 from ddpm.train.state import Run
 from ddpm.train.validation import Validation
@@ -59,7 +59,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     if run.world.first:
         for folder in ("checkpoints", "samples"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
-        metrics.cut(run_dir / "metrics.jsonl", run.step)
+        metrics_file.cut(run_dir / "metrics.jsonl", run.step)
         best = _best_figure(run_dir, run.step)
     batches = Batches(data.train, trainer.batch_size, config.seed, run.device)
     validation = Validation(data.val, run.schedule, run.objective, run.device)
@@ -92,7 +92,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             if due(trainer.validate_every):
                 record |= _validate(run, validation)
             if run.world.first:
-                metrics.append(run_dir / "metrics.jsonl", record)
+                metrics_file.append(run_dir / "metrics.jsonl", record)
             run.loss_sum.zero_()
             run.since = step
             if run.world.first and due(trainer.sample_every):

@@ -32,7 +32,7 @@ def events(run: "Run", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]]
     from torch.utils.tensorboard.summary import hparams
 
     from ddpm.config.schema import settings_of
-    from ddpm.train import metrics_file as metrics
+    from ddpm.train import metrics_file
 
     folder = run_dir / FOLDER
     # What was written from this step on counts no more. The line of this step may not have come here before its
@@ -59,7 +59,7 @@ def events(run: "Run", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]]
         if not begun:
             writer._get_file_writer().add_summary(start)  # type: ignore[no-untyped-call]
         with suppress(FileNotFoundError, ValueError):  # the training goes on from the lines that make sense
-            for record in metrics.read(run_dir / "metrics.jsonl"):
+            for record in metrics_file.read(run_dir / "metrics.jsonl"):
                 if begun <= record["step"] <= run.step:
                     tell(record)
         yield tell
