@@ -24,8 +24,8 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import Facts
 from ddpm.io.images import normalise
 from ddpm.train.checkpointing import save
-from ddpm.train.loop import train_step
 from ddpm.train.state import Run, prepare
+from ddpm.train.step import train_step
 
 RECIPES = {"digits": (8, 1), "mnist": (28, 1), "folder": (32, 3)}  # image size, channels
 

@@ -33,8 +33,8 @@ from ddpm.evaluate.table import aligned
 from ddpm.runtime import memory
 from ddpm.sample.model import PRECISIONS, Model
 from ddpm.sample.sampling import drawing
-from ddpm.train.loop import train_step
 from ddpm.train.state import prepare
+from ddpm.train.step import train_step
 
 CHANNELS = (32, 64, 64)  # of unet_small
 SLACK = 0.05  # of the time for the same arithmetic: what is not more counts as linear

@@ -31,7 +31,8 @@ def step_seconds(recipe: str, steps: int, overrides: list[str]) -> float:
     from ddpm.data.batches import Batches
     from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
-    from ddpm.train import loop, state
+    from ddpm.train import state
+    from ddpm.train.step import train_step
 
     if "--give-back" not in overrides:
         memory.keep_freed()
@@ -43,7 +44,7 @@ def step_seconds(recipe: str, steps: int, overrides: list[str]) -> float:
     for step in range(WARM_UP + steps):
         batch = batches.batch(step)
         begun = time.perf_counter()
-        run.loss_sum += loop.train_step(run, *batch)[0]
+        run.loss_sum += train_step(run, *batch)[0]
         run.loss_sum.item()  # a GPU has then done it
         times.append(time.perf_counter() - begun)
         run.step += 1

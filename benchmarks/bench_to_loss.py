@@ -31,8 +31,8 @@ from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset
 from ddpm.evaluate.metrics.likelihood import eps_loss
 from ddpm.runtime import memory
-from ddpm.train.loop import train_step
 from ddpm.train.state import prepare
+from ddpm.train.step import train_step
 
 WARM_UP = 3  # steps
 NOTEBOOK_STEPS = 60 * 469  # of 128 images: epochs of all 60,000, of which ours keeps some for validation

@@ -22,8 +22,8 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import Facts
 from ddpm.networks.unet import Attention
 from ddpm.runtime.randomness import normal, uniform
-from ddpm.train.loop import train_step
 from ddpm.train.state import Run, prepare
+from ddpm.train.step import train_step
 
 WARM_UP = 6
 ROUNDS = 5

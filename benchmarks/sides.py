@@ -23,8 +23,9 @@ from ddpm.data.digits import digits
 from ddpm.data.info import Facts
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
 from ddpm.io.images import normalise
-from ddpm.train.loop import _draw, learning_rate, train_step
+from ddpm.train.captured import CapturedSteps
 from ddpm.train.state import Run, prepare
+from ddpm.train.step import _draw, learning_rate, train_step
 
 SIZE = 28
 NETWORKS = {  # of ours and of diffusers
@@ -50,6 +51,7 @@ class Setting:
     compile: str | None = (
         None  # the mode of torch.compile, that of ddpm-train: "default" or "reduce-overhead"
     )
+    cuda_graph: bool = False  # ours: the whole step as one graph
     network: str = "unet_small"  # or another of NETWORKS
     fused: bool = (
         True  # a peer's optimizer and average, a kernel for all weights; else PyTorch's and its own default
@@ -75,8 +77,10 @@ def make(setting: Setting, batch_size: int, device: torch.device) -> Side:
         if setting.compile:
             run.network.compile(mode=setting.compile)
 
+        steps = CapturedSteps(run, batches) if device.type == "cuda" else None
+
         def step() -> Tensor:
-            loss, _ = train_step(run, *batches.batch(run.step))
+            loss, _ = steps.step() if steps else train_step(run, *batches.batch(run.step))
             run.step += 1
             return loss
 
@@ -104,6 +108,7 @@ def our_run(setting: Setting, batch_size: int, device: torch.device) -> tuple[Ru
         f"trainer.precision={setting.precision}",
         f"trainer.channels_last={str(setting.channels_last).lower()}",
         "trainer.compile=false",
+        f"trainer.cuda_graph={str(setting.cuda_graph).lower()}",
     ]
     config = check(TrainConfig, compose("train", overrides))
     split = Split(_images(), None)
@@ -146,7 +151,7 @@ def losses(steps: int, batch_size: int, device: torch.device) -> list[tuple[floa
     )
     for _ in range(steps):
         x_0, y = batches.batch(run.step)
-        t, _, eps, _ = _draw(run, x_0, y, torch.arange(len(x_0), device=device))
+        t, _, eps, _ = _draw(run, x_0, y, torch.arange(len(x_0), device=device), run.step)
         optimizer.param_groups[0]["lr"] = learning_rate(o, run.step, run.max_steps)
         theirs = F.mse_loss(network(scheduler.add_noise(x_0, eps, t), t).sample, eps)
         optimizer.zero_grad()

@@ -96,7 +96,7 @@ def measure(name: str) -> None:
     from ddpm.data.info import Facts
     from ddpm.runtime import device as runtime_device
     from ddpm.train import state
-    from ddpm.train.loop import train_step
+    from ddpm.train.step import train_step
 
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     split = Split(images, torch.zeros(64, dtype=torch.int64))

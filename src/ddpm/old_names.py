@@ -76,7 +76,7 @@ MODULES = {
     "ddpm.spacings": "ddpm.diffusion.spacings",
     "ddpm.tasks": "ddpm.diffusion.editing",
     "ddpm.timesteps": "ddpm.diffusion.timesteps",
-    "ddpm.training": "ddpm.train.loop",
+    "ddpm.training": "ddpm.train.loop ddpm.train.step",
     "ddpm.validation": "ddpm.train.validation",
     "ddpm.values": "ddpm.config.limits",
     "ddpm.world": "ddpm.runtime.world",

@@ -235,3 +235,17 @@ def test_a_training_without_it_says_so_and_comes_to_the_same_loss(tmp_path: Path
         losses.append(float(record.split('"loss": ')[1].split(",")[0]))
     assert "DDPM_NATIVE=0" not in said[0] and "DDPM_NATIVE=0" in said[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 7, 2), (2, 24, 5, 5, 8), (3, 12, 3, 1, 4)], ids=str)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_triton_kernels_are_right(shape: tuple[int, ...], silu: bool, dtype: str) -> None:
+    """By Triton's interpreter, which has to be chosen before the module is imported: in a process of its own."""
+    pytest.importorskip("triton")
+    line = [sys.executable, "-m", "tests.networks.triton_worker", dtype, str(silu), *map(str, shape)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        line, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

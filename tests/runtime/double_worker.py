@@ -17,8 +17,8 @@ from ddpm.data.batches import Batches
 from ddpm.data.digits import digits
 from ddpm.runtime.distributed import joined
 from ddpm.runtime.world import world
-from ddpm.train.loop import train_step
 from ddpm.train.state import Run, join, prepare
+from ddpm.train.step import train_step
 from ddpm.train.validation import Validation
 
 CPU = torch.device("cpu")

@@ -428,7 +428,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, processes: int, mistake: str, say
 BROKEN = {  # what a plug-in does to rank 1, and what is said of it
     "memory": (
         "train",
-        "import torch, ddpm.train.loop as t\n"
+        "import torch, ddpm.train.step as t\n"
         "def losses(*a): raise torch.OutOfMemoryError('CUDA out of memory')\nt.losses = losses",
         "ddpm-train: rank 1: out of memory on cpu with trainer.batch_size=10 trainer.accumulate=1 in 2 processes",
     ),

@@ -20,8 +20,9 @@ from ddpm.errors import CheckpointError, UserError
 from ddpm.runtime import device
 from ddpm.train import loop, metrics_file
 from ddpm.train.checkpointing import restore
-from ddpm.train.loop import fit, learning_rate, train_step
+from ddpm.train.loop import fit
 from ddpm.train.state import Run, prepare
+from ddpm.train.step import _draw, learning_rate, losses, train_step
 
 CPU = torch.device("cpu")
 FACTS = Facts("tiny", 1, 8, 3, ("a", "b", "c"), 256)
@@ -83,7 +84,7 @@ def test_one_step_equals_the_textbook(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.999), weight_decay=0.1)
     for step in range(3):
         x_0, y = batches.batch(step)
-        t, weight, eps, labels = loop._draw(run, x_0, y, torch.arange(12))
+        t, weight, eps, labels = _draw(run, x_0, y, torch.arange(12), run.step)
         assert labels is None and (weight == 1).all()
         alpha, sigma = (
             table.float()[t].view(-1, 1, 1, 1) for table in (run.schedule.alpha, run.schedule.sigma)
@@ -209,7 +210,7 @@ def test_loss_falls_on_a_learnable_set(tmp_path: Path) -> None:
 
 
 def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, original = tiny_data(), loop.losses
+    data, original = tiny_data(), losses
     run = prepare(config(*(f"trainer.{key}_every=4" for key in ("log", "validate", "checkpoint"))), data, CPU)
     kept: dict[int, torch.Tensor] = {}
 
@@ -218,7 +219,7 @@ def test_not_finite_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytes
         loss = original(*arguments)
         return loss * float("nan") if run.step == 2 else loss
 
-    monkeypatch.setattr(loop, "losses", poisoned)
+    monkeypatch.setattr("ddpm.train.step.losses", poisoned)
     with pytest.raises(UserError, match=r"loss nan .* at step 3, at a learning rate of 0.00"):
         list(fit(run, data, tmp_path))
     network = sum(p.numel() for p in run.network.parameters())
@@ -287,7 +288,7 @@ def test_learning_rate() -> None:
 def test_labels_are_dropped_at_the_asked_rate() -> None:
     run = prepare(config("model.conditional=true", "objective.label_dropout=0.25"), tiny_data(), CPU)
     y = torch.arange(20_000) % 3
-    _, _, _, labels = loop._draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000))
+    _, _, _, labels = _draw(run, torch.zeros(20_000, 1, 1, 1), y, torch.arange(20_000), 0)
     assert labels is not None
     dropped = labels == 3
     assert abs(dropped.float().mean() - 0.25) < 0.015 and torch.equal(labels[~dropped], y[~dropped])

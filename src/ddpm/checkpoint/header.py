@@ -186,6 +186,7 @@ ADDED_LATER: dict[str, Any] = {
     "minimize": "val_eps_mse",
     "logger": "files",
     "trainer.init_from": None,
+    "trainer.cuda_graph": "auto",
     "optimizer.name": "adamw",
     "optimizer.halvings": 5,
 }

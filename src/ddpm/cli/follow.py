@@ -36,6 +36,8 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
                     clock = time.perf_counter()
                 elif progress.step == first + 4:
                     log.say(estimate(run, (time.perf_counter() - clock) / 3))
+                if progress.note:
+                    log.say(progress.note)
                 if progress.record:
                     log.record(progress.record, run.max_steps, bar)
                     mirror(progress.record)

@@ -90,6 +90,7 @@ LIMITS: dict[str, Allowed] = {
     "trainer.accumulate": Between(1, 2**16),
     "trainer.precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
     "trainer.compile": ("auto", "true", "false"),
+    "trainer.cuda_graph": ("auto", "true", "false"),
     "trainer.ema_decay": Between(0, 0.9999999),
     "trainer.grad_clip": Between(0, above=True),
     "trainer.log_every": _ONE_TO_MANY,

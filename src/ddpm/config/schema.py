@@ -59,6 +59,7 @@ class Trainer:
     precision: str
     channels_last: bool
     compile: str
+    cuda_graph: str
     ema_decay: float
     grad_clip: float
     log_every: int

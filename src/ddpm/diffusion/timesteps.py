@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ddpm.errors import positive
 from ddpm.runtime import randomness
+from ddpm.runtime.randomness import Step
 
 UNIFORM_PART = 0.001  # of the draws in `loss_aware`, so that no t is forgotten
 HISTORY = 10  # losses kept for each t (Nichol & Dhariwal 2021, section 3.3)
 
 
 def uniform(
-    seed: int, step: int, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
+    seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Each t alike, each image by itself (Ho et al. 2020, algorithm 1)."""
     t = _bits(seed, step, index) * num_timesteps >> 24
@@ -29,7 +30,7 @@ def uniform(
 
 
 def stratified(
-    seed: int, step: int, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
+    seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """One in each of batch_size equal slices of 0 … T-1, so that the loss varies less from batch to batch
     (Kingma et al. 2021, appendix I.1, with one draw for each slice). In integers: no draw is rounded into the
@@ -41,7 +42,7 @@ def stratified(
 
 def logit_normal(
     seed: int,
-    step: int,
+    step: Step,
     index: Tensor,
     batch_size: int,
     num_timesteps: int,
@@ -61,7 +62,7 @@ def logit_normal(
 
 
 def loss_aware(
-    seed: int, step: int, index: Tensor, batch_size: int, num_timesteps: int, *, history: Tensor, **_: Any
+    seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, *, history: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """t in proportion to the root mean square of its last losses, weight 1 / (T p_t) (Nichol & Dhariwal 2021,
     eq. 18); uniform until each t has 10 of them.
@@ -103,7 +104,7 @@ def updated_history(history: Tensor, t: Tensor, losses: Tensor) -> Tensor:
     return table[:-1, 1:]
 
 
-def _bits(seed: int, step: int, index: Tensor) -> Tensor:
+def _bits(seed: int, step: Step, index: Tensor) -> Tensor:
     """24 random bits for each index, int64."""
     return (randomness.uniform(seed, "timesteps", step, index) * 2**24).long()
 

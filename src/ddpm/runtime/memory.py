@@ -13,11 +13,14 @@ def is_exhausted(error: BaseException) -> bool:
     """Whether an error means that memory, of the GPU or of the machine, has run out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    words += (
-        "unable to find an engine",
+    words = [
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "unable to find an engine",  # cuDNN's way to say that there is no room for its workspace
         "Unable to find a valid cuDNN algorithm",
-    )  # cuDNN, without its workspace
+    ]
     return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 

@@ -9,6 +9,8 @@ device, so a CPU and a GPU draw the same bits.
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -18,13 +20,23 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def key(seed: int, stream: str, step: int = 0) -> int:
+# A step by its number, or by the keys of its streams: int64 tensors on the device where its numbers are drawn.
+Step = int | Mapping[str, Tensor]
+
+
+@overload
+def key(seed: int, stream: str, step: int = 0) -> int: ...
+@overload
+def key(seed: int, stream: str, step: Step) -> int | Tensor: ...
+def key(seed: int, stream: str, step: Step = 0) -> int | Tensor:
     """A signed 64-bit number that depends on all three; hashed, so that neighbouring seeds share nothing."""
+    if not isinstance(step, int):
+        return step[stream]
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
-def normal(seed: int, stream: str, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
 
     Box & Muller 1958: one 64-bit word makes two numbers. 32 bits of radius reach 6.66 standard deviations.
@@ -37,7 +49,7 @@ def normal(seed: int, stream: str, step: int, index: Tensor, shape: tuple[int, .
     return pairs[:, :count].reshape(len(index), *shape)
 
 
-def uniform(seed: int, stream: str, step: int, index: Tensor) -> Tensor:
+def uniform(seed: int, stream: str, step: Step, index: Tensor) -> Tensor:
     """One number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
     return _shift(_words(key(seed, stream, step), index, 1)[:, 0], 40).float() * 2**-24
 
@@ -59,7 +71,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
-def _words(key: int, index: Tensor, count: int) -> Tensor:
+def _words(key: int | Tensor, index: Tensor, count: int) -> Tensor:
     image_key = _mix((index + 1) * _GOLDEN + key)
     return _mix(image_key[:, None] + torch.arange(1, count + 1, device=index.device) * _GOLDEN)
 

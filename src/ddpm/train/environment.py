@@ -31,13 +31,15 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "precision": precision_name(config.trainer.precision, device),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
-        "group_norm": "own" if _own_group_norm(config, device) else "torch",
+        "group_norm": _group_norm(config, device),
     }
 
 
-def _own_group_norm(config: TrainConfig, device: torch.device) -> bool:
-    plain = device.type == "cpu" and config.trainer.channels_last and config.trainer.compile != "true"
-    return plain and config.model.name == "unet" and not group_norm.missing()
+def _group_norm(config: TrainConfig, device: torch.device) -> str:
+    plain = config.trainer.channels_last and config.trainer.compile != "true" and config.model.name == "unet"
+    if not plain or group_norm.missing(device.type):
+        return "torch"
+    return "own" if device.type == "cpu" else "triton"
 
 
 def _cpu() -> str:

@@ -62,7 +62,7 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 self._adamw(parameters, group)
 
-    def _turn(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def _turn(self, parameters: list[nn.Parameter], lr: float | Tensor, weight_decay: float) -> None:
         """All matrices at once, end to end: to launch a kernel for each takes a GPU longer than to run it."""
         if not parameters:
             return
@@ -83,8 +83,12 @@ class Optimizer(torch.optim.Optimizer):
         )
         stacks = [x.view(n, *shape) for x, (shape, n) in zip(ends, many.items(), strict=True)]
         updates = [update for stack in orthogonal(stacks) for update in stack.unbind()]
-        torch._foreach_mul_(updates, [lr * 0.2 * max(update.shape) ** 0.5 for update in updates])
-        torch._foreach_mul_(updates, 1 - skipped)
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(updates, [0.2 * max(update.shape) ** 0.5 for update in updates])
+            torch._foreach_mul_(updates, lr * (1 - skipped))
+        else:
+            torch._foreach_mul_(updates, [lr * 0.2 * max(update.shape) ** 0.5 for update in updates])
+            torch._foreach_mul_(updates, 1 - skipped)
         if weight_decay:
             torch._foreach_mul_(list[Tensor](parameters), 1 - lr * weight_decay * (1 - skipped))
         weights = [_lying(p, p) for p in parameters]

@@ -48,12 +48,12 @@ class Run:
     parallel: DistributedDataParallel | None = None  # around `network`, where several processes train it
 
     @cached_property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
         return list(self.network.parameters())
 
     @cached_property
-    def averages(self) -> list[nn.Parameter]:
+    def averages(self) -> list[Tensor]:
         """The parameters of `ema`, in the same order."""
         return list(self.ema.parameters())
 

@@ -1,11 +1,14 @@
 """GroupNorm (Wu & He 2018) with what comes before and after it in a U-Net: a bias of each image, and SiLU.
 
-On a CPU, in channels_last, all of it is one pass over memory in C (group_norm.c, by native.py): PyTorch takes five
-passes, and two more in bf16, whose GroupNorm it is slower in than in float32. Elsewhere PyTorch's own operations.
+In channels_last all of it is one kernel: in C on a CPU (group_norm.c, by native.py), in Triton on a GPU
+(group_norm_triton.py). PyTorch takes five passes over memory on a CPU, two more in bf16, and on a GPU it leaves
+channels_last besides. Elsewhere, and where a kernel cannot be had, PyTorch's own operations.
 """
 
 import ctypes
+import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,25 @@ def normed(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: 
     return F.silu(h) if silu else h
 
 
-def missing() -> str:
-    """Why `normed` takes PyTorch's operations on a CPU; empty where our own code runs."""
+def missing(device_type: str = "cpu") -> str:
+    """Why `normed` takes PyTorch's operations on such a device; empty where a kernel of our own runs."""
+    if device_type == "cuda":
+        return _no_triton()
     found = _functions()
     return found if isinstance(found, str) else ""
 
 
+@cache
+def _no_triton() -> str:
+    if os.environ.get("DDPM_NATIVE") == "0":
+        return "DDPM_NATIVE=0"
+    return "" if find_spec("triton") else "triton is not installed"
+
+
 def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
-    """Whether C may see all of this: it takes every address and size at its word."""
+    """Whether a kernel may see all of this: it takes every address and size at its word."""
     return (
-        x.device.type == "cpu"
+        x.device.type in ("cpu", "cuda")
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and x.ndim == 4
@@ -60,7 +72,7 @@ def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
             for p in (norm.weight, norm.bias)
         )
         and not torch.compiler.is_compiling()
-        and not missing()
+        and not missing(x.device.type)
     )
 
 
@@ -96,14 +108,8 @@ class _GroupNorm(torch.autograd.Function):
         eps: float,
         silu: bool,
     ) -> Tensor:
-        n, c, h, w = x.shape
-        y, mean, rstd = (
-            torch.empty_like(x),
-            x.new_empty(n, groups, dtype=torch.float32),
-            x.new_empty(n, groups, dtype=torch.float32),
-        )
-        half = x.dtype == torch.bfloat16
-        _call(_functions()[0], [x, extra, weight, bias, y, mean, rstd], n, h * w, c, groups, eps, half, silu)
+        y: Tensor
+        y, mean, rstd = _kernels(x).forward(x, extra, weight, bias, groups, eps, silu)
         ctx.save_for_backward(x, extra, weight, bias, mean, rstd)
         ctx.silu = silu
         return y
@@ -112,18 +118,61 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, extra, weight, bias, mean, rstd = ctx.saved_tensors
-        n, c, h, w = x.shape
         dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dextra, dweight, dbias = _kernels(x).backward(dy, x, extra, weight, bias, mean, rstd, ctx.silu)
+        return dx, None if extra is None else dextra, dweight.sum(0), dbias.sum(0), None, None, None
+
+
+def _kernels(x: Tensor) -> Any:
+    """What has `forward` and `backward` for the device of x."""
+    if x.device.type == "cuda":
+        from ddpm.networks.kernels import group_norm_triton  # takes half a second, and is nowhere else needed
+
+        return group_norm_triton
+    return _C
+
+
+class _C:
+    """The functions in group_norm.c, with the arguments and results of group_norm_triton.py."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, extra: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, c, h, w = x.shape
+        y = torch.empty_like(x)
+        mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
+        half = x.dtype == torch.bfloat16
+        _call(_functions()[0], [x, extra, weight, bias, y, mean, rstd], n, h * w, c, groups, eps, half, silu)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        extra: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, c, h, w = x.shape
         dx = torch.empty_like(x)
         dextra, dweight, dbias = (weight.new_empty(n, c) for _ in range(3))
-        _call(
-            _functions()[1],
-            [dy, x, extra, weight, bias, mean, rstd, dx, None if extra is None else dextra, dweight, dbias],
-            n,
-            h * w,
-            c,
-            mean.shape[1],
-            x.dtype == torch.bfloat16,
-            ctx.silu,
-        )
-        return dx, None if extra is None else dextra, dweight.sum(0), dbias.sum(0), None, None, None
+        tensors = [
+            dy,
+            x,
+            extra,
+            weight,
+            bias,
+            mean,
+            rstd,
+            dx,
+            None if extra is None else dextra,
+            dweight,
+            dbias,
+        ]
+        half = x.dtype == torch.bfloat16
+        _call(_functions()[1], tensors, n, h * w, c, mean.shape[1], half, silu)
+        return dx, dextra, dweight, dbias
