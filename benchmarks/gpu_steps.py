@@ -3,8 +3,10 @@
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from peaks import convolution, matrices
 from sides import Setting, Side, make, our_run
 from timing import seconds
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config.hydra import compose
@@ -20,8 +22,10 @@ from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import Facts
+from ddpm.networks.kernels.group_norm import normed
 from ddpm.networks.unet import Attention
 from ddpm.runtime.randomness import normal, uniform
+from ddpm.train.captured import CapturedSteps
 from ddpm.train.state import Run, prepare
 from ddpm.train.step import train_step
 
@@ -43,10 +47,18 @@ def begun(overrides: list[str], device: torch.device, images: int) -> tuple[Run,
     return run, Batches(split, config.trainer.batch_size, config.seed, device)
 
 
-def go(run: Run, batches: Batches, steps: int) -> None:
-    """Steps as `training.fit` makes them."""
+def eager_steps(run: Run, batches: Batches, steps: int) -> None:
+    """Steps as `training.fit` makes them on a CPU."""
     for _ in range(steps):
         loss, _ = train_step(run, *batches.batch(run.step))
+        run.loss_sum += torch.where(loss.isfinite(), loss, 0)
+        run.step += 1
+
+
+def repeat_steps(captured: CapturedSteps, run: Run, batches: Batches, steps: int) -> None:
+    """Steps as `training.fit` makes them on a GPU."""
+    for _ in range(steps):
+        loss, _ = captured.step()
         run.loss_sum += torch.where(loss.isfinite(), loss, 0)
         run.step += 1
 
@@ -88,6 +100,55 @@ def attention_beside_cpu(device: torch.device) -> Figures:
     return figures
 
 
+def group_norm_beside_cpu(device: torch.device) -> Figures:
+    """Largest difference of GroupNorm with bias and SiLU, and of its gradients, to float64, relative to the largest."""
+    figures = {}
+    for dtype, c in product((torch.float32, torch.bfloat16), (32, 96, 256)):
+        torch.manual_seed(0)
+        norm = nn.GroupNorm(8, c)
+        nn.init.normal_(norm.weight)
+        x = (torch.randn(16, c, 14, 14) + 5).to(dtype).contiguous(memory_format=torch.channels_last)
+        extra, dy = torch.randn(16, c), torch.randn(16, c, 14, 14).to(dtype)
+        found = []
+        for where, exact in ((device, False), (torch.device("cpu"), True)):
+            own = [
+                value.detach().to(where, torch.float64 if exact else value.dtype) for value in (x, extra, dy)
+            ]
+            leaves = [own[0].requires_grad_(), own[1].requires_grad_()]
+            layer = nn.GroupNorm(8, c).to(where, torch.float64 if exact else torch.float32)
+            layer.load_state_dict(norm.state_dict())
+            y = normed(layer, *leaves)
+            found.append([y, *torch.autograd.grad(y, [*leaves, *layer.parameters()], own[2])])
+        apart = [
+            float((a.detach().double().cpu() - b.detach()).abs().max() / b.detach().abs().max())
+            for a, b in zip(*found, strict=True)
+        ]
+        figures[f"{str(dtype).removeprefix('torch.')}, {c} channels"] = [round(value, 9) for value in apart]
+    return figures
+
+
+def captured_beside_eager(device: torch.device, overrides: Sequence[str]) -> Figures:
+    """The same twelve steps with the graph and without: losses, and how far the weights are apart."""
+    found = []
+    for graph in ("true", "false") if device.type == "cuda" else ("false", "false"):
+        run, batches = begun([*overrides, f"trainer.cuda_graph={graph}"], device, 2000)
+        losses, steps = [], CapturedSteps(run, batches)
+        for _ in range(12):
+            loss, _ = steps.step()
+            losses.append(float(loss))
+            run.step += 1
+        found.append((losses, [p.detach().clone() for p in [*run.parameters, *run.averages]], steps.obstacle))
+    (losses, weights, obstacle), (eager_losses, eager_weights, _) = found
+    return {
+        "losses": [losses[0], losses[-1]],
+        "losses_equal": losses == eager_losses,
+        "last_loss_apart": abs(losses[-1] - eager_losses[-1]) / eager_losses[-1],
+        "weights_equal": all(torch.equal(a, b) for a, b in zip(weights, eager_weights, strict=True)),
+        "weights_apart": max(float((a - b).abs().max()) for a, b in zip(weights, eager_weights, strict=True)),
+        "obstacle": obstacle,
+    }
+
+
 def step_beside_cpu(device: torch.device, precision: str) -> Figures:
     """One step of the same run on the GPU and, in float32, on the CPU: losses, gradient norms and new weights."""
     overrides = ["dataset=mnist", "model=unet_small", "trainer.batch_size=16", "model.conditional=true"]
@@ -116,14 +177,19 @@ def peaks(device: torch.device, quick: bool) -> dict[str, float]:
 
 
 def settings(name: str, device: torch.device, compiled: bool) -> dict[str, Setting]:
-    """Ours and diffusers' with the same switches: bf16, channels-last, fused updates, the same way to compile."""
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    mode = ("reduce-overhead" if device.type == "cuda" else "default") if compiled else None
-    how = f"compiled ({mode})" if compiled else "eager"
-    return {
-        f"{side}, {how}": Setting(side, precision, channels_last=True, compile=mode, network=name)
-        for side in ("ours", "diffusers")
-    }
+    """Ours and diffusers' with the same switches: bf16, channels-last, fused updates.
+
+    Ours is captured as one graph, compiled or not. diffusers' is eager, or compiled with CUDA graphs.
+    """
+    gpu = device.type == "cuda"
+    plain = Setting("ours", "bf16" if gpu else "fp32", channels_last=True, network=name)
+    theirs = replace(plain, side="diffusers")
+    if compiled:
+        return {
+            "ours, compiled and captured": replace(plain, compile="default", cuda_graph=gpu),
+            "diffusers, compiled": replace(theirs, compile="reduce-overhead" if gpu else "default"),
+        }
+    return {"ours, captured": replace(plain, cuda_graph=gpu), "diffusers, eager": theirs}
 
 
 def in_turns(name: str, batch: int, device: torch.device, compiled: bool, quick: bool) -> dict[str, Figures]:
@@ -143,14 +209,12 @@ def in_turns(name: str, batch: int, device: torch.device, compiled: bool, quick:
             side = sides[label]
             taken = seconds(partial(repeat, side.step, steps), device) / steps
             found[label].setdefault("step_seconds", []).append(round(taken, 6))
-    for label, side in sides.items():
-        middle = median(found[label]["step_seconds"])
-        found[label] |= {"median_ms": 1000 * middle, "images_per_second": round(batch / middle)}
-        if not compiled:
-            with FlopCounterMode(display=False) as counter:
-                side.step()
-            found[label]["gflop_a_step"] = counter.get_total_flops() / 1e9
-            found[label]["tflops"] = counter.get_total_flops() / middle / 1e12
+    flop = 0 if compiled else max(map(flop_of, sides.values()))  # a graph's replay shows none
+    for figures in found.values():
+        middle = median(figures["step_seconds"])
+        figures |= {"median_ms": 1000 * middle, "images_per_second": round(batch / middle)}
+        if flop:
+            figures |= {"gflop_a_step": flop / 1e9, "tflops": flop / middle / 1e12}
     if device.type == "cuda":
         for label in found:
             found[label]["peak_mib_of_both"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -160,6 +224,12 @@ def in_turns(name: str, batch: int, device: torch.device, compiled: bool, quick:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def flop_of(side: Side) -> int:
+    with FlopCounterMode(display=False) as counter:
+        side.step()
+    return int(counter.get_total_flops())
 
 
 def warm(name: str, batch: int, side: str, device: torch.device) -> float:
@@ -186,9 +256,10 @@ def anatomy(name: str, batch: int, device: torch.device, quick: bool) -> Figures
     """What our step waits for, launches and spends its time on."""
     setting = next(iter(settings(name, device, compiled=False).values()))
     run, batches = our_run(setting, batch, device)
+    go = partial(repeat_steps, CapturedSteps(run, batches)) if device.type == "cuda" else eager_steps
     steps, border = 2 if quick else 10, len(batches.images) // batch  # where a new order is drawn
     go(run, batches, WARM_UP)
-    figures: Figures = {"waits": waits(run, batches, border, device)}
+    figures: Figures = {"waits": waits(run, partial(go, run, batches, 4), border, device)}
     started = time.perf_counter()
     go(run, batches, steps)
     figures["host_ms"] = 1000 * (time.perf_counter() - started) / steps  # until all is launched
@@ -198,8 +269,8 @@ def anatomy(name: str, batch: int, device: torch.device, quick: bool) -> Figures
     return figures
 
 
-def waits(run: Run, batches: Batches, border: int, device: torch.device) -> list[str]:
-    """Where a step waited for the GPU, over the border of two epochs: PyTorch warns of each place."""
+def waits(run: Run, four_steps: Callable[[], None], border: int, device: torch.device) -> list[str]:
+    """Where steps waited for the GPU, over the border of two epochs: PyTorch warns of each place."""
     if device.type == "cpu":
         return []
     run.step = max(border - 2, 1)
@@ -208,7 +279,7 @@ def waits(run: Run, batches: Batches, border: int, device: torch.device) -> list
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            go(run, batches, 4)
+            four_steps()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return [f"{w.filename.rpartition('/')[2]}:{w.lineno} {w.message}"[:200] for w in caught]

@@ -27,15 +27,18 @@ def test_the_plan_fits_one_call() -> None:
 
 @pytest.mark.slow
 def test_every_part_runs(tmp_path: Path) -> None:
-    result = subprocess.run(line(tmp_path, "--no-compile"), capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(line(tmp_path), capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
     assert {name: part["how"] for name, part in found["parts"].items()} == dict.fromkeys(
-        ("works", "steps", "minute", "quality", "sampling", "second"), "ran"
+        ("works", "steps", "minute", "quality", "sampling", "compiled", "second"), "ran"
     )
     assert found["works"]["noise"]["uniform_equal"] and found["works"]["resume"]["bitwise"]
     assert found["works"]["step"]["fp32"]["weights_apart"] == 0
-    assert found["steps"]["tiny"]["batch 8"]["eager: diffusers' time over ours"]["median"] > 0
+    assert (
+        found["steps"]["tiny"]["batch 8"]["ours, captured and diffusers, eager: theirs over ours"]["median"]
+        > 0
+    )
     assert found["quality"]["seed 1"]["bf16"]["figures"]["fd"] > 0
 
 
@@ -43,7 +46,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
 def test_a_part_that_fails_is_said_and_the_next_one_runs(tmp_path: Path) -> None:
     """There is no run yet whose quality could be measured."""
     result = subprocess.run(
-        line(tmp_path, "--no-compile", "--parts", "quality", "steps"),
+        line(tmp_path, "--parts", "quality", "steps"),
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -56,7 +59,7 @@ def test_a_part_that_fails_is_said_and_the_next_one_runs(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_the_numbers_so_far_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(line(tmp_path, "--no-compile", "--parts", "works"), cwd=tmp_path)
+    process = subprocess.Popen(line(tmp_path, "--parts", "works"), cwd=tmp_path)
     file, run = tmp_path / "gpu-cpu.json", str(tmp_path / "run")
     while not of_commands(run):  # those of ddpm-train, which come after the first numbers
         assert process.poll() is None
