@@ -16,8 +16,8 @@ import diffusers
 import torch
 
 import ddpm
-from ddpm import crosscheck
-from ddpm.images import grid, save_png
+from ddpm.export import crosscheck
+from ddpm.io.images import grid, save_png
 
 
 def main() -> None:

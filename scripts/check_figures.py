@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.datasets import DATASETS
-from ddpm.datasets.types import Split
+from ddpm.data.dataset import Split
+from ddpm.data.datasets import DATASETS
 from ddpm.errors import UserError
-from ddpm.evaluation import judge
-from ddpm.randomness import normal, permutation
+from ddpm.evaluate import evaluator
+from ddpm.runtime.randomness import normal, permutation
 
 DRAWS = 5  # of real images
 NOTICED = 4  # standard deviations
@@ -73,8 +73,8 @@ def spoiled(train: Split, n: int) -> dict[str, Tensor]:
     }
 
 
-def figures(bench: judge.Bench, images: Tensor) -> dict[str, float]:
-    evaluation, _ = judge.measure(bench, images, subject="check")
+def figures(bench: evaluator.Bench, images: Tensor) -> dict[str, float]:
+    evaluation, _ = evaluator.measure(bench, images, subject="check")
     return {name: evaluation.figures[name].value for name in FIGURES if name in evaluation.figures}
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     try:
         data = DATASETS[args.dataset](args.data_root)
         parts = ("distance", "neighbours")
-        bench = judge.prepare(data, n=args.n, parts=parts, device=torch.device("cpu"), say=print)
+        bench = evaluator.prepare(data, n=args.n, parts=parts, device=torch.device("cpu"), say=print)
         real = [figures(bench, draw(data.train, args.n, index).images) for index in range(DRAWS)]
         found = {name: figures(bench, images) for name, images in spoiled(data.train, args.n).items()}
     except UserError as error:

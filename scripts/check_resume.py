@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ddpm.checkpoint import read_meta, saved_steps
+from ddpm.checkpoint.file import read_meta
+from ddpm.checkpoint.locate import saved_steps
 
 SETTINGS = (
     "trainer.max_steps=200",

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm import checkpoint
-from ddpm.cli.hydra_app import compose
-from ddpm.config import Choice, TrainConfig, check, choices
-from ddpm.images import to_uint8
-from ddpm.sampling import Guidance, Model, denoiser, draw, labels, last, load
+from ddpm.checkpoint import locate
+from ddpm.config.choices import Choice, choices
+from ddpm.config.hydra import compose
+from ddpm.config.schema import TrainConfig, check
+from ddpm.io.images import to_uint8
+from ddpm.sample.model import Guidance, Model, denoiser, labels, load
+from ddpm.sample.sampling import draw, last
 
 TOLERANCE = 0.01
 
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load(checkpoint.find(options.checkpoint), device)
+    model, _ = load(locate.find(options.checkpoint), device)
     worst = 0.0
     for name in choices("sampler"):
         overrides = [f"sampler={name}", f"sampler.num_steps={options.steps}"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ddpm.cli.help import NOTES
-from ddpm.config import CONFIG_DIR, choices
-from ddpm.limits import LIMITS, describe
+from ddpm.config.choices import CONFIG_DIR, choices
+from ddpm.config.limits import LIMITS, describe
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 FIRST = ("train", "sample")
@@ -19,8 +19,9 @@ GROUPS = ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "
 
 HEAD = """# Every key
 
-Written by `python scripts/config_docs.py` from the YAML files under `configs/` and the limits in `ddpm/limits.py`;
-do not edit by hand. Settings are typed as `key=value`; `ddpm-train --cfg job` prints what a command line comes to.
+Written by `python scripts/config_docs.py` from the YAML files under `configs/` and the limits in
+`ddpm/config/limits.py`; do not edit by hand. Settings are typed as `key=value`; `ddpm-train --cfg job` prints what a
+command line comes to.
 A number outside its limits, a wrong type or an unknown key is refused in one line, and nothing is written.
 """
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.datasets.cache import cache_folder
-from ddpm.datasets.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, pack, save_crops
-from ddpm.datasets.mat import read_mat
-from ddpm.datasets.persian import PARTS, converted_name
-from ddpm.datasets.pictures import decode
-from ddpm.datasets.reading import reason
+from ddpm.data.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, pack, save_crops
+from ddpm.data.mat import read_mat
+from ddpm.data.persian import PARTS, converted_name
 from ddpm.errors import DataError, printable
+from ddpm.io.cache import cache_folder
+from ddpm.io.files import reason
+from ddpm.io.pictures import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.errors import CheckpointError, printable
 
 PARTS = ("ema", "model", "state_dict")
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
     args = parser.parse_args()
     try:
-        like, _ = checkpoint.newest_good(checkpoint.find(args.like))
+        like, _ = locate.newest_good(locate.find(args.like))
         convert(args.source, like, args.out)
     except CheckpointError as error:
         sys.exit(f"error: {printable(str(error))}")

@@ -11,7 +11,7 @@ import sys
 
 import ddpm
 from ddpm import build
-from ddpm.evaluation.likelihood import eps_loss
+from ddpm.evaluate.metrics.likelihood import eps_loss
 
 
 def main() -> None:

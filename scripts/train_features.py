@@ -1,4 +1,4 @@
-"""Train the feature network of a dataset, as shipped for digits and mnist in src/ddpm/evaluation/assets/.
+"""Train the feature network of a dataset, as shipped for digits and mnist in src/ddpm/evaluate/features/assets/.
 
 Only the training images are used; the test images say how good the classifier is. Prints the hash that features.SHIPPED
 must name. Where a machine's arithmetic differs, so will the last digits of the weights, and with them the hash.
@@ -14,30 +14,30 @@ from time import perf_counter, process_time
 import torch
 
 from ddpm import __version__
-from ddpm.datasets import DATASETS
-from ddpm.datasets.cache import save_arrays
+from ddpm.data.datasets import DATASETS
 from ddpm.errors import DataError
-from ddpm.evaluation import feature_training, features
-from ddpm.files import reason
+from ddpm.evaluate.features import extractor, training
+from ddpm.io.cache import save_arrays
+from ddpm.io.files import reason
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", choices=sorted(set(DATASETS) - {"folder"}))
     parser.add_argument("--data-root", type=Path, default=Path(os.environ.get("DDPM_DATA", "data")))
-    parser.add_argument("--seed", type=int, default=features.SEED)
+    parser.add_argument("--seed", type=int, default=extractor.SEED)
     parser.add_argument("--out", type=Path, help="file to write (default: that of the package)")
     args = parser.parse_args()
-    out = args.out or features.ASSETS / f"{args.dataset}.safetensors"
+    out = args.out or extractor.ASSETS / f"{args.dataset}.safetensors"
     try:
         data = DATASETS[args.dataset](args.data_root)
         if data.notice:
             print(data.notice)
         start, cpu = perf_counter(), process_time()
-        arrays = features.train(data, args.seed, torch.device("cpu"))
+        arrays = extractor.train(data, args.seed, torch.device("cpu"))
         seconds, cpu_seconds = perf_counter() - start, process_time() - cpu
         save_arrays(out, arrays)
-        made = features.load(out, data.facts, torch.device("cpu"))
+        made = extractor.load(out, data.facts, torch.device("cpu"))
         start = perf_counter()
         probabilities = made.embed(data.test.images).probabilities
         embedding = perf_counter() - start
@@ -47,9 +47,9 @@ def main() -> None:
             "dataset": args.dataset,
             "training_images": len(data.train),
             "seed": args.seed,
-            "version": features.RECIPE,
-            **features.recipe(args.dataset)._asdict(),
-            "batch_size": feature_training.BATCH_SIZE,
+            "version": extractor.RECIPE,
+            **extractor.recipe(args.dataset)._asdict(),
+            "batch_size": training.BATCH_SIZE,
             "dim": made.dim,
             "test_accuracy": round((guess == data.test.labels).double().mean().item(), 4),
             "test_confident": round((highest >= 0.95).double().mean().item(), 4),

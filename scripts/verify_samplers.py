@@ -19,13 +19,15 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.mixture import MEAN, PART, STD, IdealDenoiser  # noqa: E402
+from tests.diffusion.mixture import MEAN, PART, STD, IdealDenoiser  # noqa: E402
 
-from ddpm.diffusion import PREDICTIONS, WEIGHTS, Denoiser, make_objective, target  # noqa: E402
-from ddpm.randomness import normal  # noqa: E402
-from ddpm.samplers import Step, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, sample_levels, unipc  # noqa: E402
-from ddpm.schedules import SCHEDULES, Level, NoiseSchedule  # noqa: E402
-from ddpm.spacings import SPACINGS  # noqa: E402
+from ddpm.diffusion.denoiser import Denoiser  # noqa: E402
+from ddpm.diffusion.objective import WEIGHTS, make_objective  # noqa: E402
+from ddpm.diffusion.process import PREDICTIONS, target  # noqa: E402
+from ddpm.diffusion.samplers import Step, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, sample_levels, unipc  # noqa: E402
+from ddpm.diffusion.schedules import SCHEDULES, Level, NoiseSchedule  # noqa: E402
+from ddpm.diffusion.spacings import SPACINGS  # noqa: E402
+from ddpm.runtime.randomness import normal  # noqa: E402
 
 N = 4096  # images
 CUT = -0.15  # between the bumps

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from ddpm.evaluation import record, study
-from ddpm.evaluation.record import Evaluation, Figure
+from ddpm.evaluate import record
+from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.report import sampler_study
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"
@@ -82,7 +83,7 @@ def _commands(recipe: str, seeds: list[Seed]) -> str:
         f"ddpm-eval ckpt={run} {_told(seeds[0].evaluation.protocol if seeds else {})}",
         f"ddpm-sample ckpt={run} n=100",
     ]
-    studies = [study.read(file) for seed in seeds if (file := seed.folder / "study.json").exists()]
+    studies = [sampler_study.read(file) for seed in seeds if (file := seed.folder / "study.json").exists()]
     swept, about = "sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50", dict[str, Any]()
     if studies:
         rows, about = studies[0].rows, dict(studies[0].about)
@@ -117,7 +118,7 @@ def _measured(seeds: list[Seed], place: Path) -> Iterator[str]:
     yield _table([["", "value", "beside it"], *_rows(seeds)])
     for seed in seeds:
         if (file := seed.folder / "study.json").exists():
-            yield f"### {seed.folder.parent.name}: samplers\n\n{study.markdown(study.read(file))}\n"
+            yield f"### {seed.folder.parent.name}: samplers\n\n{sampler_study.markdown(sampler_study.read(file))}\n"
             if (picture := seed.folder / "study.png").exists():
                 yield f"![excess over cost]({_link(picture, place)})\n"
     for seed in seeds:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm import config, plugins
-from ddpm.cli import hydra_app
-from ddpm.config import CONFIG_DIR
+from ddpm.config import choices, hydra, schema
+from ddpm.config.choices import CONFIG_DIR
+from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -93,7 +93,10 @@ def test_help_and_cfg_know_plugins(trained: Path) -> None:
 
 BASE = "import ddpm\n\n@ddpm.register('schedule')\n"
 BROKEN = {
-    "clash": (BASE + "def linear(num_timesteps): ...", "schedule 'linear' exists already, in ddpm.schedules"),
+    "clash": (
+        BASE + "def linear(num_timesteps): ...",
+        "schedule 'linear' exists already, in ddpm.diffusion.schedules",
+    ),
     "wrong": (BASE + "def mine(T): ...", "schedule 'mine': its parameters must begin with num_timesteps"),
     "bare": (BASE + "def mine(num_timesteps, a): ...", "schedule 'mine': its parameter 'a' needs a default"),
     "types": (BASE + "def mine(num_timesteps, tau='x'): ...", "schedule.tau=x: must be a number"),
@@ -130,17 +133,17 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
     shutil.copytree(CONFIG_DIR, tmp_path / "configs")
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     (tmp_path / "configs/experiment/evil.yaml").write_text("# @package _global_\nplugins: [evil]\n")
-    monkeypatch.setattr(hydra_app, "CONFIG_DIR", tmp_path / "configs")
+    monkeypatch.setattr(hydra, "CONFIG_DIR", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    raw = hydra_app.compose("train", ["experiment=evil"])
+    raw = hydra.compose("train", ["experiment=evil"])
     assert raw["plugins"] == ["evil"]
-    with pytest.raises(config.UserError, match="unknown key 'plugins'"):
-        config.check(config.TrainConfig, raw)
+    with pytest.raises(schema.UserError, match="unknown key 'plugins'"):
+        schema.check(schema.TrainConfig, raw)
 
 
 def test_common_keys_are_those_of_every_file() -> None:
-    for group, common in plugins.COMMON.items():
-        keys = [content.keys() - {"name"} for content in config.choices(group).values()]
+    for group, common in COMMON.items():
+        keys = [content.keys() - {"name"} for content in choices.choices(group).values()]
         assert set.intersection(*map(set, keys)) == set(common)
 
 

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 import ddpm
-from ddpm import checkpoint
-from ddpm.cli import hydra_app, train
-from ddpm.config import TrainConfig, check
-from ddpm.runs import prepare, save
+from ddpm.checkpoint import locate
+from ddpm.cli import train
+from ddpm.config import hydra
+from ddpm.config.schema import TrainConfig, check
+from ddpm.train.checkpointing import save
+from ddpm.train.state import prepare
 from tests.conftest import run_script
-from tests.test_training import CPU, config, tiny_data
+from tests.train.test_training import CPU, config, tiny_data
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -39,8 +41,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("ddpm.validation.EVALUATIONS", 34)
-        train.train(check(TrainConfig, hydra_app.compose("train", QUICK)))
+        patch.setattr("ddpm.train.validation.EVALUATIONS", 34)
+        train.train(check(TrainConfig, hydra.compose("train", QUICK)))
     return folder
 
 
@@ -80,7 +82,7 @@ else:
 def test_all_that_is_offered_is_there_and_documented() -> None:
     for name in ddpm.__all__:
         assert getattr(ddpm, name).__doc__, name
-    assert set(ddpm.library.__all__) < set(ddpm.__all__)
+    assert set(ddpm.api.__all__) < set(ddpm.__all__)
 
 
 @pytest.mark.slow
@@ -110,7 +112,7 @@ def test_mypy_sees_the_types(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_a_file_and_latest_are_one_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (file,) = [path for path in checkpoint.of_run(home / "run") if path.name.startswith("step_")]
+    (file,) = [path for path in locate.of_run(home / "run") if path.name.startswith("step_")]
     monkeypatch.chdir(home)
     (home / "outputs").mkdir(exist_ok=True)
     (home / "outputs" / "again").symlink_to(home / "run")

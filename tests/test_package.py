@@ -23,7 +23,7 @@ def test_wheel_carries_configs_and_finds_them(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     assert packed == {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     assert (tmp_path / "site" / "ddpm" / "py.typed").exists()
-    assets = Path("ddpm") / "evaluation" / "assets"
+    assets = Path("ddpm") / "evaluate" / "features" / "assets"
     assert {file.name: file.read_bytes() for file in (tmp_path / "site" / assets).iterdir()} == {
         file.name: file.read_bytes() for file in (ROOT / "src" / assets).iterdir()
     }

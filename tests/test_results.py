@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddpm.evaluation import record, study
-from ddpm.evaluation.record import Evaluation, Figure
-from tests.test_study import of
+from ddpm.evaluate import record
+from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.report import sampler_study
+from tests.report.test_study import of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
@@ -61,7 +62,9 @@ def test_two_seeds_are_a_mean_and_a_range(tmp_path: Path) -> None:
 
 def test_one_seed_has_its_own_interval_and_is_said_to_be_few(tmp_path: Path) -> None:
     folder = made(tmp_path / "digits_cpu" / "7", 0.4)
-    study.write(folder / "study.json", study.gather([of("ddim", 5, 0.9), of("ddim", 20, 0.3)], []))
+    sampler_study.write(
+        folder / "study.json", sampler_study.gather([of("ddim", 5, 0.9), of("ddim", 20, 0.3)], [])
+    )
     for name in ("study.png", "grid.png"):
         (folder / name).write_bytes(b"")
     page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path / "docs")

@@ -1,24 +1,27 @@
-"""Train, sample and judge denoising diffusion models on small images; `ddpm.library` says what is offered here."""
+"""Train, sample and judge denoising diffusion models on small images; `ddpm.api` says what is offered here."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
-from ddpm.plugins import register
+from ddpm.old_names import OldModules
+from ddpm.register import register
 
 if TYPE_CHECKING:
-    from ddpm.library import Model, load, save_grid, to_uint8
+    from ddpm.api import Model, load, save_grid, to_uint8
 
 __all__ = ["Model", "UserError", "load", "register", "save_grid", "to_uint8"]
 __version__ = "0.1.0"
+sys.meta_path.insert(0, OldModules())
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
-    from ddpm import library
+    from ddpm import api
 
-    return getattr(library, name)
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

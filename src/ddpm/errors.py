@@ -1,6 +1,8 @@
 """The errors a user can cause. Each message is one line that says what is wrong, where, and what is allowed."""
 
+import math
 import unicodedata
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -31,3 +33,19 @@ def printable(text: str) -> str:
 def is_plain(text: str) -> bool:
     """No control characters, no broken Unicode (lone surrogates)."""
     return text.isprintable() or all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)
+
+
+def one_of(parameter: str, value: str, choices: Iterable[str]) -> None:
+    if value not in (allowed := list(choices)):
+        raise ValueError(f"{parameter} = {value}: must be one of {', '.join(allowed)}")
+
+
+def positive(parameter: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{parameter} = {value}: must be above 0")
+
+
+def within(parameter: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        must = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{parameter} = {value}: must be {must}")

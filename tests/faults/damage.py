@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.errors import CheckpointError
 from tests.faults import forks
 from tests.faults.cases import Case
@@ -92,7 +93,7 @@ def _trials(folder: Path, damaged: list[bytes], names: list[str]) -> str:
     for number, (data, name) in enumerate(zip(damaged, names, strict=True)):
         newest.write_bytes(data)
         _caught(newest, name)
-        found, notes = checkpoint.newest_good(checkpoint.find(str(folder / "run")))
+        found, notes = locate.newest_good(locate.find(str(folder / "run")))
         assert found == good, f"{name}: the run folder means {found}"
         assert len(notes) == 1 and good.name in notes[0] and newest.name in notes[0], f"{name}: says {notes}"
         if number % 100 == 1:
@@ -220,7 +221,7 @@ def foreign(folder: Path, count: int) -> str:
     old = folder / "old.pt"
     old.write_bytes(_torch_save())
     with pytest.raises(CheckpointError, match="can run code"):
-        checkpoint.find(str(old))
+        locate.find(str(old))
     for path in (file, old):
         for program, argument in (("info", "ckpt"), ("train", "trainer.resume"))[: 1 + (count > 3)]:
             forks.refused(forks.run(program, f"{argument}={path}", *_quick(program), cwd=folder))

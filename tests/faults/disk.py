@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import locate
 from tests.faults.cases import Case
 from tests.faults.processes import (
     LAST,
@@ -196,14 +196,14 @@ def wrong_clocks(folder: Path, count: int) -> str:
     run_dir = outputs / "train" / "day" / "time"
     run_dir.parent.mkdir(parents=True)
     as_it_was(reference(*QUICK), run_dir, BEFORE_THE_END)
-    files = checkpoint.saved_steps(run_dir)
+    files = locate.saved_steps(run_dir)
     chosen = random.Random(0)
     for _ in range(count):
         times = chosen.sample(range(-400, 400), len(files))
         for file, hours in zip(files, times, strict=True):
             os.utime(file, (time.time() + 3600 * hours,) * 2)
         for spec in (str(run_dir), "latest"):
-            found = [step_of(file) for file in checkpoint.find(spec, outputs)[: len(files)]]
+            found = [step_of(file) for file in locate.find(spec, outputs)[: len(files)]]
             assert found == [step_of(file) for file in reversed(files)], (
                 f"ckpt={spec} with the times {times}: {found}"
             )

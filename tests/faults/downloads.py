@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ddpm.datasets import mnist
+from ddpm.data import mnist
 from ddpm.errors import DataError, is_plain
 from tests.faults.cases import Case
 from tests.faults.processes import Script, no_traceback, refused, succeeded
@@ -144,7 +144,7 @@ import os, time
 from dataclasses import replace
 from pathlib import Path
 {imports}
-from ddpm.datasets import mnist
+from ddpm.data import mnist
 
 {mirrors}
 mnist.SHAPES, mnist.HELD_OUT, mnist.TIMEOUT = {shapes!r}, {held_out}, {timeout}
@@ -158,7 +158,7 @@ import sys
 sys.path.insert(0, ".")
 import local_mirror
 from pathlib import Path
-from ddpm.datasets import DATASETS
+from ddpm.data.datasets import DATASETS
 from ddpm.errors import UserError
 try:
     print(int(DATASETS["mnist"](Path("data")).train.images.sum()))

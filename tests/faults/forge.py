@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
 from tests.faults.damage import STEP, base, step_file
 
 Maker = Callable[["Place"], None]

@@ -108,9 +108,9 @@ def _import() -> dict[str, Any]:
         "matplotlib.pyplot",
         "sklearn.datasets",
         "safetensors.torch",
-        "ddpm.training",
-        "ddpm.plots",
-        "ddpm.cli.plan",
+        "ddpm.train.loop",
+        "ddpm.train.plots",
+        "ddpm.sample.tasks",
         *(f"ddpm.cli.{program}" for program in PROGRAMS),
     )
     for name in lazily:

@@ -7,7 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from tests.faults import processes
 from tests.faults.cases import Case
 from tests.faults.processes import (
@@ -145,7 +146,7 @@ def truncate(folder: Path, count: int) -> str:
     for trial in range(count):
         run_dir = folder / f"run-{trial}"
         as_it_was(whole, run_dir, LAST - 2)
-        older, newest = checkpoint.saved_steps(run_dir)
+        older, newest = locate.saved_steps(run_dir)
         data = newest.read_bytes()
         cut = chosen.choice([0, 1, 7, 8, 100, chosen.randrange(len(data)), len(data) - 1])
         newest.write_bytes(data[:cut])

@@ -22,15 +22,15 @@ from types import ModuleType
 import numpy as np
 import safetensors.numpy
 
-from ddpm.datasets import mnist
-from ddpm.datasets.cache import Arrays, content_hash
-from ddpm.datasets.folder import folder as image_folder
-from ddpm.datasets.folder import read_image
-from ddpm.datasets.hoda import Crops, load_crops, pack, read_cdb
-from ddpm.datasets.types import check_dataset
+from ddpm.data import mnist
+from ddpm.data.dataset import check_dataset
+from ddpm.data.folder import folder as image_folder
+from ddpm.data.folder import read_image
+from ddpm.data.hoda import Crops, load_crops, pack, read_cdb
 from ddpm.errors import UserError, is_plain
+from ddpm.io.cache import Arrays, content_hash
+from tests.data.hoda_files import cdb, digits, header, record
 from tests.faults.cases import Case
-from tests.hoda_files import cdb, digits, header, record
 
 HANG = 10  # seconds a trial may take
 MEMORY = 1 << 30  # bytes that the readers may ask for beyond what Python, torch and Pillow have at the start

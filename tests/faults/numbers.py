@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from tests.faults.cases import Case
 from tests.faults.processes import (
     QUICK,
@@ -35,7 +36,8 @@ from pathlib import Path
 import torch
 
 import ddpm
-from ddpm.datasets.types import Dataset, Facts, Split
+from ddpm.data.dataset import Dataset, Split
+from ddpm.data.info import Facts
 
 
 @ddpm.register("dataset")
@@ -125,7 +127,7 @@ def few_images(folder: Path, count: int) -> str:
 
 def overflowing(folder: Path, count: int) -> str:
     """Weights that are finite, but so large that sampling overflows."""
-    source = checkpoint.saved_steps(reference(*QUICK))[-1]
+    source = locate.saved_steps(reference(*QUICK))[-1]
     meta, tensors = checkpoint.load(source)
     samplers = ("dpmpp_2m_sde", "ddim", "ddpm", "heun", "unipc", "dpmpp_2m")
     for sampler in samplers[:count]:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of prctl(2) and capabilities(7)
 PATIENCE = 240.0  # seconds until a command that should have ended counts as hanging
@@ -194,7 +195,7 @@ def step_of(file: Path) -> int:
 
 def steps_that_load(run_dir: Path) -> set[int]:
     """The steps of a run's checkpoints; each must load, and best, too, if there is one."""
-    files = checkpoint.saved_steps(run_dir)
+    files = locate.saved_steps(run_dir)
     best = run_dir / "checkpoints" / "best.safetensors"
     for file in [*files, *([best] if best.exists() else [])]:
         checkpoint.load(file)
@@ -203,7 +204,7 @@ def steps_that_load(run_dir: Path) -> set[int]:
 
 def same_outcome(run_dir: Path, wanted: Path) -> None:
     """Two finished runs: the last and the best checkpoint bitwise equal, the same figures, each step once."""
-    last = checkpoint.saved_steps(wanted)[-1].name
+    last = locate.saved_steps(wanted)[-1].name
     for name in (last, "best.safetensors"):
         a, b = (checkpoint.load(folder / "checkpoints" / name)[0] for folder in (run_dir, wanted))
         assert a.sha256 == b.sha256, f"{run_dir.name}: the tensors of {name} (step {a.step}, {b.step}) differ"

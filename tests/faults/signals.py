@@ -12,7 +12,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-from ddpm import checkpoint
+from ddpm.checkpoint import locate
 from tests.faults import processes
 from tests.faults.cases import Case
 from tests.faults.processes import (
@@ -116,7 +116,7 @@ def _stopped(script: Script, run_dir: Path, signum: signal.Signals) -> None:
     assert script.process.returncode == STATUS[signum], f"should have ended with {STATUS[signum]}: {script}"
     assert not script.err, f"should have been silent on stderr: {script}"
     no_traceback(script)
-    newest = checkpoint.saved_steps(run_dir)[-1]
+    newest = locate.saved_steps(run_dir)[-1]
     line = f"stopped by {signum.name} at step {step_of(newest):,}; go on with: ddpm-train trainer.resume={run_dir.name}"
     assert script.out[-1] == line, f"should end with {line!r}: {script}"
     assert line in (run_dir / "train.log").read_text().splitlines(), f"not in train.log: {line}"

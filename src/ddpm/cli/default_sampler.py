@@ -1,27 +1,29 @@
 """Which sampler a command takes where none is typed."""
 
-from ddpm.cli import hydra_app
-from ddpm.config import check
+from ddpm.config import hydra
+from ddpm.config.schema import check
 from ddpm.errors import printable
-from ddpm.world import world
+from ddpm.runtime.world import world
 
 BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
     """That of sampler.yaml beside the checkpoint, which it says, or else of the training. Raises UserError."""
-    from ddpm import checkpoint, sampler_file
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate
+    from ddpm.sample import sampler_file
 
-    ckpt = hydra_app.typed_value(typed, "ckpt")
-    if ckpt in (None, "null") or hydra_app.typed_value(typed, "sampler") is not None:
+    ckpt = hydra.typed_value(typed, "ckpt")
+    if ckpt in (None, "null") or hydra.typed_value(typed, "sampler") is not None:
         return []
     others = [override for override in typed if not override.lstrip("+~").startswith("sampler")]
-    check(schema, hydra_app.compose(program, others))  # their mistakes come before those of a file
-    path, _ = checkpoint.newest_good(checkpoint.find(ckpt), check=checkpoint.read_meta)
+    check(schema, hydra.compose(program, others))  # their mistakes come before those of a file
+    path, _ = locate.newest_good(locate.find(ckpt), check=checkpoint.read_meta)
     trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
-    if hydra_app.typed_value(typed, "task") in BACKWARDS:
+    if hydra.typed_value(typed, "task") in BACKWARDS:
         return ["sampler=ddim", "sampler.spacing=logsnr"]
     sampler, file = sampler_file.default(trained, path.parent)
     if file is not None and world().first:
         print(printable(f"sampler={sampler.name} as in {file}; sampler=… takes another"), flush=True)
-    return hydra_app.as_overrides({"sampler": sampler.to_dict()})
+    return hydra.as_overrides({"sampler": sampler.to_dict()})

@@ -1,6 +1,6 @@
 """The commands as they are installed: first listen to signals, then import the rest."""
 
-from ddpm.cli import signals
+from ddpm.runtime import signals
 
 
 def train() -> None:

@@ -7,29 +7,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli import hydra_app
-from ddpm.config import ADDED, CIRCUMSTANCES, ExportConfig, choices, to_dict
+from ddpm.cli import app
+from ddpm.config import hydra
+from ddpm.config.choices import ADDED, choices
+from ddpm.config.schema import CIRCUMSTANCES, ExportConfig, to_dict
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.io.files import reason, write_atomically
 
 if TYPE_CHECKING:
-    from ddpm.sampling import Model
+    from ddpm.sample.model import Model
 
 
 def main() -> None:
-    hydra_app.run("export", ExportConfig, export)
+    app.run("export", ExportConfig, export)
 
 
 def export(config: ExportConfig) -> None:
     """The whole command for one checked config."""
     import torch
 
-    from ddpm import build, checkpoint, sampling
-    from ddpm.card import card
-    from ddpm.export import FORMATS
+    from ddpm.checkpoint import locate, verify
+    from ddpm.export.formats import FORMATS
+    from ddpm.export.model_card import card
+    from ddpm.sample.model import load
 
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
-    model, meta = sampling.load(path, torch.device("cpu"), config.ema)
+    path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
+    model, meta = load(path, torch.device("cpu"), config.ema)
     files = FORMATS[config.format](model)
     text = card(model, config.format, config.ema, meta.sha256, training_command(model))
     files["README.md"] = text.encode()
@@ -44,8 +47,8 @@ def export(config: ExportConfig) -> None:
 
 def _check(model: "Model", out: Path) -> str:
     """Both tools' images from the same noise. Raises UserError where they are not the same."""
-    from ddpm import crosscheck
-    from ddpm.export import ddim_steps
+    from ddpm.export import crosscheck
+    from ddpm.export.formats import ddim_steps
 
     try:
         import diffusers
@@ -72,14 +75,14 @@ def training_command(model: "Model") -> str:
     begin = [f"dataset={_file('dataset', config)}", f"objective={config['objective']['prediction']}"]
     path = "path" in config["dataset"]
     given = ["dataset.path=here"] if path else []
-    default = hydra_app.compose("train", begin + given)
+    default = hydra.compose("train", begin + given)
     for group in ("model", "schedule", "sampler"):
         if default[group]["name"] != config[group]["name"]:
             begin.append(f"{group}={_file(group, config)}")
-    default = hydra_app.compose("train", begin + given)
+    default = hydra.compose("train", begin + given)
     chosen = {group for group, value in config.items() if isinstance(value, dict) and "name" in value}
     changed = []
-    for override in hydra_app.as_overrides({key: config[key] for key in config if key not in CIRCUMSTANCES}):
+    for override in hydra.as_overrides({key: config[key] for key in config if key not in CIRCUMSTANCES}):
         key, _, value = override.partition("=")
         group, _, name = key.rpartition(".")
         if key in ("trainer.resume", "trainer.init_from", "dataset.path") or key in chosen:

@@ -5,28 +5,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import signals
-from ddpm.cli.progress import Log, estimate, typed
+from ddpm.cli.progress import estimate
 from ddpm.errors import RankError, UserError
+from ddpm.runtime import signals
+from ddpm.runtime.console import Log, typed
 
 if TYPE_CHECKING:
-    from ddpm.datasets.types import Dataset
-    from ddpm.runs import Run
+    from ddpm.data.dataset import Dataset
+    from ddpm.train.state import Run
 
 
 def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
     """The training, with its bar or plain lines; what signals ask for is done between two steps."""
-    from ddpm import compiling, memory
-    from ddpm.cli import tensorboard
-    from ddpm.distributed import agreed
-    from ddpm.training import fit, keep
+    from ddpm.runtime import memory
+    from ddpm.runtime.distributed import agreed
+    from ddpm.train import compile as compiling
+    from ddpm.train import tensorboard
+    from ddpm.train.loop import fit, keep
 
     first, clock = run.step, time.perf_counter()
     exhausted = False
     try:
         if note := compiling.begin(run):
             log.say(note)
-        with log.bar(run) as bar, tensorboard.events(run, run_dir) as mirror:
+        with log.bar(run.max_steps, run.step) as bar, tensorboard.events(run, run_dir) as mirror:
             asked = _asked(run)
             for progress in fit(run, data, run_dir):
                 bar.update()
@@ -69,7 +71,7 @@ def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
     after one step and hears of them after the next: all act after the same step, and none waits but for processes
     that are a whole step behind.
     """
-    from ddpm.distributed import begin_largest
+    from ddpm.runtime.distributed import begin_largest
 
     if run.world.size == 1:
         while True:
@@ -86,7 +88,8 @@ def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
 def _out_of_memory(run: "Run") -> UserError:
     import torch
 
-    from ddpm import memory, training
+    from ddpm.runtime import memory
+    from ddpm.train import loop
 
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
     text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
@@ -99,7 +102,7 @@ def _out_of_memory(run: "Run") -> UserError:
     run.network._compiled_call_impl = None  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
-    peak = memory.peak_on_gpu(lambda n: training.trial(run, n), run.device)
+    peak = memory.peak_on_gpu(lambda n: loop.trial(run, n), run.device)
     fits = memory.largest_batch(peak, free, batch)
     if fits is None:
         return UserError(f"{text}; not even 1 image fits: take a smaller model, or free the GPU")

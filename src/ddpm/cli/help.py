@@ -1,6 +1,6 @@
 """`--help`, printed without importing Hydra or torch."""
 
-from ddpm.config import ADDED, CONFIG_DIR
+from ddpm.config.choices import ADDED, CONFIG_DIR
 
 _HEAD = {
     "train": """ddpm-train: train a diffusion model on small images

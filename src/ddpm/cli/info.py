@@ -2,19 +2,20 @@
 
 import math
 
-from ddpm.cli import hydra_app
-from ddpm.config import InfoConfig
+from ddpm.cli import app
+from ddpm.config.schema import InfoConfig
 from ddpm.errors import printable
 
 
 def main() -> None:
-    hydra_app.run("info", InfoConfig, info)
+    app.run("info", InfoConfig, info)
 
 
 def info(config: InfoConfig) -> None:
-    from ddpm import checkpoint
+    from ddpm.checkpoint import file as checkpoint
+    from ddpm.checkpoint import locate
 
-    path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=checkpoint.read_meta)
+    path, notes = locate.newest_good(locate.find(config.ckpt), check=checkpoint.read_meta)
     meta, tensors = checkpoint.read_meta(path)
     trained = checkpoint.config(path, meta)
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))

@@ -1,109 +1,12 @@
 """What a training tells its user: lines for the screen and for train.log, and a bar on a terminal."""
 
-import os
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ddpm import yaml_files
-from ddpm.config import CONFIG_DIR
-from ddpm.errors import printable
-from ddpm.world import World
+from ddpm.config.choices import CONFIG_DIR, read_yaml
+from ddpm.runtime.console import duration
 
 if TYPE_CHECKING:
-    from ddpm.runs import Run
-
-
-class Log:
-    """Lines for the screen and for train.log; above the progress bar, if there is one."""
-
-    def __init__(self, path: Path | None) -> None:
-        """None: of a process that has nothing to say, as rank 0 says it.
-
-        Raises OSError where there can be no such file, so that nothing else is written first.
-        """
-        self.path = path
-        if path is not None:
-            self._open(path).close()
-
-    def say(self, text: str) -> None:
-        """Raises OSError where train.log cannot be written."""
-        if self.path is None:
-            return
-        text = printable(text)
-        tell(text)
-        with self._open(self.path) as file:
-            file.write(text + "\n")
-
-    def _open(self, path: Path) -> IO[str]:
-        return open(path, "a", encoding="utf-8", opener=_no_link)
-
-    def bar(self, run: "Run") -> Any:
-        """On a terminal; elsewhere it shows nothing."""
-        from tqdm import tqdm
-
-        hidden = self.path is None or not sys.stderr.isatty()
-        return tqdm(
-            total=run.max_steps,
-            initial=run.step,
-            unit="step",
-            disable=hidden,
-            dynamic_ncols=True,
-            leave=False,
-        )
-
-    def record(self, record: dict[str, float], max_steps: int, bar: Any) -> None:
-        """A line of metrics.jsonl, on the bar or, where that is hidden or there is a validation, as text."""
-        short = f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s"
-        bar.set_postfix_str(short)
-        if bar.disable or "val_loss" in record:
-            line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
-            self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
-
-
-@contextmanager
-def of_steps(
-    own: World, num_steps: int, n: int, batch_size: int, leave: bool
-) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
-    """On a terminal a bar over the steps of all batches; with it what is to be called when batches get smaller."""
-    from tqdm import tqdm
-
-    hidden = not (own.first and sys.stderr.isatty())
-    with tqdm(unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
-
-        def count(left: int, size: int) -> None:
-            bar.total = bar.n + num_steps * -(-left // size)
-
-        def smaller(left: int, size: int) -> None:
-            count(left, size)
-            tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
-
-        count(n, batch_size)
-        yield bar, smaller
-
-
-def tell(text: str) -> None:
-    """A line for the screen; a screen that has gone (`| head`, a closed terminal) is no reason to stop."""
-    from tqdm import tqdm
-
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def typed(folder: Path) -> str:
-    """A folder as a shell takes it; one that is called `latest` is not the latest run."""
-    return shlex.quote("./latest" if str(folder) == "latest" else str(folder))
-
-
-def _no_link(path: str, flags: int) -> int:
-    """A link in a folder that somebody else has made could lead anywhere."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    from ddpm.train.state import Run
 
 
 def estimate(run: "Run", seconds_per_step: float) -> str:
@@ -112,21 +15,6 @@ def estimate(run: "Run", seconds_per_step: float) -> str:
     text = f"about {duration(seconds)} for {run.max_steps - run.step:,} more steps on this {run.device.type}"
     short = CONFIG_DIR / "experiment" / f"{run.facts.name}_cpu.yaml"
     slow = run.device.type == "cpu" and seconds > 900 and short.exists()
-    if slow and run.max_steps > yaml_files.read(short)["trainer"]["max_steps"]:  # else this is the short one
+    if slow and run.max_steps > read_yaml(short)["trainer"]["max_steps"]:  # else this is the short one
         text += f"; experiment={short.stem} is the short one"
     return text
-
-
-def figures(record: dict[str, float]) -> str:
-    """Both validation figures with their errors."""
-    return ", ".join(
-        f"{key} {record[key]:.4f} ± {record[key + '_error']:.4f}" for key in ("val_loss", "val_eps_mse")
-    )
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit that says enough."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

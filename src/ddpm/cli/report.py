@@ -1,39 +1,27 @@
 """ddpm-report: the runs of a sweep, or any others, side by side: a table, CSV and pictures."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import hydra_app
-from ddpm.cli.folders import dated_folder
-from ddpm.config import Choice
+from ddpm.cli import app
+from ddpm.config import hydra
+from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
+from ddpm.io.files import reason, write_atomically
+from ddpm.runs.output_dirs import dated_folder
 
 if TYPE_CHECKING:
-    from ddpm.report import RunRow
+    from ddpm.report.runs import RunRow
 
 MAX_IMAGES = 64  # of each run in contact.png,
 MAX_ROWS = 100  # runs in it
 MAX_NAME = 28
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    folder: list[str]
-    figure: str
-    contact: bool
-    n: int
-    seed: int
-    sampler: Choice | None  # None: each run's own
-    device: str
-    out: str | None
-
-
 def main() -> None:
     sys.argv[1:] = _with_folders(sys.argv[1:])
-    hydra_app.run("report", ReportConfig, report, defaults=_before_typed)
+    app.run("report", ReportConfig, report, defaults=_before_typed)
 
 
 def _with_folders(arguments: list[str]) -> list[str]:
@@ -47,40 +35,41 @@ def _with_folders(arguments: list[str]) -> list[str]:
             folders.append(argument)
         else:
             others.append(argument)
-    quoted = ",".join(hydra_app.quoted(folder.strip(" '\"")) for folder in folders if folder)
+    quoted = ",".join(hydra.quoted(folder.strip(" '\"")) for folder in folders if folder)
     return [*others, f"folder=[{quoted}]"] if quoted else others
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """Nothing, but a folder is needed, and a parameter of a sampler needs the sampler."""
-    if hydra_app.typed_value(overrides, "folder") is None:
+    if hydra.typed_value(overrides, "folder") is None:
         raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
-    if parameters and hydra_app.typed_value(overrides, "sampler") is None:
+    if parameters and hydra.typed_value(overrides, "sampler") is None:
         raise UserError(f"{parameters[0]}: name the sampler, too (sampler=ddim {parameters[0]})")
     return []
 
 
 def report(config: ReportConfig) -> None:
     """The whole command for one checked config."""
-    from ddpm import report, report_table
-    from ddpm.cli import run_folder
+    from ddpm.report import runs as report
+    from ddpm.report import table
+    from ddpm.runs import run_dir
 
     if config.n > MAX_IMAGES:
         raise UserError(f"n={config.n}: must be a number from 1 to {MAX_IMAGES}")
     if config.contact:
         _check_device(config.device)
     folders = [Path(folder) for folder in config.folder]
-    rows = report.ranked(report.read_all(folders, run_folder.is_running), config.figure)
-    print(report_table.table(rows, config.figure), flush=True)
+    rows = report.ranked(report.read_all(folders, run_dir.is_running), config.figure)
+    print(table.table(rows, config.figure), flush=True)
     out = _out(config, folders, rows)
     try:
-        write_atomically(out / "report.csv", report_table.csv_text(rows, config.figure).encode())
+        write_atomically(out / "report.csv", table.csv_text(rows, config.figure).encode())
         print(printable(str(out / "report.csv")), flush=True)
         if any(row.best(config.figure) for row in rows):
-            from ddpm import report_pictures
+            from ddpm.report import plot
 
-            report_pictures.draw(rows, config.figure, out / "report.png")
+            plot.draw(rows, config.figure, out / "report.png")
             print(printable(str(out / "report.png")), flush=True)
         else:
             print(f"no run has a {config.figure} yet, which comes with the first validation: no report.png")
@@ -89,7 +78,7 @@ def report(config: ReportConfig) -> None:
         without = sum(row.best(config.figure) is None for row in rows)
         if 0 < without < len(rows):
             print(f"{without} of {len(rows)} runs have no {config.figure} and are only in table and CSV")
-        if best := report_table.best(rows, config.figure):
+        if best := table.best(rows, config.figure):
             print(printable(best))
     except BrokenPipeError:  # `ddpm-report … | head`
         raise
@@ -100,9 +89,9 @@ def report(config: ReportConfig) -> None:
 def _check_device(name: str) -> None:
     """A mistake comes before all else; that `auto` and `cpu` are none is known without torch."""
     if name not in ("auto", "cpu"):
-        from ddpm import build
+        from ddpm.runtime import device as runtime_device
 
-        build.device(name)
+        runtime_device.device(name)
 
 
 def _out(config: ReportConfig, folders: list[Path], rows: "list[RunRow]") -> Path:
@@ -121,34 +110,36 @@ def _contact(config: ReportConfig, rows: "list[RunRow]", picture: Path) -> None:
     """contact.png, with a bar on a terminal; a run that cannot be drawn from says why."""
     from tqdm import tqdm
 
-    from ddpm import build, checkpoint, contact, report_table
-    from ddpm.images import save_png
-    from ddpm.report import brief
+    from ddpm.checkpoint import locate
+    from ddpm.io.images import save_png
+    from ddpm.report import contact_sheet, table
+    from ddpm.report.runs import brief
+    from ddpm.runtime import device as runtime_device
 
-    device, keys = build.device(config.device), report_table.varying(rows)
+    device, keys = runtime_device.device(config.device), table.varying(rows)
     sampler = "each run's own sampler" if config.sampler is None else config.sampler.name
     title = f"{config.n} images of seed {config.seed}, {sampler}, best {config.figure} first"
-    strips: list[contact.Strip] = []
+    strips: list[contact_sheet.Strip] = []
     left_out: list[str] = []
     for row in tqdm(rows, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if len(strips) == MAX_ROWS:
             left_out.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(rows)}")
             break
-        head = report_table.measured(row, config.figure) or f"no {config.figure}"
+        head = table.measured(row, config.figure) or f"no {config.figure}"
         try:
-            if not checkpoint.of_run(row.path):  # the table says what is the matter
+            if not locate.of_run(row.path):  # the table says what is the matter
                 continue
-            images, step = contact.drawn(row.path, config.n, config.seed, config.sampler, device)
+            images, step = contact_sheet.drawn(row.path, config.n, config.seed, config.sampler, device)
         except (UserError, OSError) as error:
             left_out.append(f"no images of {row.name}: {brief(str(error), row.path)}")
             continue
         named = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name says the settings again
         foot = f"{row.status}, step {step}{named}"
-        strips.append(contact.Strip(head, report_table.label(row, keys), foot, images))
+        strips.append(contact_sheet.Strip(head, table.label(row, keys), foot, images))
     for line in left_out:
         print(printable(line))
     if not strips:
         print(f"nothing to draw from: no {picture.name}")
         return
-    save_png(picture, contact.sheet(title, strips))
+    save_png(picture, contact_sheet.sheet(title, strips))
     print(printable(str(picture)))

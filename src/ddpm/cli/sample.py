@@ -7,19 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import default_sampler, folders, hydra_app
-from ddpm.config import SampleConfig, to_dict
+from ddpm.cli import app, default_sampler
+from ddpm.config.schema import SampleConfig, to_dict
 from ddpm.errors import printable
-from ddpm.files import write_atomically
-from ddpm.world import ALONE, World, world
+from ddpm.io.files import write_atomically
+from ddpm.runs import output_dirs
+from ddpm.runtime.world import ALONE, World, world
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ddpm.cli.plan import Plan
-    from ddpm.meta import Meta
-    from ddpm.sampling import Model
+    from ddpm.checkpoint.header import Meta
+    from ddpm.sample.model import Model
+    from ddpm.sample.tasks import Plan
 
 FILM_IMAGES = 16
 FILM_FRAMES = 40
@@ -27,7 +28,7 @@ STRIP_COLUMNS = 10
 
 
 def main() -> None:
-    hydra_app.run("sample", SampleConfig, sample, defaults=_default_sampler)
+    app.run("sample", SampleConfig, sample, defaults=_default_sampler)
 
 
 def _default_sampler(typed: list[str]) -> list[str]:
@@ -39,30 +40,33 @@ def sample(config: SampleConfig) -> None:
 
     Of several processes (torchrun) each draws its share of the images; rank 0 chooses the checkpoint, and writes.
     """
-    from ddpm import build, memory
-    from ddpm.distributed import joined
+    from ddpm.runtime import device as runtime_device
+    from ddpm.runtime import memory
+    from ddpm.runtime.distributed import joined
 
     started, own = time.perf_counter(), world()
     memory.keep_freed()
-    device = build.device(config.device, own)
+    device = runtime_device.device(config.device, own)
     with joined(own, device):
         _sample_on(config, own, device, started)
 
 
 def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
-    from ddpm import build, checkpoint, runs, sampling
-    from ddpm.cli import plan
-    from ddpm.distributed import agreed, collected, told
+    from ddpm.checkpoint import locate, verify
+    from ddpm.runtime.device import slow_in_bf16
+    from ddpm.runtime.distributed import agreed, collected, told
+    from ddpm.sample import tasks
+    from ddpm.sample.model import load
 
     path, notes = Path(), list[str]()
     with agreed(own):
         if own.first:
-            path, notes = checkpoint.newest_good(checkpoint.find(config.ckpt), check=build.examine)
+            path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
     path = told(own, path)
     with agreed(own):
-        model, meta = sampling.load(path, device, config.ema, config.precision)
-        todo = plan.make(config, model)
-    slow = runs.slow_in_bf16("precision", config.precision, device)
+        model, meta = load(path, device, config.ema, config.precision)
+        todo = tasks.make(config, model)
+    slow = slow_in_bf16("precision", config.precision, device)
     for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
         print(printable(note), flush=True)
     with agreed(own):
@@ -93,7 +97,7 @@ def _finish(
         **figures,
         "evaluations_per_image": drawn.evaluations,
     }
-    with folders.results(config.out, folders.of_run(path) / "samples" / "drawn") as out:
+    with output_dirs.results(config.out, output_dirs.of_run(path) / "samples" / "drawn") as out:
         files = _write(config, todo, drawn, out)
         about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
         write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
@@ -116,14 +120,14 @@ def _draw(config: SampleConfig, model: "Model", todo: "Plan", own: World = ALONE
     import torch
     from torch import Tensor
 
-    from ddpm.cli import progress
-    from ddpm.cli.brought import guidance
-    from ddpm.samplers import Step
-    from ddpm.sampling import draw_all
+    from ddpm.diffusion.samplers import Step
+    from ddpm.runtime import console
+    from ddpm.sample.sampling import draw_all
+    from ddpm.sample.user_images import guidance
 
     share, filmed = own.share(todo.n), _filmed(config, todo.n)
     film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
-    with progress.of_steps(own, todo.num_steps, share.stop - share.start, config.batch_size, leave=True) as (
+    with console.of_steps(own, todo.num_steps, share.stop - share.start, config.batch_size, leave=True) as (
         bar,
         smaller,
     ):
@@ -159,7 +163,7 @@ def _filmed(config: SampleConfig, n: int) -> int:
 
 def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) -> "Tensor":
     """On rank 0, of all the images that are filmed, from each process's part of them."""
-    from ddpm.distributed import collected
+    from ddpm.runtime.distributed import collected
 
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
     return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
@@ -169,7 +173,7 @@ def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[
     """What `save` asks for; returns the names of the files."""
     import numpy as np
 
-    from ddpm.images import grid, rows, save_gif, save_png, to_uint8
+    from ddpm.io.images import grid, rows, save_gif, save_png, to_uint8
 
     pixels, files = to_uint8(drawn.x), []
     classes = None if drawn.y is None else drawn.y.cpu().numpy()

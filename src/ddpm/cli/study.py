@@ -11,21 +11,24 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm import __version__, sampler_file
-from ddpm.cli import evaluate, folders, hydra_app, signals
-from ddpm.cli.evaluate import EvalConfig
-from ddpm.cli.progress import tell
-from ddpm.config import check
+from ddpm import __version__
+from ddpm.cli import eval_keys
+from ddpm.config import hydra
+from ddpm.config.schema import EvalConfig, check
 from ddpm.errors import UserError, printable
-from ddpm.files import reason, write_atomically
-from ddpm.world import ALONE, world
+from ddpm.io.files import reason, write_atomically
+from ddpm.runs import output_dirs
+from ddpm.runtime import signals
+from ddpm.runtime.console import tell
+from ddpm.runtime.world import ALONE, world
+from ddpm.sample import sampler_file
 
 if TYPE_CHECKING:
-    from ddpm.datasets.types import Dataset
-    from ddpm.evaluation.judge import Bench
-    from ddpm.evaluation.record import Evaluation
-    from ddpm.meta import Meta
-    from ddpm.sampling import Model
+    from ddpm.checkpoint.header import Meta
+    from ddpm.data.dataset import Dataset
+    from ddpm.evaluate.evaluator import Bench
+    from ddpm.evaluate.record import Evaluation
+    from ddpm.sample.model import Model
 
 SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
@@ -49,20 +52,24 @@ class Plan:
 def study(typed: list[str]) -> None:
     """The whole of a multirun. Raises UserError before anything is drawn where one setting is wrong."""
     plan = _planned(typed)
-    from ddpm import build, checkpoint, devices, memory, runs, sampling
+    from ddpm.checkpoint import locate, verify
+    from ddpm.runtime import device as runtime_device
+    from ddpm.runtime import memory
+    from ddpm.runtime.device import slow_in_bf16
+    from ddpm.sample.model import load
 
     memory.keep_freed()
-    devices.set_up_cuda()
-    ckpt, device = plan.common.ckpt, build.device(plan.common.device)
+    runtime_device.set_up_cuda()
+    ckpt, device = plan.common.ckpt, runtime_device.device(plan.common.device)
     assert ckpt is not None
-    path, notes = checkpoint.newest_good(checkpoint.find(ckpt), check=build.examine)
-    out = Path(plan.common.out) if plan.common.out else folders.of_run(path) / "evaluations" / "study"
-    folders.check_results(str(out), out)
-    if slow := runs.slow_in_bf16("precision", plan.common.precision, device):
+    path, notes = locate.newest_good(locate.find(ckpt), check=verify.examine)
+    out = Path(plan.common.out) if plan.common.out else output_dirs.of_run(path) / "evaluations" / "study"
+    output_dirs.check_results(str(out), out)
+    if slow := slow_in_bf16("precision", plan.common.precision, device):
         notes.append(slow)
     for note in notes:
         tell(printable(note))
-    model, meta = sampling.load(path, device, plan.common.ema, plan.common.precision)
+    model, meta = load(path, device, plan.common.ema, plan.common.precision)
     for setting in plan.settings:
         _try(setting, model)
     tell(printable(f"{len(plan.settings)} settings, {plan.common.n:,} images each; kept in {out}"))
@@ -87,9 +94,9 @@ def _planned(typed: list[str]) -> Plan:
                 f"{override}: a study loads model and data once and takes one setting after the other, without a "
                 "launcher or sweeper; leave it out"
             )
-    if hydra_app.typed_value(typed, "ckpt") is None:
+    if hydra.typed_value(typed, "ckpt") is None:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
-    with hydra_app.parsed("eval", typed) as parsed:
+    with hydra.parsed("eval", typed) as parsed:
         swept = [
             override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()
         ]
@@ -102,11 +109,11 @@ def _planned(typed: list[str]) -> Plan:
             )
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"{len(jobs)} settings; allowed: {MAX_SETTINGS}")
-    before = MEASURED + evaluate.before_typed(jobs[0])  # what is not swept, and so the same for all
+    before = MEASURED + eval_keys.before_typed(jobs[0])  # what is not swept, and so the same for all
     settings: list[EvalConfig] = []
     for job in jobs:
-        config: EvalConfig = check(EvalConfig, hydra_app.compose("eval", before + job))
-        evaluate.check_keys(config)
+        config: EvalConfig = check(EvalConfig, hydra.compose("eval", before + job))
+        eval_keys.check_keys(config)
         if config in settings:
             raise UserError(f"two settings are the same: {', '.join(o for o in job if _key(o) in swept)}")
         settings.append(config)
@@ -127,21 +134,20 @@ def _try(setting: EvalConfig, model: "Model") -> None:
     """One step of one image, so that what does not fit this model is said first. Raises UserError."""
     import torch
 
-    from ddpm import sampling
+    from ddpm.sample import sampling
+    from ddpm.sample.model import Guidance, denoiser, labels
 
-    index, guidance = torch.zeros(1, dtype=torch.int64), sampling.Guidance(setting.guidance_scale)
+    index, guidance = torch.zeros(1, dtype=torch.int64), Guidance(setting.guidance_scale)
     with torch.inference_mode():
-        y = sampling.labels(model, None, index, guidance)
-        denoise = sampling.denoiser(
-            model, setting.sampler, None if y is None else y.to(model.device), guidance
-        )
+        y = labels(model, None, index, guidance)
+        denoise = denoiser(model, setting.sampler, None if y is None else y.to(model.device), guidance)
         next(sampling.draw(model, setting.sampler, denoise, index.to(model.device), setting.seed))
 
 
 def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta") -> "list[Evaluation]":
     """One evaluation for each setting: read where it is there, else made and written."""
-    from ddpm.cli import judging
-    from ddpm.evaluation.protocol import Clock
+    from ddpm.evaluate import run as judging
+    from ddpm.evaluate.provenance import Clock
 
     data, clock = judging.dataset_of(plan.common, model), Clock()
     kept = [_kept(out, _identity(setting, meta, data)) for setting in plan.settings]
@@ -162,7 +168,7 @@ def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta
 
 
 def _line(evaluation: "Evaluation", plan: Plan) -> str:
-    from ddpm.evaluation import study
+    from ddpm.report import sampler_study as study
 
     one = study.gather([evaluation], plan.varied)
     (row,) = one.rows
@@ -175,13 +181,13 @@ def _measured(
     setting: EvalConfig, path: Path, out: Path, model: "Model", meta: "Meta", bench: "Bench"
 ) -> "Evaluation":
     """Drawn, measured and written."""
-    from ddpm.cli import judging
-    from ddpm.evaluation import judge, record
-    from ddpm.evaluation.protocol import Clock
+    from ddpm.evaluate import evaluator, record
+    from ddpm.evaluate import run as judging
+    from ddpm.evaluate.provenance import Clock
 
     clock, identity = Clock(), _identity(setting, meta, bench.data)
     with judging.shown_steps(setting, ALONE, model, clock) as watched:
-        drawn = judge.draw(
+        drawn = evaluator.draw(
             model,
             setting.sampler,
             n=setting.n,
@@ -191,7 +197,7 @@ def _measured(
             **watched,
         )
     with judging.shown_parts(setting, ALONE, clock):
-        evaluation, _ = judge.measure(
+        evaluation, _ = evaluator.measure(
             bench,
             drawn.images,
             drawn.labels,
@@ -208,7 +214,7 @@ def _measured(
 
 def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, Any]:
     """All that decides an evaluation's figures, beside the features."""
-    from ddpm.evaluation import protocol
+    from ddpm.evaluate import provenance
 
     return {
         "ddpm": __version__,
@@ -220,7 +226,7 @@ def _identity(setting: EvalConfig, meta: "Meta", data: "Dataset") -> dict[str, A
         "guidance_scale": setting.guidance_scale,
         "sampler": setting.sampler.to_dict(),
         "dataset": data.facts.name,
-        "test_sha256": protocol.sha256(data.test.images),
+        "test_sha256": provenance.sha256(data.test.images),
         "measure": sorted(setting.measure),
     }
 
@@ -236,7 +242,8 @@ def _name(identity: dict[str, Any]) -> str:
 
 def _kept(out: Path, identity: dict[str, Any]) -> "Evaluation | None":
     """What an earlier start has measured. None where it is not there, or is not what one writes."""
-    from ddpm.evaluation import record, study
+    from ddpm.evaluate import record
+    from ddpm.report import sampler_study as study
 
     try:
         found = record.read(str(out / _name(identity) / record.FILE))
@@ -254,11 +261,12 @@ def _features(evaluation: "Evaluation | None") -> object:
 
 def _conclude(plan: Plan, path: Path, out: Path, evaluations: "list[Evaluation]") -> None:
     """Table, files and, where one setting is to be preferred, sampler.yaml beside the checkpoint."""
-    from ddpm.evaluation import study, study_picture
+    from ddpm.report import sampler_study as study
+    from ddpm.report import sampler_study_plot
 
     result = study.gather(evaluations, plan.varied)
     study.write(out / "study.json", result)
-    study_picture.draw(result, out / "study.png")
+    sampler_study_plot.draw(result, out / "study.png")
     write_atomically(out / "study.md", f"{study.markdown(result)}\n\n![study](study.png)\n".encode())
     print(study.table(result))
     for name in FILES:

@@ -6,27 +6,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.cli import hydra_app, signals
-from ddpm.cli.progress import Log, duration, figures, tell, typed
-from ddpm.config import TrainConfig, to_dict
+from ddpm.cli import app
+from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.errors import UserError
-from ddpm.files import reason, write_atomically
-from ddpm.world import World, world
+from ddpm.io.files import reason, write_atomically
+from ddpm.runtime import signals
+from ddpm.runtime.console import Log, duration, figures, tell, typed
+from ddpm.runtime.world import World, world
 
 if TYPE_CHECKING:
     import torch
 
-    from ddpm.cli import resume
-    from ddpm.datasets.types import Dataset
-    from ddpm.runs import Run
+    from ddpm.data.dataset import Dataset
+    from ddpm.runs import resume
+    from ddpm.train.state import Run
 
 
 def main() -> None:
-    hydra_app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
+    app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
 
 
 def _sweep(overrides: list[str]) -> None:
-    from ddpm.cli.sweep import sweep
+    from ddpm.sweep.sweep import sweep
 
     sweep(overrides)
 
@@ -36,30 +37,33 @@ def train(config: TrainConfig) -> float:
 
     One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
     """
-    from ddpm import build
-    from ddpm.cli import leases, tensorboard
-    from ddpm.distributed import joined
+    from ddpm.runtime import device as runtime_device
+    from ddpm.runtime.distributed import joined
+    from ddpm.sweep import gpu_locks
+    from ddpm.train import tensorboard
 
     started, own = time.perf_counter(), world()
     tensorboard.check(config)
     _check_size(config, own)
     _set_up_torch(config.trainer.deterministic, config.trainer.precision == "tf32")
-    lease = leases.take(config, tell)  # until the process ends, and its memory on the GPU is free
-    device = build.device(lease.device if lease else config.device, own)
+    lease = gpu_locks.take(config, tell)  # until the process ends, and its memory on the GPU is free
+    device = runtime_device.device(lease.device if lease else config.device, own)
     with joined(own, device):
         return _train_on(config, own, device, started)
 
 
 def _train_on(config: TrainConfig, own: World, device: "torch.device", started: float) -> float:
-    from ddpm import build, runs
-    from ddpm.cli import restarts, resume, run_folder
-    from ddpm.distributed import agreed, in_turn, told
+    from ddpm import build
+    from ddpm.runs import elastic, resume
+    from ddpm.runs import run_dir as run_folder
+    from ddpm.runtime.distributed import agreed, in_turn, told
+    from ddpm.train import state
 
     place, claim, source = resume.Place(None, False, []), None, None
     try:
         with agreed(own):
             if own.first:
-                place = restarts.again(config) or resume.place(config)
+                place = elastic.again(config) or resume.place(config)
                 if place.folder is not None:
                     claim = run_folder.claim(place.folder, config.overwrite, fresh=not place.in_place)
                 source = resume.choose(place, config)
@@ -74,7 +78,7 @@ def _train_on(config: TrainConfig, own: World, device: "torch.device", started: 
         run_dir, figure = told(own, (claim.path if claim else Path(), figure))
         if figure is not None:
             return figure
-        runs.join(run, own)
+        state.join(run, own)
         return _train_in(run_dir, run, data, source, place.in_place, started)
     finally:
         if claim is not None:
@@ -98,20 +102,20 @@ def _check_size(config: TrainConfig, own: World) -> None:
 def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
 ) -> "Run":
-    from ddpm import runs
-    from ddpm.cli import git
-    from ddpm.networks import group_norm
+    from ddpm.networks.kernels import group_norm
+    from ddpm.runtime.device import slow_in_bf16
+    from ddpm.train import checkpointing, environment, state
 
-    run = runs.prepare(config, data, device)
-    if note := runs.slow_in_bf16("trainer.precision", config.trainer.precision, device):
+    run = state.prepare(config, data, device)
+    if note := slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
     if device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
         run.notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     if source is not None:
-        runs.restore(run, source.path)
+        checkpointing.restore(run, source.path)
     elif own.first and config.trainer.init_from is not None:
-        run.notes += runs.init_from(run, config.trainer.init_from)
-    run.environment.update(git.commits())
+        run.notes += checkpointing.init_from(run, config.trainer.init_from)
+    run.environment.update(environment.commits())
     return run
 
 
@@ -119,9 +123,10 @@ def _train_in(
     run_dir: Path, run: "Run", data: "Dataset", source: "resume.Source | None", in_place: bool, started: float
 ) -> float:
     """All that is written is written here, by rank 0."""
-    from ddpm.cli import resume, run_folder
     from ddpm.cli.follow import follow
-    from ddpm.report import FAILED
+    from ddpm.runs import resume
+    from ddpm.runs import run_dir as run_folder
+    from ddpm.runs.run_dir import FAILED
 
     try:
         with signals.patient():
@@ -153,10 +158,10 @@ def _train_in(
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """`trainer.resume=<run>`: what the run was told, before what is typed now."""
-    from ddpm.cli import resume
+    from ddpm.runs import resume_overrides
 
-    resume.check_lengths(overrides)
-    return resume.before_typed(overrides)
+    resume_overrides.check_lengths(overrides)
+    return resume_overrides.before_typed(overrides)
 
 
 def _set_up_torch(deterministic: bool, tf32: bool) -> None:
@@ -166,10 +171,11 @@ def _set_up_torch(deterministic: bool, tf32: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from ddpm import devices, memory
+    from ddpm.runtime import device as runtime_device
+    from ddpm.runtime import memory
 
     memory.keep_freed()
-    devices.set_up_cuda(tf32=tf32)
+    runtime_device.set_up_cuda(tf32=tf32)
     # only where it is a change: to set it imports the compiler, which takes a second
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
@@ -178,7 +184,7 @@ def _set_up_torch(deterministic: bool, tf32: bool) -> None:
 
 def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | None:
     """The last figure of a run that is over. With auto, that is fine; a checkpoint that is named was meant to go on."""
-    from ddpm.cli import run_folder
+    from ddpm.runs import run_dir as run_folder
 
     if run.step < run.max_steps:
         return None
@@ -193,22 +199,22 @@ def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | No
 
 
 def _last_good(run_dir: Path) -> str:
-    from ddpm import checkpoint
+    from ddpm.checkpoint import locate
 
-    files = checkpoint.of_run(run_dir)
+    files = locate.of_run(run_dir)
     return f"; the last checkpoint is {files[0]}" if files else ""
 
 
 def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
-    from ddpm import plots
-    from ddpm.cli import restarts
-    from ddpm.schedules import is_noise
+    from ddpm.diffusion.schedules import is_noise
+    from ddpm.runs import elastic
+    from ddpm.train import plots
 
     log = Log(run_dir / "train.log")
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(to_dict(run.config)).encode())
-    about = {**run.environment, "seed": run.config.seed, **restarts.recorded()}
+    about = {**run.environment, "seed": run.config.seed, **elastic.recorded()}
     write_atomically(run_dir / "environment.json", json.dumps(about, indent=2).encode())
     plots.draw_forward(data.train.images[:8], run.schedule, run_dir / "forward.png")
     if data.notice:
@@ -232,10 +238,11 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
 
 def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
     """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
-    from ddpm import plots
-    from ddpm.checkpoint import of_run, read_meta
-    from ddpm.cli.run_folder import RUN_FILES
-    from ddpm.metrics import VALIDATED
+    from ddpm.checkpoint.file import read_meta
+    from ddpm.checkpoint.locate import of_run
+    from ddpm.runs.run_dir import RUN_FILES
+    from ddpm.train import plots
+    from ddpm.train.metrics_file import VALIDATED
 
     plots.plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     plots.plot_schedule(run.schedule, run_dir / "schedule.png")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.group_norm import normed
+from ddpm.networks.kernels.group_norm import normed
 
 WIDE_HEAD, FEW_TOKENS = 32, 256  # where plain products beat fused attention in bf16 on a CPU
 

@@ -1,0 +1,90 @@
+"""ddpm as a library: what `import ddpm` offers, imported when it is first asked for, as torch takes its time.
+
+import ddpm
+
+model = ddpm.load("outputs/train/2026-01-31/12-00-00")
+images = model.sample(16, seed=0, sampler="ddim", num_steps=20)
+ddpm.save_grid(images, "digits.png")
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.checkpoint import locate, verify
+from ddpm.config.choices import choose_sampler
+from ddpm.config.schema import DrawConfig, check
+from ddpm.io.images import save_grid, to_uint8
+from ddpm.runtime import device as runtime_device
+from ddpm.sample import model as models
+from ddpm.sample import sampler_file
+from ddpm.sample.model import Guidance, labels
+from ddpm.sample.sampling import draw_all, generation
+
+__all__ = ["Model", "load", "save_grid", "to_uint8"]
+
+
+class Model(models.Model):
+    """A trained network and all that is needed to draw from it."""
+
+    def sample(
+        self,
+        n: int = 64,
+        *,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+        label: int | Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        sampler: str | None = None,
+        batch_size: int = 256,
+        **settings: Any,
+    ) -> Tensor:
+        """New images, float32 (n, C, H, W) in [-1, 1] on the CPU: those that ddpm-sample draws for the same values.
+
+        Image i of a seed is the same whatever n, batch_size or the others are; `index` names the images, instead
+        of 0 … n-1. Image i has the class label[i mod K], of all classes where none is given. `sampler` is that of
+        sampler.yaml beside the checkpoint, else of the training or, by name, another one with its own defaults;
+        `settings` are its keys, such as num_steps, spacing, clip, eta. Raises UserError, with the key, for what is
+        out of range or does not fit the model.
+        """
+        typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
+        typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
+        todo: DrawConfig = check(DrawConfig, typed)
+        base = sampler if sampler is not None else sampler_file.default(self.config, self.folder)[0]
+        chosen = choose_sampler(base, {key: _plain(value) for key, value in settings.items()})
+        numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
+        guidance = Guidance(todo.guidance_scale)
+        y = labels(self, todo.label, numbers, guidance)
+
+        def halved(left: int, size: int) -> None:
+            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
+
+        steps = generation(self, chosen, numbers, todo.seed)
+        places, size = torch.arange(len(numbers)), todo.batch_size
+        x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
+        return x.clamp_(-1, 1)
+
+
+def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True) -> Model:
+    """The model in a checkpoint file, in a run's folder, or in the "latest" run under outputs/, ready to draw from.
+
+    `device` is auto, cpu, cuda or cuda:1; `ema=False` takes the last weights in place of the averaged ones. Of a run
+    the newest whole checkpoint counts; a UserWarning tells of newer ones that are broken. Nothing in a file is run.
+    Raises UserError: CheckpointError where there is nothing to load.
+    """
+    path, notes = locate.newest_good(locate.find(str(ckpt)), check=verify.examine)
+    for note in notes:
+        warnings.warn(note.removeprefix("warning: "), stacklevel=2)
+    model, _ = models.load(path, runtime_device.device(str(device)), ema)
+    return Model(**vars(model))
+
+
+def _plain(value: Any) -> Any:
+    """Sequences and numbers of other libraries as config checks know them."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,153 @@
+"""One file that holds everything a run is: tensors by name and, as JSON, the config, the data's facts and figures.
+
+The format is safetensors, so that no file can run code; `meta.py` says what its header holds and checks it. A file
+is either whole or not there, and a SHA-256 over all tensors, verified on load, finds every flipped bit.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ddpm.checkpoint.header import (
+    DTYPES,
+    MAX_HEADER,
+    Entry,
+    Meta,
+    brought_up_to_date,
+    parse_header,
+    to_metadata,
+)
+from ddpm.config.schema import TrainConfig, check
+from ddpm.errors import CheckpointError, UserError
+from ddpm.io.files import open_regular, reason, write_atomically
+
+if TYPE_CHECKING:  # reading a header needs no torch
+    from torch import Tensor
+
+CHUNK = 1 << 20  # bytes read at a time of tensors that are not wanted
+
+
+def save(path: Path, tensors: Mapping[str, "Tensor"], meta: Meta) -> None:
+    """Write the file so that it is either whole or not there, and read it back. Raises CheckpointError.
+
+    `meta.sha256` is ignored: the hash is computed here.
+    """
+    from safetensors.torch import save as serialize
+
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = serialize(host, metadata=to_metadata(Meta(**{**vars(meta), "sha256": digest(host)})))
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {reason(error)}") from None
+    verify(path)
+
+
+def read_meta(path: Path) -> tuple[Meta, dict[str, Entry]]:
+    """The metadata and what the header says of each tensor, by name. No tensor is read. Raises CheckpointError."""
+    with _opened(path) as file:
+        meta, table, _ = _read_header(file)
+    return meta, table
+
+
+def config(path: Path, meta: Meta) -> TrainConfig:
+    """The file's config, through the same checks as a typed one. Raises CheckpointError."""
+    if "${" in str(meta.config):
+        raise CheckpointError(
+            f"{path} cannot be used: its config holds '${{', and only plain values are read"
+        )
+    try:
+        return check(TrainConfig, brought_up_to_date(meta.config))  # type: ignore[no-any-return]
+    except UserError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def verify(path: Path) -> None:
+    """Read the whole file, in little memory. Raises CheckpointError unless all of it is as it was written."""
+    _read(path, lambda name: False)
+
+
+def load(path: Path, *prefixes: str) -> tuple[Meta, dict[str, "Tensor"]]:
+    """The metadata and the tensors called `<prefix>.…` (all of them if none is given), on the CPU.
+
+    All of the file is verified, whatever is wanted of it. Raises CheckpointError.
+    """
+    starts = tuple(prefix + "." for prefix in prefixes) or ("",)
+    return _read(path, lambda name: name.startswith(starts))
+
+
+def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
+    """The tensors called `prefix.…`, without the prefix."""
+    return {
+        name.removeprefix(prefix + "."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + ".")
+    }
+
+
+def digest(tensors: Mapping[str, "Tensor"]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file whose every error ends as a CheckpointError that names it."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+
+
+def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
+    """Also where the tensors begin."""
+    whole = os.fstat(file.fileno()).st_size
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= whole - 8:
+        raise CheckpointError("is no checkpoint: it is not a safetensors file, or it is cut off")
+    if size > MAX_HEADER:
+        raise CheckpointError(f"cannot be used: its header has {size} bytes; allowed: {MAX_HEADER}")
+    return *parse_header(file.read(size), whole - 8 - size), 8 + size
+
+
+def _read(path: Path, wanted: Callable[[str], bool]) -> tuple[Meta, dict[str, "Tensor"]]:
+    """What is hashed are the very bytes that become tensors."""
+    kept: dict[str, bytearray] = {}
+    sha = hashlib.sha256()
+    with _opened(path) as file:
+        meta, table, begin = _read_header(file)
+        for name, entry in sorted(table.items()):
+            sha.update(f"{name} {entry.title}\n".encode())
+            file.seek(begin + entry.start)
+            if wanted(name):
+                kept[name] = bytearray(entry.stop - entry.start)
+                file.readinto(kept[name])  # type: ignore[attr-defined]
+                sha.update(kept[name])
+            else:
+                for at in range(entry.start, entry.stop, CHUNK):
+                    sha.update(file.read(min(CHUNK, entry.stop - at)))
+        if sha.hexdigest() != meta.sha256:
+            raise CheckpointError("is broken: its contents do not match the SHA-256 stored in it")
+    return meta, {name: _tensor(data, table[name]) for name, data in kept.items()}
+
+
+def _tensor(data: bytearray, entry: Entry) -> "Tensor":
+    import torch
+
+    dtype = getattr(torch, DTYPES[entry.dtype][0].removeprefix("torch."))
+    if not data:  # which frombuffer refuses
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)

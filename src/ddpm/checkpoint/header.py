@@ -1,0 +1,204 @@
+"""What a checkpoint says about itself, and the checks that stand before any of it is believed. Needs no torch.
+
+A checkpoint is a safetensors file: 8 bytes of length, a JSON header (name → dtype, shape and place of each tensor,
+and `__metadata__`), then the tensors' bytes. In the metadata, `ddpm` is a JSON text and `sha256` the hash of that
+text; the text holds the hash of the tensors. So every byte that means something is covered.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.data.info import FACT_LIMITS
+from ddpm.errors import CheckpointError, is_plain
+
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 had no hash of the text
+MAX_HEADER = 4 * 2**20  # bytes; a network of 250 layers needs 200 thousand
+MAX_TENSORS = 20_000
+MAX_DIMENSIONS = 8
+MAX_ENTRIES = 64  # of figures, of versions
+MAX_TEXT = 512  # characters of each
+# As safetensors calls them: torch's name, bytes of an element
+DTYPES = {
+    "F64": ("torch.float64", 8),
+    "F32": ("torch.float32", 4),
+    "F16": ("torch.float16", 2),
+    "BF16": ("torch.bfloat16", 2),
+    "I64": ("torch.int64", 8),
+    "I32": ("torch.int32", 4),
+    "U8": ("torch.uint8", 1),
+}
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The metadata. `config` and `facts` are plain data that their own checks still have to pass."""
+
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    step: int
+    figures: dict[str, float]
+    versions: dict[str, str]
+    sha256: str  # of all tensors: names, dtypes, shapes and bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it; its bytes are start … stop - 1 behind the header."""
+
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def title(self) -> str:
+        """What the hash says of it beside its name and bytes."""
+        return f"{DTYPES[self.dtype][0]} {self.shape}"
+
+
+def to_metadata(meta: Meta) -> dict[str, str]:
+    """The two texts of a file's `__metadata__`. Raises ValueError for figures that are not finite."""
+    text = json.dumps({**vars(meta), "format_version": FORMAT_VERSION}, allow_nan=False)
+    return {"ddpm": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def parse_header(header: bytes, data_size: int) -> tuple[Meta, dict[str, Entry]]:
+    """A file's header, all of it checked. Raises CheckpointError that says what is wrong, without the file's name."""
+    top = _parse(header)
+    metadata = top.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("ddpm"), str):
+        raise CheckpointError("is no checkpoint of ddpm: a safetensors file, but without ddpm's metadata")
+    return _meta(metadata), _table(top, data_size)
+
+
+def _parse(text: bytes | str) -> dict[str, Any]:
+    """A JSON object, strictly: no name twice, no NaN or Infinity."""
+    try:
+        parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise CheckpointError("is no checkpoint of ddpm: its header cannot be read") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError("is no checkpoint of ddpm: its header cannot be read")
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _meta(metadata: dict[str, Any]) -> Meta:
+    text = metadata["ddpm"]
+    fields = _parse(text)
+    version = fields.pop("format_version", None)
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise CheckpointError(
+            f"has format version {str(version)[:20]}; this ddpm reads versions {', '.join(map(str, READABLE_VERSIONS))}"
+        )
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    if version > 1 and metadata.get("sha256") != digest:
+        raise CheckpointError("is broken: its metadata does not match the SHA-256 stored in it")
+    kinds = {"config": dict, "facts": dict, "step": int, "figures": dict, "versions": dict, "sha256": str}
+    if fields.keys() != kinds.keys() or not all(type(fields[key]) is kind for key, kind in kinds.items()):
+        raise CheckpointError("is no checkpoint of ddpm: its metadata is not complete")
+    figures, versions = fields["figures"], fields["versions"]
+    if not (
+        0 <= fields["step"] <= 10**12
+        and max(len(figures), len(versions)) <= MAX_ENTRIES
+        and all(_is_text(text) for text in [*figures, *versions, *versions.values(), fields["sha256"]])
+        and all(type(value) in (int, float) and abs(value) < 1e300 for value in figures.values())
+    ):
+        raise CheckpointError(
+            "is no checkpoint of ddpm: its step, figures or versions are not what they must be"
+        )
+    _check_facts(fields["facts"])
+    return Meta(**fields)
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    if facts.keys() != {"name", "class_names", *FACT_LIMITS}:
+        raise CheckpointError("is no checkpoint of ddpm: the facts of its data are not complete")
+    for key, (low, high) in FACT_LIMITS.items():
+        if type(facts[key]) is not int or not low <= facts[key] <= high:
+            raise CheckpointError(f"cannot be used: {key} of its data must be a number from {low} to {high}")
+    names = facts["class_names"]
+    if not isinstance(names, list) or len(names) not in (0, facts["num_classes"]):
+        raise CheckpointError("cannot be used: it does not name as many classes as it has")
+    if not all(_is_text(name) for name in [facts["name"], *names]):
+        raise CheckpointError("cannot be used: the name of its data or of a class is no plain text")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT and is_plain(value)
+
+
+def _table(entries: dict[str, Any], data_size: int) -> dict[str, Entry]:
+    """Every tensor, one behind the other from the first byte of the data to the last."""
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"cannot be used: {len(entries)} tensors; allowed: {MAX_TENSORS}")
+    table = {name: _entry(name, fields) for name, fields in entries.items()}
+    end = 0
+    for entry in sorted(table.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != end:
+            raise CheckpointError("is broken: its tensors overlap, or leave a hole")
+        end = entry.stop
+    if end != data_size:
+        raise CheckpointError(f"is broken: it should have {end} bytes of tensors and has {data_size}")
+    return table
+
+
+def _entry(name: str, fields: Any) -> Entry:
+    def is_size(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**48
+
+    wrong = CheckpointError(f"is broken: the header's entry for the tensor '{name[:80]}' makes no sense")
+    if (
+        not _is_text(name)
+        or not isinstance(fields, dict)
+        or fields.keys() != {"dtype", "shape", "data_offsets"}
+    ):
+        raise wrong
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise wrong
+    for sizes, limit in ((shape, MAX_DIMENSIONS), (offsets, 2)):
+        if not isinstance(sizes, list) or len(sizes) > limit or not all(map(is_size, sizes)):
+            raise wrong
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
+        raise wrong
+    return Entry(dtype, tuple(shape), *offsets)
+
+
+# Keys that configs in older checkpoints do not have, by full key.
+ADDED_LATER: dict[str, Any] = {
+    "gpus": None,
+    "jobs_per_gpu": 1,
+    "minimize": "val_eps_mse",
+    "logger": "files",
+    "trainer.init_from": None,
+    "trainer.cuda_graph": "auto",
+    "optimizer.name": "adamw",
+    "optimizer.halvings": 5,
+}
+
+
+def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config from a checkpoint with the keys that came after it."""
+    config = dict(stored)
+    for key, value in ADDED_LATER.items():
+        part, _, name = key.rpartition(".")
+        if not part:
+            config.setdefault(name, value)
+        elif isinstance(config.get(part), Mapping):
+            config[part] = {name: value, **config[part]}
+    return config

@@ -1,0 +1,94 @@
+"""Find checkpoints: of a run, of a step, the latest, the newest that is whole."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ddpm.checkpoint.file import read_meta, verify
+from ddpm.errors import CheckpointError
+
+_STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
+
+
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+
+
+def saved_steps(run: Path) -> list[Path]:
+    """The step files of a run, oldest first: by the step in the name, whatever the clock said."""
+    files = [file for file in (run / "checkpoints").glob("step_*.safetensors") if _STEP.fullmatch(file.name)]
+    return sorted(files, key=step_of)
+
+
+def of_run(run: Path) -> list[Path]:
+    """The checkpoints of a run, the one of the highest step first; `best`, if its header is broken, last."""
+    files, best = list(reversed(saved_steps(run))), run / "checkpoints" / "best.safetensors"
+    if not best.exists():
+        return files
+    try:
+        step = read_meta(best)[0].step
+    except CheckpointError:
+        return [*files, best]
+    newer = sum(step_of(file) >= step for file in files)
+    return [*files[:newer], best, *files[newer:]]
+
+
+def step_of(file: Path) -> int:
+    """The step in a step file's name."""
+    return int(file.stem.removeprefix("step_"))
+
+
+def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
+    """The files that `spec` may mean, best first: a file; or those of a run folder, or of the "latest" run.
+
+    Of a run these are those of `of_run`. Raises CheckpointError if there is none.
+    """
+    if spec == "latest":
+        files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
+            )
+        return of_run(max(files, key=lambda file: (_age(file), file.name)).parent.parent)
+    path = Path(spec)
+    if path.is_dir():
+        inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+        files = of_run(path.parent if inside else path)
+        if not files:
+            raise CheckpointError(f"{path} holds no checkpoint (checkpoints/step_….safetensors)")
+        return files
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist (ckpt is a checkpoint file, a run folder, or latest)")
+    if path.suffix.lower() in PICKLED:
+        raise CheckpointError(
+            f"{path}: pickled checkpoints can run code and are not read; "
+            "scripts/convert_pt.py makes a .safetensors of one that you trust"
+        )
+    return [path]
+
+
+def newest_good(files: Sequence[Path], check: Callable[[Path], object] = verify) -> tuple[Path, list[str]]:
+    """The first of the files that passes the check, and a line for the user about each one before it.
+
+    Raises CheckpointError if none does.
+    """
+    notes: list[str] = []
+    for number, file in enumerate(files):
+        try:
+            check(file)
+        except CheckpointError as error:
+            if len(files) == 1:
+                raise
+            following = f"; trying {files[number + 1]}" if number + 1 < len(files) else ""
+            notes.append(f"warning: {error}{following}")
+        else:
+            return file, notes
+    first = notes[0].removeprefix("warning: ").partition("; trying ")[0]
+    raise CheckpointError(f"{first}; nor is any other of the {len(files)} checkpoints there whole")
+
+
+def _age(file: Path) -> int:
+    """When it was written; a file that has just gone is the oldest."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0

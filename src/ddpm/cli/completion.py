@@ -1,0 +1,47 @@
+"""The keys a command knows, by its YAML files: for the hint after a mistake, and for TAB."""
+
+import glob
+import os
+import re
+from typing import Any
+
+from ddpm.config.choices import CONFIG_DIR, PATH_KEYS, _groups, _of_groups, _own, choices, read_yaml
+from ddpm.config.limits import LIMITS, Between
+
+# What the shell takes as it is: it expands each word that it is offered, and runs a $(command) in a file's name.
+_PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")
+
+
+def completions(program: str, line: str) -> list[str]:
+    """What the last word of a command line can become. Hydra could say it, too, but takes three times as long."""
+    typed = line.split()[1:]
+    word = typed.pop() if typed and not line[-1].isspace() else ""
+    named = {key: value for key, _, value in (other.partition("=") for other in typed)}
+    top = read_yaml(CONFIG_DIR / f"{program}.yaml")
+    groups = _groups(top)
+    # an experiment chooses by itself, and so does a checkpoint: then the keys of all files are possible
+    chosen = named if {"experiment", "ckpt"} & named.keys() else groups | named
+    inside = _of_groups(groups, chosen)
+    key, equals, value = word.partition("=")
+    if not equals:
+        whole = {f"{name}=" for name in [*_own(top), *groups, *inside] if name.count(".") == word.count(".")}
+        parts = {f"{name.partition('.')[0]}." for name in inside} if "." not in word else set()
+        return sorted(name for name in whole | parts if name.startswith(word))
+    if key in groups:
+        values = list(choices(key))
+    elif key in PATH_KEYS:
+        found = filter(_PLAIN_PATH.fullmatch, glob.glob(f"{glob.escape(value)}*"))
+        values = [path + "/" * os.path.isdir(path) for path in found]
+    else:
+        values = _values(key, (_own(top) | inside).get(key))
+    return sorted(f"{key}={one}" for one in values if one.startswith(value))
+
+
+def _values(key: str, example: Any) -> list[str]:
+    """The words that a key takes or, where it takes any number, what it is now."""
+    allowed = LIMITS.get(key)
+    if isinstance(allowed, tuple) and not isinstance(allowed, Between):
+        return list(allowed)
+    if isinstance(example, bool):
+        return ["false", "true"]
+    return [] if example is None or isinstance(example, list) else [str(example)]

@@ -1,0 +1,8 @@
+"""What a user may type: the schema, the choices, their limits, and Hydra."""
+
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from ddpm.old_names import names_of
+
+    __getattr__ = names_of(__name__)

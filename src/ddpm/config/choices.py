@@ -1,0 +1,160 @@
+"""Groups with a choice: the YAML file of each choice is its schema. What `ddpm.register` adds comes beside."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddpm.config.limits import like, nearest
+from ddpm.errors import UserError
+
+_PACKAGED = Path(__file__).parents[1] / "configs"
+
+
+CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A named function or class and its parameters, as in `configs/<group>/<file>.yaml`."""
+
+    name: str
+    params: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params}
+
+
+def choose_sampler(base: Choice | str, settings: Mapping[str, Any]) -> Choice:
+    """A sampler, or one by its file's name, with these settings. Raises UserError."""
+    if isinstance(base, Choice):
+        return check_choice("sampler", {**base.to_dict(), **settings})
+    if base not in (known := choices("sampler")):
+        hint = plugin_hint("sampler") + nearest(str(base), known)
+        raise UserError(f"sampler={base}: must be one of {', '.join(known)}{hint}")
+    return check_choice("sampler", {**known[base], **settings})
+
+
+ADDED: dict[str, dict[str, dict[str, Any]]] = {}  # choices without a file, by group and name
+
+
+def add_choice(group: str, content: dict[str, Any]) -> None:
+    """What `ddpm.register` adds. Raises UserError where a key has another type or limits in its group."""
+    for key, value in content.items():
+        others = [c[key] for c in choices(group).values() if key in c and c["name"] != content["name"]]
+        _like_any([*others, value], value, f"{group}.{key}")
+    ADDED.setdefault(group, {})[content["name"]] = content
+
+
+def choices(group: str) -> dict[str, dict[str, Any]]:
+    """All choices of a group, `{file name without .yaml: its content}`."""
+    return _files(group) | ADDED.get(group, {})
+
+
+@cache
+def _files(group: str) -> dict[str, dict[str, Any]]:
+    files = sorted((CONFIG_DIR / group).glob("*.yaml"))
+    return {file.stem: read_yaml(file) for file in files}
+
+
+def plugin_hint(group: str) -> str:
+    """For an unknown name in a group that `ddpm.register` adds to."""
+    return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
+
+
+def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    known = list(known)
+    for key in raw:
+        if key not in known:
+            raise UserError(
+                f"unknown key '{path}{key}'{nearest(str(key), known)} (known: {', '.join(known)})"
+            )
+    for key in known:
+        if key not in raw:
+            raise UserError(f"'{path}{key}' is missing")
+
+
+def check_choice(path: str, raw: Any) -> Choice:
+    """What `path`, a group, is to be: a name and all of its keys. Raises UserError."""
+    names = {content["name"] for content in choices(path).values()}
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
+        raise UserError(
+            f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
+        )
+    if raw["name"] not in names:
+        hint = plugin_hint(path) + nearest(raw["name"], names)
+        raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")
+    template: dict[str, list[Any]] = {}
+    for content in choices(path).values():
+        if content["name"] == raw["name"]:
+            template |= {key: [] for key in content}
+    for content in choices(path).values():  # a key means the same in every file of its group
+        for key in template.keys() & content.keys():
+            template[key].append(content[key])
+    _check_keys(raw, template, path + ".")
+    params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
+    return Choice(raw["name"], params)
+
+
+def _like_any(examples: list[Any], value: Any, path: str) -> Any:
+    """Like one of the examples: null where one of them is, a list where that is another way to say it."""
+    if value is None and None in examples:
+        return None
+    if path == "sampler.spacing" and isinstance(value, list):
+        return like([0.0], value, path)
+    return like(next((example for example in examples if example is not None), None), value, path)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's where it is there, which takes a tenth of the time."""
+
+
+# YAML 1.1 takes 1e-3 for a text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file of keys and values; an empty one has none."""
+    return {str(key): value for key, value in (yaml.load(file.read_bytes(), _Loader) or {}).items()}
+
+
+PATH_KEYS = (
+    *("run_dir", "data_root", "ckpt", "out", "input", "mask", "samples"),
+    *("dataset.path", "trainer.resume", "trainer.init_from"),
+)
+
+
+def known_keys(program: str) -> list[str]:
+    """Every key that can be typed: those of configs/<program>.yaml, the groups, and the keys of all their files."""
+    top = read_yaml(CONFIG_DIR / f"{program}.yaml")
+    return [*_own(top), *_groups(top), *_of_groups(_groups(top), {})]
+
+
+def _own(top: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are no group's, with their defaults."""
+    return {key: value for key, value in top.items() if key not in ("defaults", "hydra")}
+
+
+def _groups(top: Mapping[str, Any]) -> dict[str, str | None]:
+    """The groups that can be typed, and the file that each has by default, where it has one."""
+    entries = [entry for entry in top["defaults"] if isinstance(entry, dict)]
+    groups = {group: file for entry in entries for group, file in entry.items() if " " not in group}
+    if groups.pop("recipe", None):  # goes with the dataset, and names the model
+        groups["model"] = None
+    return groups
+
+
+def _of_groups(groups: Iterable[str], chosen: Mapping[str, str | None]) -> dict[str, Any]:
+    """The keys of the chosen files of these groups, with what stands there; of all files where none is chosen."""
+    inside: dict[str, Any] = {}
+    for group in groups:
+        files, name = choices(group), chosen.get(group)
+        for content in [files[name]] if name in files else files.values():
+            inside |= {f"{group}.{key}": value for key, value in content.items() if key != "name"}
+    return {key: value for key, value in inside.items() if not key.startswith("experiment.")}

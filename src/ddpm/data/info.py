@@ -1,0 +1,52 @@
+"""What a dataset says of itself, without torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.errors import DataError, is_plain
+
+# Of a dataset, for a number in its facts: lowest, highest
+FACT_LIMITS = {"channels": (1, 16), "image_size": (1, 1024), "num_classes": (0, 10_000), "levels": (2, 256)}
+
+
+MAX_NAME = 255  # characters, as many as a file name can have
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rest of the program needs to know about the images, read off the data and set nowhere else."""
+
+    name: str
+    channels: int
+    image_size: int
+    num_classes: int  # 0: no labels
+    class_names: tuple[str, ...]
+    levels: int  # grey levels a pixel can take
+
+
+def _check_facts(facts: Facts) -> None:
+    if not isinstance(facts, Facts) or not _is_name(facts.name):
+        raise DataError("the dataset's facts must be Facts, with a name of plain text")
+    for key, (low, high) in FACT_LIMITS.items():
+        value = getattr(facts, key)
+        if type(value) is not int or not low <= value <= high:
+            raise DataError(
+                f"dataset {facts.name}: facts.{key}={value!r}; must be a whole number from {low} to {high}"
+            )
+    names = facts.class_names
+    if not isinstance(names, tuple) or len(names) not in (0, facts.num_classes):
+        raise DataError(
+            f"dataset {facts.name}: facts.class_names must be a tuple, empty or of {facts.num_classes} names"
+        )
+    if strange := [name for name in names if not _is_name(name)]:
+        raise DataError(f"dataset {facts.name}: the class name {strange[0]!a} is no plain, short text")
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and is_plain(name)
+
+
+def facts(stored: Mapping[str, Any]) -> Facts:
+    """The facts of the data a checkpoint was trained on, as `meta.py` has checked them."""
+    return Facts(**{**stored, "class_names": tuple(stored["class_names"])})

@@ -1,0 +1,281 @@
+"""MNIST and the sets that copy its form: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
+
+Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent ones are downloaded once; present
+ones are verified. To add such a set, describe it as a `_Variant` and write its three-line function.
+"""
+
+import hashlib
+import http.client
+import math
+import os
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
+from ddpm.data.info import Facts
+from ddpm.errors import DataError
+from ddpm.io.cache import kept
+from ddpm.io.files import leftovers, read_bounded, reason, write_atomically
+
+SIZES = (28, 32, 64)
+HELD_OUT = 5_000  # validation images, taken from the training images
+SHAPES = {
+    "train-images-idx3-ubyte": (60_000, 28, 28),
+    "train-labels-idx1-ubyte": (60_000,),
+    "t10k-images-idx3-ubyte": (10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": (10_000,),
+}
+TIMEOUT = 30.0  # seconds without an answer
+DEADLINE = 900.0  # seconds for one file from one mirror, which may send a byte now and then for ever
+MAX_BYTES = 1 << 26  # of any file; the largest has 47 million
+CHUNK = 4_096  # images resized at a time, so that their float copy stays small
+
+
+@dataclass(frozen=True)
+class _Variant:
+    folder: str  # also the name of the torchvision class that knows the mirrors
+    class_names: tuple[str, ...]
+    md5: tuple[
+        str, ...
+    ]  # of the packed files, in the order of SHAPES: published, and the same as torchvision's
+    sha256: tuple[str, ...] | None  # of the unpacked files, where known
+
+
+_MNIST = _Variant(
+    folder="MNIST",
+    class_names=tuple("0123456789"),
+    md5=(
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    sha256=(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+)
+_FASHION_MNIST = _Variant(
+    folder="FashionMNIST",
+    class_names=(
+        "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+    md5=(
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+    sha256=None,
+)  # fmt: skip
+_KMNIST = _Variant(
+    folder="KMNIST",
+    class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    md5=(
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    ),
+    sha256=None,
+)
+
+
+def mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
+    """Handwritten digits (LeCun et al. 1998, *Gradient-based learning applied to document recognition*).
+
+    Images uint8 (N, 1, S, S), ink 255 on 0: 55,000 to train on, 5,000 for validation, 10,000 for test. S = 28
+    is as published, 32 adds a border of 2, 64 is scaled up. Raises DataError for another size, a file that is
+    not what it should be, or a failed download.
+    """
+    return _load("mnist", _MNIST, data_root, image_size)
+
+
+def fashion_mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
+    """Photographs of clothes (Xiao et al. 2017, *Fashion-MNIST*); everything else as in `mnist`."""
+    return _load("fashion_mnist", _FASHION_MNIST, data_root, image_size)
+
+
+def kmnist(data_root: Path, *, image_size: int = 28) -> Dataset:
+    """Cursive hiragana (Clanuwat et al. 2018, *Deep Learning for Classical Japanese Literature*)."""
+    return _load("kmnist", _KMNIST, data_root, image_size)
+
+
+def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dataset:
+    check_image_size(image_size, SIZES)
+    raw = data_root / variant.folder / "raw"
+    if not all(os.path.exists(raw / file) for file in SHAPES):
+        _download(variant, raw)
+    train_images, train_labels, test_images, test_labels = (_read(variant, raw, i) for i in range(4))
+    train, val = hold_out(_split(f"{name}-train", train_images, train_labels, image_size), HELD_OUT)
+    test = _split(f"{name}-test", test_images, test_labels, image_size)
+    facts = Facts(name, 1, image_size, len(variant.class_names), variant.class_names, levels=256)
+    return Dataset(facts, train, val, test)
+
+
+def _split(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], image_size: int) -> Split:
+    return Split(
+        _resize(name, torch.from_numpy(images)[:, None], image_size), torch.from_numpy(labels).long()
+    )
+
+
+def _resize(name: str, images: Tensor, size: int) -> Tensor:
+    if size == 28:
+        return images
+    if size == 32:  # the digits stay as they were drawn
+        return F.pad(images, (2, 2, 2, 2))
+
+    def scaled() -> NDArray[np.uint8]:
+        return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)]).numpy()
+
+    key = f"{torch.__version__}-{hashlib.sha256(images.numpy().data).hexdigest()}"
+    return torch.from_numpy(kept(f"{name}-{size}", key, len(images), size, scaled))
+
+
+def _scale(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
+
+
+def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
+    file = list(SHAPES)[index]
+    path, packed = raw / file, raw / f"{file}.gz"
+    data = read_bounded(path, MAX_BYTES)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if variant.sha256 is not None:
+        if sha256 != variant.sha256[index]:
+            raise DataError(
+                f"{path}: its SHA-256 is not that of the published file; delete it and start again"
+            )
+    elif os.path.exists(packed) and sha256 != _noted(path):
+        source = read_bounded(packed, MAX_BYTES)
+        if _md5(source) != variant.md5[index] or _unpack(source, packed, SHAPES[file]) != data:
+            raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
+        with suppress(OSError):  # then the packed file is read at each start
+            write_atomically(_note(path), sha256.encode())
+    array = parse_idx(data, str(path), SHAPES[file])
+    if array.ndim == 1 and array.max() >= len(variant.class_names):
+        record = int((array >= len(variant.class_names)).argmax())
+        raise DataError(f"{path}: label {array[record]} at byte {8 + record}; allowed: 0 to 9")
+    return array
+
+
+def _note(path: Path) -> Path:
+    """Where the SHA-256 stands of a file that was the same as its packed one, which need not be read again."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _noted(path: Path) -> str | None:
+    try:
+        return read_bounded(_note(path), 64).decode("ascii", "replace")
+    except DataError:
+        return None
+
+
+def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The unsigned bytes of an IDX file (LeCun's format: magic, then sizes, big-endian) as a writable array.
+
+    Raises DataError, beginning with `name`, unless the file holds exactly this shape and ends there.
+    """
+    header = 4 + 4 * len(shape)
+    if len(data) < header:
+        raise DataError(f"{name}: ends at byte {len(data)}, inside the header of {header} bytes")
+    if data[:4] != bytes([0, 0, 8, len(shape)]):
+        expected = bytes([0, 0, 8, len(shape)]).hex()
+        raise DataError(
+            f"{name}: magic number {data[:4].hex()} at byte 0 is not {expected}; not such an IDX file"
+        )
+    found = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
+    if found != shape:
+        raise DataError(f"{name}: sizes {_times(found)} at byte 4 are not {_times(shape)}")
+    if len(data) != header + math.prod(shape):
+        raise DataError(f"{name}: has {len(data)} bytes, not {header + math.prod(shape)}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+
+
+def _download(variant: _Variant, raw: Path) -> None:
+    """Fill in the absent files. Of several processes one downloads, the others wait for it."""
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with FileLock(raw / "download.lock"):
+            for left_by_a_killed_process in leftovers(raw):
+                left_by_a_killed_process.unlink()
+            for file, md5 in zip(SHAPES, variant.md5, strict=True):
+                # Asked again: another process may have written it meanwhile.
+                if not os.path.exists(raw / file):
+                    _fetch(variant, raw / file, md5)
+    except (OSError, DataError) as error:
+        text = str(error) if isinstance(error, DataError) else reason(error)
+        raise DataError(
+            f"{raw} lacks files that cannot be downloaded ({text}); put {', '.join(SHAPES)} (or the same as "
+            f".gz) there, or use dataset=digits, which needs no download"
+        ) from error
+
+
+def _fetch(variant: _Variant, path: Path, md5: str) -> None:
+    packed = path.with_name(f"{path.name}.gz")
+    if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
+        write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
+    write_atomically(path, _unpack(read_bounded(packed, MAX_BYTES), packed, SHAPES[path.name]))
+
+
+def _mirrors(variant: _Variant) -> list[str]:
+    import torchvision.datasets
+
+    mirrors: Any = getattr(torchvision.datasets, variant.folder).mirrors
+    return list(mirrors)
+
+
+def _from_mirrors(mirrors: list[str], file: str, md5: str) -> bytes:
+    reasons = []
+    for mirror in mirrors:
+        try:
+            data = _get(mirror + file)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a bad redirect
+            reasons.append(f"{mirror}{file}: {reason(error)}")
+            continue
+        if _md5(data) == md5:
+            return data
+        reasons.append(f"{mirror}{file}: wrong MD5 of {len(data)} bytes")
+    raise DataError("; ".join(reasons))
+
+
+def _get(address: str) -> bytes:
+    """At most MAX_BYTES, within DEADLINE. Raises OSError and others."""
+    data, end = bytearray(), time.monotonic() + DEADLINE
+    with urlopen(Request(address, headers={"User-Agent": "ddpm"}), timeout=TIMEOUT) as answer:
+        while len(data) < MAX_BYTES and (part := answer.read1(1 << 16)):
+            data += part
+            if time.monotonic() > end:
+                raise OSError(f"not complete within {DEADLINE:.0f} seconds")
+    return bytes(data)
+
+
+def _unpack(packed: bytes, path: Path, shape: tuple[int, ...]) -> bytes:
+    """At most one byte more than the file should have, so that a wrong file cannot fill the memory."""
+    limit = 4 + 4 * len(shape) + math.prod(shape)
+    try:
+        return zlib.decompressobj(wbits=31).decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise DataError(f"{path}: cannot be unpacked ({error})") from error
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

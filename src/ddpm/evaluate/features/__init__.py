@@ -1,0 +1,1 @@
+"""Features that distances between sets of images are measured in."""

@@ -1,0 +1,139 @@
+"""Evaluations of a network at drawn noise levels: which are drawn, what they give, how well their mean is known."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.data.dataset import Split
+from ddpm.diffusion.denoiser import Estimate
+from ddpm.diffusion.process import add_noise, invert, split
+from ddpm.errors import UserError
+from ddpm.io.images import normalise
+from ddpm.runtime import distributed, memory
+from ddpm.runtime.randomness import normal, permutation, uniform
+from ddpm.runtime.world import World
+from ddpm.sample.model import Model
+
+GROUP = 32  # neighbouring draws that are taken as one stratum, to estimate the variance from
+
+
+class Draws(NamedTuple):
+    """n evaluations, in rising order of t. The noise of draw j is that of (seed, stream, j)."""
+
+    seed: int
+    stream: str
+    image: Tensor  # (n,) int64, of the split
+    t: Tensor  # (n,) int64
+    weight: Tensor  # (n,) float64: the mean of weight · f(t) is the sum of f over all t that can be drawn
+
+    @property
+    def n(self) -> int:
+        return len(self.t)
+
+
+Measure = Callable[[Tensor, Tensor, Tensor, Estimate], Tensor]  # of x_0, t, eps and estimate (b, …): (k, b)
+
+
+def stratified(seed: int, stream: str, n: int, images: Tensor, probability: Tensor) -> Draws:
+    """n draws of t = 0 … T-1 with `probability` (T,) float64, one in each of n slices of equal probability.
+
+    The images (k,) int64 take turns in an order drawn at random: each serves n / k times, rounded up or down.
+    """
+    index = torch.arange(n)
+    part = (index + uniform(seed, f"{stream}/t", 0, index).double()) / n
+    below = (probability / probability.sum()).cumsum(0)
+    possible = probability.nonzero()[:, 0]
+    t = torch.searchsorted(below, part, right=True).clamp(possible[0], possible[-1])
+    image = images[permutation(seed, f"{stream}/image", 0, len(images))][index % len(images)]
+    return Draws(seed, stream, image, t, probability.sum() / probability[t])
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Model, data: Split, draws: Draws, of: Measure, *, labelled: bool, batch_size: int, world: World
+) -> Tensor:
+    """What `of` makes of each draw, (k, n) float64 on the CPU, the same for every batch_size and number of processes.
+
+    The network is asked in float32, with the images' labels or (labelled=False) without. The evaluations are spread
+    over the processes, which all get the same; a batch is halved where memory does not suffice. Raises UserError where
+    a result is not finite, or memory does not suffice for one image.
+    """
+    device, shape = model.device, model.shape
+    tables = (model.schedule.alpha.to(device), model.schedule.sigma.to(device))
+
+    def asked(index: Tensor) -> Tensor:
+        image, t = draws.image[index], draws.t[index].to(device)
+        x_0 = normalise(data.images[image].to(device))
+        y = data.labels[image].to(device) if labelled and data.labels is not None else None
+        eps = normal(draws.seed, f"{draws.stream}/eps", 0, index.to(device), shape)
+        alpha, sigma = (table[t].float().view(-1, 1, 1, 1) for table in tables)
+        x_t = add_noise(x_0, eps, alpha, sigma)
+        output, fraction = split(model.network(x_t, t, y).float(), shape[0])
+        estimate = Estimate(*invert(model.config.objective.prediction, output, x_t, alpha, sigma), fraction)
+        return of(x_0, t, eps, estimate).double()
+
+    own = world.share(draws.n)
+    with distributed.agreed(world):
+        parts = _in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
+    part = torch.cat(parts, 1) if parts else _nothing(model, of)
+    values = distributed.gathered(world, part, draws.n).cpu()
+    if not (finite := torch.isfinite(values).all(0)).all():
+        worst = int(draws.t[int(finite.int().argmin())])
+        raise UserError(
+            f"the network's answers at t = {worst} are not finite, so its likelihood has no value"
+        )
+    return values
+
+
+def _in_batches(
+    asked: Callable[[Tensor], Tensor], index: Tensor, size: int, device: torch.device
+) -> list[Tensor]:
+    """What is asked of an index, a batch at a time, of half the size wherever memory does not suffice."""
+    parts, done = list[Tensor](), 0
+    while done < len(index):
+        now = index[done : done + size]
+        try:
+            parts.append(asked(now))
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+        else:
+            done += len(now)
+            continue
+        if len(now) == 1:  # what filled the memory is free only now that the error itself is gone
+            raise UserError(f"out of memory on {device}, even for 1 image at a time")
+        size = len(now) // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return parts
+
+
+def _nothing(model: Model, of: Measure) -> Tensor:
+    """(k, 0) for a process that has no share."""
+    x = torch.zeros(0, *model.shape, device=model.device)
+    t = torch.zeros(0, dtype=torch.int64, device=model.device)
+    return of(x, t, x, Estimate(x, x)).double()
+
+
+def mean_of(draws: Draws, values: Tensor, num_images: int) -> tuple[float, Tensor]:
+    """The mean of `values` (n,), and what each image (num_images,) adds to its error.
+
+    The images are a sample, and so are the draws: the squares of the additions add up to the variance of the mean.
+    Draws are compared with their neighbours in t, not with all, as the strata keep them apart (collapsed strata:
+    Cochran 1977, *Sampling Techniques*, section 5A.12, a little too large rather than too small); those of the
+    same image are summed first, as they err together.
+    """
+    n = len(values)
+    groups = max(1, n // GROUP)
+    group = torch.arange(n) * groups // n
+    size = torch.zeros(groups).double().index_add_(0, group, torch.ones(n).double())
+    mean = torch.zeros(groups).double().index_add_(0, group, values) / size
+    off = (values - mean[group]) * (size / (size - 1).clamp(min=1)).sqrt()[group]
+    return values.mean().item(), torch.zeros(num_images).double().index_add_(0, draws.image, off / n)
+
+
+def root_of_squares(additions: Tensor) -> float:
+    """The standard error that the additions of `mean_of` make."""
+    return additions.square().sum().sqrt().item()

@@ -1,0 +1,164 @@
+"""Evaluations as text, side by side, and beside them what real images reach. Needs no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from ddpm.errors import printable
+from ddpm.evaluate.record import Evaluation, Figure
+
+REAL = "real images"
+MAX_HEAD = 34  # characters of a subject's name
+NOTES = 12  # at most
+# What must be the same for figures to be compared.
+SAME = ("dataset", "image_size", "split", "split_images", "feature_sha256", "n")
+
+USUAL = {"guidance_scale": 1, "ema": True, "precision": "fp32"}  # said where it is not so
+
+
+class Row(NamedTuple):
+    """How a figure is shown, and which way is better: -1 less, 1 more, 0 as the real ones."""
+
+    name: str
+    title: str
+    show: Callable[[Figure], str]
+    better: int = 0
+
+
+def _number(figure: Figure) -> str:
+    """With its interval or error, in as many digits as that bears."""
+    if figure.low is not None and figure.high is not None:
+        return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+    if figure.error is not None:
+        return f"{figure.value:.4f} ± {figure.error:.4f}"
+    return f"{figure.value:.3f}"
+
+
+def _with_floor(figure: Figure) -> str:
+    return f"{figure.value:.3f}" + (f" (floor {figure.floor:.3f})" if figure.floor is not None else "")
+
+
+def _share(figure: Figure) -> str:
+    error = f" ± {100 * figure.error:.1f}" if figure.error is not None else ""
+    return f"{100 * figure.value:.1f}{error} %"
+
+
+def _named_share(figure: Figure) -> str:
+    return _share(figure) + (f" ({_short(figure.text)})" if figure.text else "")
+
+
+ROWS = (
+    Row("fd", "Fréchet distance", _with_floor, -1),
+    Row("fd_excess", "  less its bias", _number, -1),
+    Row("class_fd_excess", "  within classes", _number, -1),
+    Row("pixel_fd_excess", "  on pixels", _number, -1),
+    Row("kid", "kernel distance", _number, -1),
+    Row("precision", "precision", _number, 1),
+    Row("recall", "recall", _number, 1),
+    Row("density", "density", _number),
+    Row("coverage", "coverage", _number, 1),
+    Row("confident", "sure of the class", _share, 1),
+    Row("right_class", "of the class asked for", _share, 1),
+    Row("rarest_class", "rarest class", _named_share),
+    Row("most_frequent_class", "most frequent class", _named_share),
+    Row("cas", "classifier trained on it", _share, 1),
+    Row("memorized", "close to a training image", _named_share, -1),
+    Row("memorized_relative", "  for its neighbourhood", _share, -1),
+    Row("bits_per_dim", "bits per dimension", _number, -1),
+    Row("eps_loss", "error in eps, test", _number, -1),
+    Row("eps_loss_train", "error in eps, training", _number, -1),
+)
+
+
+def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """A head and a row for each figure that one of them has; the real images last, where all have the same."""
+    columns = [(_head(evaluation.subject), evaluation.figures) for evaluation in evaluations]
+    if not differing(evaluations):
+        real = {name[5:]: each for name, each in evaluations[0].figures.items() if name.startswith("real_")}
+        columns += [(REAL, real)] if real else []
+    lines = [["", *(head for head, _ in columns)]]
+    for row in ROWS:
+        cells = [row.show(figures[row.name]) if row.name in figures else "–" for _, figures in columns]
+        if set(cells) != {"–"}:
+            mark = {-1: " ↓", 0: "", 1: " ↑"}[row.better]
+            lines.append([row.title + mark, *cells])
+    return lines
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """For a terminal: figures in rows, each evaluation in a column, then what they were made with and their doubts."""
+    text = aligned(rows(evaluations))
+    for key, values in differing(evaluations).items():
+        text.append(f"not to be compared: {key} differs ({', '.join(values)})")
+    for evaluation in evaluations:
+        before = f"{_head(evaluation.subject)}: " if len(evaluations) > 1 else ""
+        text.append(before + protocol(evaluation))
+        notes = list(evaluation.notes)
+        text += [f"{before}note: {note}" for note in notes[:NOTES]]
+        text += [f"{before}and {len(notes) - NOTES} more notes"] if len(notes) > NOTES else []
+    return "\n".join(printable(line).rstrip() for line in text)
+
+
+def differing(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
+    """What is not the same in all of them though it must be: {key: its values}."""
+    found = {}
+    for key in SAME:
+        values = list(dict.fromkeys(_short(evaluation.protocol.get(key, "?")) for evaluation in evaluations))
+        if len(values) > 1:
+            found[key] = values
+    return found
+
+
+def protocol(evaluation: Evaluation) -> str:
+    """What the figures are of, and what they cost, in one line."""
+    about: Mapping[str, object] = evaluation.protocol
+    size, sampler, seconds = _short(about.get("image_size")), about.get("sampler"), about.get("seconds")
+    text = f"{_count(about.get('n'))} images"
+    if isinstance(sampler, dict):
+        text += f" of {evaluation.subject} (step {_short(about.get('step'))})"
+        text += f" by {_short(sampler.get('name'))}, {_short(about.get('num_steps'))} steps"
+        text += f" ({_short(about.get('evaluations_per_image'))} evaluations each)"
+        unusual = [
+            f"{key}={_short(about[key])}"
+            for key, usual in USUAL.items()
+            if key in about and about[key] != usual
+        ]
+        text += "".join(f", {each.lower()}" for each in unusual)
+    text += f", seed {_short(about.get('seed', '?'))}"
+    text += f"; against {_count(about.get('split_images'))} test images of {_short(about.get('dataset'))} {size}×{size}"
+    if "feature_network" in about:
+        text += f"; features {_short(about['feature_network'])}, d = {_short(about.get('feature_dim'))}"
+    if isinstance(seconds, dict):
+        shown = [
+            f"{part} {_short(seconds[part])} s"
+            for part in ("sampling", "measuring", "likelihood", "cas")
+            if part in seconds
+        ]
+        text += f"; {', '.join(shown)} on {_short(about.get('machine'))}"
+    return text
+
+
+def _head(subject: str) -> str:
+    subject = printable(subject)
+    return subject if len(subject) <= MAX_HEAD else f"…{subject[1 - MAX_HEAD :]}"
+
+
+def _count(value: object) -> str:
+    return _short(f"{value:,}" if isinstance(value, int) else value)
+
+
+def _short(value: object) -> str:
+    """Of a file that anybody may have written."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else text[:79] + "…"

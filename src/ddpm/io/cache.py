@@ -1,0 +1,119 @@
+"""The user's cache folder, tensor files that carry their own hash, and what the second start need not make again."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ddpm.errors import DataError
+from ddpm.io.files import open_bounded, reason, user_path, write_atomically
+
+Arrays = dict[str, NDArray[Any]]
+MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
+MAX_KEPT = 1 << 31  # bytes of images
+DRAWING = 1  # count up when how images are decoded or scaled changes, so that none of before are used
+WORTH = 1.0  # seconds; what is made in less is not kept
+
+
+def cache_folder() -> Path:
+    """`$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`. It need not exist yet.
+
+    Raises DataError if none of them is known.
+    """
+    if own := os.environ.get("DDPM_CACHE"):
+        return user_path(own)
+    try:
+        return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ddpm"
+    except DataError as error:
+        raise DataError(f"{error}; set DDPM_CACHE to a folder for the cache") from error
+
+
+def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
+    """A safetensors file, written atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
+    write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
+
+
+def load_arrays(path: Path, limit: int) -> Arrays:
+    """What `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
+    try:
+        with open_bounded(path, limit) as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise DataError(f"{path}: has a header of {header} bytes; allowed: {MAX_HEADER}")
+        with safe_open(path, framework="np") as tensors:
+            metadata = tensors.metadata() or {}
+            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
+        # The last three: types and shapes that numpy lacks.
+        raise DataError(f"{path}: cannot be read as a safetensors file ({reason(error)})") from error
+    if metadata.get("sha256") != content_hash(arrays):
+        raise DataError(
+            f"{path}: its content does not match the SHA-256 it carries; delete it and make it anew"
+        )
+    return arrays
+
+
+def content_hash(arrays: Arrays) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def kept(
+    name: str, key: str, count: int, size: int, make: Callable[[], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Images uint8 (count, C, size, size) that `make` makes; where that takes long, at the first start alone.
+
+    `key` stands for all that they are made from. Under a name only the images of the last key are kept. Where nothing
+    can be kept they are made at each start.
+    """
+    try:
+        path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
+    except DataError:
+        return make()
+    with suppress(DataError):
+        images: NDArray[np.uint8] = load_arrays(path, MAX_KEPT + MAX_HEADER).get("images", np.empty(0))
+        if (
+            images.dtype == np.uint8
+            and images.ndim == 4
+            and images.shape[1]
+            and images[:, 0].shape == (count, size, size)
+        ):
+            return images
+    begun = time.monotonic()
+    images = make()
+    if time.monotonic() - begun >= WORTH and images.nbytes <= MAX_KEPT:
+        with suppress(OSError, MemoryError):
+            save_arrays(path, {"images": images})
+            for other in path.parent.glob(f"{name}-*.safetensors"):
+                if other != path:
+                    other.unlink()
+    return images
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """A hash of paths, sizes and times of change, which is the same as long as the files are: none of them is read.
+
+    Raises DataError where one has gone.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            about = os.stat(file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{about.st_size}\0{about.st_mtime_ns}\0"))
+    return digest.hexdigest()

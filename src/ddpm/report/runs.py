@@ -1,0 +1,250 @@
+"""What came of a set of runs: found in folders, read with care, ranked. Needs no torch.
+
+The folders may be anybody's, and their runs may train while they are read: files change, and go.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
+from ddpm.checkpoint.header import brought_up_to_date
+from ddpm.config.schema import TrainConfig, check, settings_of
+from ddpm.errors import UserError, printable
+from ddpm.io.files import open_regular, reason
+from ddpm.runs.run_dir import FAILED
+from ddpm.train import metrics_file
+
+FIGURES = ("val_eps_mse", "val_loss")
+MAX_RUNS = 10_000
+MAX_TEXT = 1 << 16  # bytes of a config, a result or a reason
+MAX_DEPTH = 8  # of a config
+_MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
+_PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure at a step, with its standard error."""
+
+    step: int
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class RunRow:
+    """What is known of a run. `status` is done, running, failed, broken or stopped."""
+
+    path: Path
+    name: str
+    status: str
+    reason: str  # why it failed or cannot be read, or what of it cannot; else empty
+    settings: Mapping[str, Any]  # as they are typed: schedule, schedule.s, optimizer.lr, …
+    step: int
+    max_steps: int | None  # None: not known, or said in epochs
+    seconds: float | None  # of a finished run, since it was last started
+    parameters: int | None
+    images_per_second: float | None  # the median
+    loss: Sequence[tuple[int, float]]  # training loss by step
+    figures: Mapping[str, Sequence[Point]]  # for each of FIGURES, by step
+
+    def best(self, figure: str) -> Point | None:
+        return min(self.figures[figure], key=lambda point: point.value, default=None)
+
+    def last(self, figure: str) -> Point | None:
+        return self.figures[figure][-1] if self.figures[figure] else None
+
+
+def find(root: Path) -> list[Path]:
+    """The run folders at and under `root`, by name; no link is followed. Raises UserError."""
+    if not root.is_dir():
+        raise UserError(f"folder={root}: {'is not a folder' if root.exists() else 'does not exist'}")
+    found = []
+    for path, folders, files in os.walk(root):
+        is_run = bool(_MARKS & {*files}) or "checkpoints" in folders
+        if is_run:
+            found.append(Path(path))
+        if len(found) > MAX_RUNS:
+            raise UserError(f"folder={root}: holds more than {MAX_RUNS:,} runs: name a part of it")
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not (is_run and n in _PARTS))
+    return found
+
+
+def read_all(roots: Sequence[Path], running: Callable[[Path], bool]) -> list[RunRow]:
+    """Every run at and under the folders, once. `running` says whether a process trains in a folder.
+
+    Raises UserError where there is none.
+    """
+    runs: dict[Path, tuple[Path, str]] = {}
+    for root in roots:
+        for path in find(root):
+            inside = path != root and len(roots) == 1
+            runs.setdefault(path.resolve(), (path, str(path.relative_to(root) if inside else path)))
+    if not runs:
+        named = ", ".join(str(root) for root in roots)
+        raise UserError(f"no run in {named}: a run's folder holds config.yaml, metrics.jsonl or checkpoints")
+    return [read(path, printable(name), running) for path, name in runs.values()]
+
+
+def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
+    """One run, whatever is left of it: what cannot be read becomes its `reason`."""
+    busy = running(path)  # asked first, so that a run that ends now is not taken for a stopped one
+    result, outline = _result(path), _outline(path)
+    loss: list[tuple[int, float]] = []
+    speeds: list[float] = []
+    figures: dict[str, list[Point]] = {figure: [] for figure in FIGURES}
+    steps, notes = [outline.step, int((result or {}).get("step", 0))], [outline.reason]
+    try:
+        for record in metrics_file.read(path / "metrics.jsonl"):
+            steps.append(int(record["step"]))
+            loss.append((steps[-1], record["loss"]))
+            if (speed := record.get("images_per_second")) is not None:
+                speeds.append(speed)
+            _add_figures(figures, steps[-1], record)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        notes.append(f"metrics.jsonl: {reason(error) if isinstance(error, OSError) else error}")
+    if not any(figures.values()):
+        _add_figures(figures, outline.step, outline.figures)
+    failed = _failed(path)
+    if result is not None:
+        status = "done"
+    elif busy:
+        status = "running"
+    elif failed is not None:
+        status, notes = "failed", [failed]
+    else:
+        status = "broken" if outline.broken else "stopped"
+    max_steps = outline.settings.get("trainer.max_steps")
+    return RunRow(
+        path,
+        name,
+        status,
+        printable("; ".join(filter(None, notes))),
+        outline.settings,
+        max(steps),
+        None if outline.settings.get("trainer.max_epochs") else max_steps,
+        result["seconds"] if result else None,
+        outline.parameters,
+        statistics.median(speeds) if speeds else None,
+        loss,
+        figures,
+    )
+
+
+def ranked(rows: Iterable[RunRow], figure: str) -> list[RunRow]:
+    """Best first; those without the figure last."""
+    return sorted(rows, key=lambda row: point.value if (point := row.best(figure)) else math.inf)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What checkpoint or config say of a run."""
+
+    settings: Mapping[str, Any]
+    step: int = 0
+    figures: Mapping[str, float] | None = None
+    parameters: int | None = None
+    reason: str = ""
+    broken: bool = False
+
+
+def _outline(path: Path) -> _Outline:
+    """From the newest checkpoint whose header can be read, or from config.yaml where there is no checkpoint."""
+    for _ in range(3):  # older ones go while a run trains
+        try:
+            files = locate.of_run(path)
+            if not files:
+                break
+            file, notes = locate.newest_good(files, check=checkpoint.read_meta)
+            meta, tensors = checkpoint.read_meta(file)
+            stored = settings_of(checkpoint.config(file, meta))
+        except UserError as error:
+            wrong = brief(str(error), path)
+        except OSError as error:
+            wrong = f"checkpoints: {reason(error)}"
+        else:
+            parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
+            note = brief(notes[0].removeprefix("warning: ").partition("; trying")[0], path) if notes else ""
+            return _Outline(stored, meta.step, meta.figures, parameters, note)
+    else:
+        settings, _ = _read_config(path)
+        return _Outline(settings, reason=wrong, broken=True)
+    settings, wrong = _read_config(path)
+    return _Outline(settings, reason=wrong, broken=bool(wrong))
+
+
+def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
+    """config.yaml, which may be anybody's: small, plain data, without aliases; and what is wrong with it."""
+    try:
+        content = _read_text(path / "config.yaml")
+        depth = 0
+        for event in yaml.parse(
+            content, Loader=yaml.SafeLoader
+        ):  # one by one: both can make a small file large
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                return {}, "config.yaml: has aliases or is nested, which no config of ddpm is"
+        raw = yaml.safe_load(content)
+        if not isinstance(raw, dict):
+            return {}, "config.yaml: is no set of keys"
+        return settings_of(check(TrainConfig, brought_up_to_date(raw))), ""
+    except FileNotFoundError:
+        return {}, ""
+    except OSError as error:
+        return {}, f"config.yaml: {reason(error)}"
+    except UserError as error:
+        return {}, brief(f"config.yaml: {error}", path)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError):
+        return {}, "config.yaml: is no YAML that can be read"
+
+
+def _result(path: Path) -> dict[str, float] | None:
+    """result.json of a finished run; None if it is absent or makes no sense."""
+    try:
+        raw = json.loads(_read_text(path / "result.json"))
+        result = {key: float(raw[key]) for key in ("step", "seconds", *metrics_file.VALIDATED)}
+        return result if all(math.isfinite(value) for value in result.values()) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _failed(path: Path) -> str | None:
+    try:
+        lines = _read_text(path / FAILED).splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return f"{FAILED} cannot be read"
+    return lines[0].strip()[:300] if lines else "no reason given"
+
+
+def _read_text(path: Path) -> str:
+    """Raises OSError, and ValueError for what is no text or too long."""
+    with open_regular(path) as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT} bytes")
+    return data.decode()
+
+
+def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float] | None) -> None:
+    for figure, points in figures.items():
+        if record and figure in record and f"{figure}_error" in record:
+            points.append(Point(step, record[figure], abs(record[f"{figure}_error"])))
+
+
+def brief(message: str, path: Path) -> str:
+    """Without the way to the run's folder, which is named anyway, and not longer than a line."""
+    message = message.replace(f"{path / 'checkpoints'}{os.sep}", "").replace(f"{path}{os.sep}", "")
+    return message if len(message) <= 160 else message[:159] + "…"

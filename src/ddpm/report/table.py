@@ -1,0 +1,178 @@
+"""The runs of a report as text: a table for the screen, CSV for everything else, labels for pictures."""
+
+import csv
+import io
+import itertools
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ddpm.config.choices import choices
+from ddpm.errors import printable
+from ddpm.report.runs import FIGURES, RunRow, ranked
+
+MAX_COLUMNS = 8  # of settings in the table; CSV has them all
+MAX_CELL = 24
+MAX_NAME = 48
+MAX_REASON = 100  # failed.txt and the CSV have all of it
+# How often something is written and how much is kept, which changes no image.
+HOUSEKEEPING = {f"trainer.{key}_every" for key in ("log", "validate", "sample", "checkpoint")} | {
+    "trainer.keep"
+}
+
+
+def table(rows: Iterable[RunRow], figure: str) -> str:
+    """Best first, with the settings that differ; a line each, and the reason where something is wrong."""
+    rows = ranked(rows, figure)
+    keys = varying(rows)
+    names = [row.name for row in rows]  # whole, to be copied
+    reasons = [row.reason if len(row.reason) <= MAX_REASON else f"{row.reason[:MAX_REASON]}…" for row in rows]
+    ends = [f"{name}: {reason}" if reason else name for name, reason in zip(names, reasons, strict=True)]
+    columns = [(head, [setting(row, key) for row in rows]) for key, head in heads(keys[:MAX_COLUMNS]).items()]
+    columns += [
+        (figure, [measured(row, figure) for row in rows]),
+        ("step", [_steps(row) for row in rows]),
+        ("seconds", ["" if row.seconds is None else f"{row.seconds:.0f}" for row in rows]),
+        ("status", [row.status for row in rows]),
+        ("run", ends),
+    ]
+    lines = [""] * (len(rows) + 1)
+    for head, cells in columns:
+        width = max(map(len, [head, *cells]))
+        left = head in ("status", "run") or not all(_is_number(cell) for cell in cells)
+        for i, cell in enumerate([head, *cells]):
+            lines[i] += (cell.ljust(width) if left else cell.rjust(width)) + "  "
+    more = len(keys) - MAX_COLUMNS
+    note = [f"{more} more settings differ: {', '.join(keys[MAX_COLUMNS:])}"] if more > 0 else []
+    return "\n".join(printable(line).rstrip() for line in [*lines, *note])
+
+
+def csv_text(rows: Iterable[RunRow], figure: str) -> str:
+    """The same runs in the same order, every differing setting under its full key, numbers in full."""
+    rows = ranked(rows, figure)
+    keys = varying(rows)
+    of_figures = ("best", "best_error", "best_step", "last", "last_error")
+    head = ["run", "status", "reason", *keys, "step", "max_steps"]
+    head += [f"{name}_{part}" for name in FIGURES for part in of_figures]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*head, "images_per_second", "seconds", "parameters", "path"])
+    for row in rows:
+        cells: list[object] = [row.name, row.status, row.reason]
+        cells += [text(row.settings[key]) if key in row.settings else None for key in keys]
+        cells += [row.step, row.max_steps]
+        for name in FIGURES:
+            best, last = row.best(name), row.last(name)
+            cells += [best.value, best.error, best.step] if best else [None] * 3
+            cells += [last.value, last.error] if last else [None] * 2
+        cells += [row.images_per_second, row.seconds, row.parameters, row.path.absolute()]
+        writer.writerow(["" if cell is None else printable(str(cell)) for cell in cells])
+    return out.getvalue()
+
+
+def label(row: RunRow, keys: Sequence[str]) -> str:
+    """A run in a picture: its differing settings or, where none differ, its name."""
+    named = [f"{head}={setting(row, key)}" for key, head in heads(keys).items() if key in row.settings]
+    return printable("  ".join(named)) or shortened(row.name, MAX_NAME)
+
+
+def best(rows: Iterable[RunRow], figure: str) -> str | None:
+    """The command that draws from the best run, or None where none has the figure."""
+    first = next((row for row in ranked(rows, figure) if row.best(figure)), None)
+    return None if first is None else f"best: ddpm-sample ckpt={shlex.quote(str(first.path))}"
+
+
+def varying(rows: Sequence[RunRow]) -> list[str]:
+    """The settings that differ between runs, in the config's order.
+
+    A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
+    that differs because another choice brings another default says no more than the choice itself.
+    """
+    found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
+    groups = list(dict.fromkeys(map(_group, found)))
+    keys = sorted(
+        found.keys() - HOUSEKEEPING, key=lambda key: (groups.index(_group(key)), [*found].index(key))
+    )
+    different = [
+        key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
+    ]
+    return [
+        key
+        for key in different
+        if not (key != (choice := _choice(key)) and choice in different and _is_default(key, rows))
+    ]
+
+
+def text(value: Any) -> str:
+    """A setting as it would be typed."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def setting(row: RunRow, key: str) -> str:
+    """As it is typed, shortened; a dash where the run has no such setting."""
+    if key not in row.settings:
+        return "–"
+    value = row.settings[key]
+    return shortened(f"{value:.6g}" if isinstance(value, float) else text(value).replace(", ", ","), MAX_CELL)
+
+
+def measured(row: RunRow, figure: str) -> str:
+    """The best figure with its error."""
+    point = row.best(figure)
+    if point is None:
+        return ""
+    plain = 1e-3 <= abs(point.value) < 1e4
+    return f"{point.value:.5f} ± {point.error:.5f}" if plain else f"{point.value:.3e} ± {point.error:.1e}"
+
+
+def heads(keys: Sequence[str]) -> dict[str, str]:
+    """Keys by their last part, where that is clear: lr, num_timesteps, but also schedule.s."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: last if lasts.count(last) == 1 and len(last) > 1 else key
+        for key, last in zip(keys, lasts, strict=True)
+    }
+
+
+def shortened(value: str, room: int) -> str:
+    """The beginning and the end, which of a path say most."""
+    return (
+        value
+        if len(value) <= room
+        else f"{value[: room // 2]}…{value[len(value) + 1 - (room - room // 2) :]}"
+    )
+
+
+def _steps(row: RunRow) -> str:
+    return f"{row.step}" if row.max_steps in (None, row.step) else f"{row.step}/{row.max_steps}"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell.strip("0123456789.e+-/ ±–")
+
+
+def _group(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _choice(key: str) -> str:
+    """The setting that says which file of its group a parameter's default is from."""
+    return "objective.prediction" if _group(key) == "objective" else _group(key)
+
+
+def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
+    """Whether every choice has one value in all runs, and that of one of its files."""
+    group, _, parameter = key.partition(".")
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        if key in row.settings:
+            values.setdefault(row.settings[_choice(key)], set()).add(text(row.settings[key]))
+    defaults = {
+        (content.get("name", content.get("prediction")), text(content[parameter]))
+        for content in choices(group).values()
+        if parameter in content
+    }
+    return all(len(own) == 1 and (name, *own) in defaults for name, own in values.items())

@@ -1,0 +1,8 @@
+"""Run folders: which folder a run has, how it is resumed."""
+
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from ddpm.old_names import names_of
+
+    __getattr__ = names_of(__name__)

@@ -1,0 +1,198 @@
+"""The folder of a run: nobody else's, never overwritten by accident, and swept of what a killed process left."""
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
+from ddpm.errors import UserError
+from ddpm.io.files import leftovers, open_regular, reason
+from ddpm.runs import output_dirs
+
+FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
+RUN_FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "train.log",
+    "result.json",
+    FAILED,
+    "loss.png",
+    "forward.png",
+    "schedule.png",
+)
+RUN_FOLDERS = ("checkpoints", "samples", "tensorboard")
+LOCK = ".lock"
+LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
+_OURS = re.compile(
+    r"((step_\d+|best)\.safetensors|sampler\.yaml|step_\d+\.png|events\.out\.tfevents\..+)"
+)  # in RUN_FOLDERS
+
+
+@dataclass
+class Claim:
+    """A folder that is locked for this process."""
+
+    path: Path
+    lock: FileLock
+    made: bool  # for this claim: goes again if nothing comes of it
+
+    def release(self) -> None:
+        """Leave a folder that was made in vain as if it had never been."""
+        with suppress(OSError):  # it may be gone already
+            if self.made and {path.name for path in self.path.iterdir()} <= {LOCK}:
+                shutil.rmtree(self.path)
+        self.lock.release()
+
+
+def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
+    """Lock a folder before anything in it is relied upon. Raises UserError where something is in the way.
+
+    `fresh`: for a new run, which may not find anything there but, with `overwrite`, a run.
+    """
+    path = Path(name)
+    try:
+        made = not path.exists()
+        if fresh and not made:
+            _check_free(path, overwrite)  # before even a lock is put there
+        path.mkdir(parents=True, exist_ok=True)
+        held = Claim(path, _lock(path), made)
+    except OSError as error:
+        raise UserError(f"cannot use run_dir={path}: {reason(error)}") from None
+    try:
+        if fresh:
+            _check_free(path, overwrite)  # once more: another process may have been faster
+    except BaseException:
+        held.release()
+        raise
+    return held
+
+
+def claim_new() -> Claim:
+    """A new folder under outputs/train."""
+    folder = output_dirs.dated_folder("outputs/train")
+    return Claim(folder, _lock(folder), made=True)
+
+
+def check_begun(folder: Path) -> None:
+    """Raises UserError where there is no checkpoint to go on from, and something else that must not be lost."""
+    if not is_only_begun(folder):
+        raise UserError(f"{folder} holds no checkpoint, but other things than a run: nothing to go on with")
+
+
+def is_only_begun(folder: Path) -> bool:
+    """Whether all that is there is what a run leaves that was killed before its first checkpoint."""
+    return not any(folder.glob("checkpoints/*.safetensors")) and not _strangers(folder)
+
+
+def clear(folder: Path) -> None:
+    """Take away what a run makes, and nothing else; last the file that shows it to be one. Raises OSError."""
+    for part in RUN_FOLDERS:
+        if not (folder / part).exists():
+            continue
+        for file in [*(folder / part).iterdir(), *(folder / part / "set_aside").glob("*.safetensors")]:
+            if _OURS.fullmatch(file.name):
+                file.unlink()
+        for emptied in (folder / part / "set_aside", folder / part):
+            with suppress(OSError):  # strangers' files stay, and so does their folder
+                emptied.rmdir()
+    for name in reversed(RUN_FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Take away temporary files of processes that were killed. Raises OSError."""
+    for part in (folder, *(folder / name for name in RUN_FOLDERS)):
+        for file in leftovers(part):
+            file.unlink()
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Move checkpoints that lie ahead of this step out of the way, broken or not; a line about each."""
+
+    ahead = [file for file in locate.saved_steps(folder) if locate.step_of(file) > step]
+    best = folder / "checkpoints" / "best.safetensors"
+    if best.exists():
+        with suppress(UserError):
+            ahead += [best] if checkpoint.read_meta(best)[0].step > step else []
+    notes, aside = [], folder / "checkpoints" / "set_aside"
+    for file in ahead:
+        aside.mkdir(exist_ok=True)
+        copies = len(list(aside.glob(f"{file.stem}*")))
+        file.rename(aside / (f"{file.stem}-{copies + 1}{file.suffix}" if copies else file.name))
+        notes.append(f"{file} lies ahead of step {step}: moved to {aside}")
+    return notes
+
+
+def read_result(folder: Path) -> dict[str, float] | None:
+    """result.json of a finished run; None if it is absent or makes no sense."""
+    try:
+        with open_regular(folder / "result.json") as file:
+            result = json.loads(file.read(1 << 16))
+        return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in the folder. Nothing is written, and those who ask do not see one another."""
+    import fcntl  # which Windows has not
+
+    try:
+        with open_regular(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go where the file is closed
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever there, or it may not be looked at
+        return False
+    return False
+
+
+def lock(folder: Path) -> FileLock:
+    """A folder, made if need be, locked for this process. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _lock(folder)
+    except OSError as error:
+        raise UserError(f"cannot use run_dir={folder}: {reason(error)}") from None
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held until it is released or the process ends, however it ends."""
+    taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
+        taken.acquire(timeout=LOCK_WAIT, poll_interval=0.05)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process, which still trains in it") from None
+    return taken
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    there = {path.name for path in folder.iterdir()} - {LOCK} - {path.name for path in leftovers(folder)}
+    if not there:
+        return
+    if not overwrite:
+        raise UserError(
+            f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it"
+        )
+    if "config.yaml" not in there and not is_only_begun(folder):
+        raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
+
+
+def _strangers(folder: Path) -> list[Path]:
+    """What lies there and was not made by a run."""
+    known = {LOCK, *RUN_FILES, *RUN_FOLDERS, *(path.name for path in leftovers(folder))}
+    found = [path for path in folder.iterdir() if path.name not in known]
+    for part in (folder / name for name in RUN_FOLDERS if (folder / name).exists()):
+        inside = set(part.iterdir()) - set(leftovers(part)) - {part / "set_aside"}
+        found += [path for path in inside if not _OURS.fullmatch(path.name)]
+    return found
+
+
+FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason

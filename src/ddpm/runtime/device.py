@@ -1,0 +1,99 @@
+"""Devices: which one, and in which precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddpm.errors import UserError
+from ddpm.runtime.world import ALONE, World
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that the network computes in. auto: bf16 on a GPU that has the instructions, else float32."""
+    if name == "auto":
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else torch.float32
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[name]
+
+
+def precision_name(name: str, device: torch.device) -> str:
+    """The precision as environment.json and the log name it. TF32 is named only where the device has it."""
+    if name == "tf32" and device.type == "cuda":
+        return "tf32"
+    return str(precision(name, device)).removeprefix("torch.")
+
+
+def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
+    """What to tell a user whose `key` asks for bf16 on a CPU that has no instructions for it; else nothing."""
+    if device.type != "cpu" or precision(name, device) != torch.bfloat16:
+        return ""
+    asked = getattr(torch.cpu, "get_capabilities", None)  # younger than the oldest torch that will do
+    if asked is None or any(asked().get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16")):
+        return ""
+    return f"{key}={name}: this CPU has no instructions for it; fp32 is likely to be faster"
+
+
+def device(name: str, world: World = ALONE) -> torch.device:
+    """The device a user means by auto, cpu, cuda or cuda:1. Raises UserError where there is none.
+
+    Of several processes on a machine each takes a GPU of its own.
+    """
+    if world.size > 1 and name in ("auto", "cuda") and (name == "cuda" or torch.cuda.is_available()):
+        if (count := torch.cuda.device_count()) < world.local_size:
+            raise UserError(
+                f"device={name}: {world.local_size} processes on a machine with {count} CUDA devices: one process "
+                "for each device (torchrun --nproc-per-node), or device=cpu"
+            )
+        return torch.device("cuda", world.local_rank)
+    if world.size > 1 and name not in ("auto", "cpu"):
+        raise UserError(
+            f"device={name}: {world.size} processes: must be auto, cpu or cuda, one device for each"
+        )
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or (":" in name and not number):
+        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise UserError(f"device={name}: this machine has {count} CUDA devices; device=cpu works everywhere")
+    return torch.device("cuda", int(number or 0))
+
+
+def set_up_cuda(*, tf32: bool = False) -> None:
+    """Choose one precision for all float32 arithmetic of this process, and leave out cuDNN's attention kernels.
+
+    By default PyTorch computes float32 convolutions in TF32 and matrix products in IEEE float32. Here both are IEEE
+    float32, or both are TF32. cuDNN's fused attention has had gradients that are NaN; PyTorch's own kernels suffice.
+    """
+    # Not the newer fp32_precision: set for convolutions alone, it makes torch.backends.cudnn.flags raise.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Compute float32 in IEEE arithmetic inside of the block, and restore the caller's choice after it."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = (matmul.fp32_precision, convolution.fp32_precision)
+    matmul.fp32_precision = convolution.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision = before
+
+
+@contextmanager
+def without_cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN choose by its heuristics, for batch sizes that come too seldom to be worth a search."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -1,0 +1,228 @@
+"""Several processes that train or sample as one. Alone (world.size = 1), everything here does nothing at once.
+
+Two groups: the default one carries tensors on their device (NCCL between GPUs, gloo between CPUs), a second one,
+always gloo, carries what processes tell each other (errors, requests to stop), so that no such word waits for a GPU.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from ddpm.errors import UserError
+from ddpm.io.files import reason
+from ddpm.runtime.memory import is_exhausted
+from ddpm.runtime.world import World
+
+T = TypeVar("T")
+# for a slower process, or one that downloads a dataset; one that has gone is noticed at once
+WAIT = timedelta(days=1)
+FIND = timedelta(minutes=30)  # for machines that start one after the other
+_words: Any = None  # the group for words
+
+
+@contextmanager
+def joined(world: World, device: torch.device) -> Iterator[None]:
+    """The processes as a group. Raises UserError where they do not find each other."""
+    global _words
+    if world.size == 1:
+        yield
+        return
+    gpu = device.type == "cuda"
+    try:
+        if gpu:
+            torch.cuda.set_device(device)
+        store = _own_store(world)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            device_id=device if gpu else None,
+        )
+        _words = dist.new_group(backend="gloo", timeout=WAIT)
+    except (RuntimeError, ValueError, OSError) as error:
+        _leave(broken=True)
+        raise UserError(
+            f"the {world.size} processes do not find each other: {str(error).partition(chr(10))[0]}"
+        ) from None
+    try:
+        yield
+    except BaseException:
+        _leave(broken=True)
+        raise
+    _leave(broken=False)
+
+
+def _own_store(world: World) -> Any:
+    """A corner of torchrun's store that is this start's alone.
+
+    torchrun keeps its store when it restarts processes, and with it the addresses of those that have died. Nothing it
+    says tells one start from the next on all machines. So each process asks under a name that nobody had before, rank
+    0 answers whoever asks, the dead too, with a name of its own, and goes on when all have come there.
+    """
+    store, _, _ = next(iter(rendezvous("env://", world.rank, world.size)))
+    own, end = secrets.token_hex(16), time.monotonic() + FIND.total_seconds()
+    corner, answered = own, set[str]()
+    if not world.first:
+        store.set(f"ddpm/asks/{world.rank}", own)
+        _wait_until(lambda: store.check([f"ddpm/answer/{own}"]), end)
+        corner = store.get(f"ddpm/answer/{own}").decode()
+        store.add(f"ddpm/came/{corner}", 1)
+        return PrefixStore(corner, store)
+
+    def all_came() -> bool:
+        asks = [key for rank in range(1, world.size) if store.check([key := f"ddpm/asks/{rank}"])]
+        for name in {store.get(key).decode() for key in asks} - answered:
+            store.set(f"ddpm/answer/{name}", corner)
+            answered.add(name)
+        return bool(store.add(f"ddpm/came/{corner}", 0) == world.size - 1)
+
+    _wait_until(all_came, end)
+    return PrefixStore(corner, store)
+
+
+def _wait_until(condition: Callable[[], bool], end: float) -> None:
+    """In Python, so that a signal is heeded meanwhile. Raises RuntimeError when it takes too long."""
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError(f"waited for {FIND} for the others")
+        time.sleep(0.02)
+
+
+def _leave(broken: bool) -> None:
+    """A broken NCCL group is aborted: to close it in order would wait for processes that may not come."""
+    global _words
+    _words = None
+    if not dist.is_initialized():
+        return
+    if broken and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def agreed(world: World) -> Iterator[None]:
+    """A block that all processes go through: where it goes wrong in one of them, all raise the same UserError.
+
+    The block itself must not wait for other processes, or they would wait for each other forever.
+    """
+    if world.size == 1:
+        yield
+        return
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    except OSError as raised:
+        error = UserError(f"{reason(raised)}: {raised.filename or 'a file'}")
+    except (RuntimeError, MemoryError) as raised:
+        if not is_exhausted(raised):
+            raise
+        error = UserError(f"out of memory: {str(raised).partition(chr(10))[0]}")
+    messages: list[str | None] = [None] * world.size
+    dist.all_gather_object(messages, None if error is None else str(error), group=_words)
+    wrong = [rank for rank, message in enumerate(messages) if message is not None]
+    if wrong:
+        everywhere = wrong[0] == 0 or len(wrong) == world.size
+        raise UserError(f"{messages[wrong[0]]}" if everywhere else f"rank {wrong[0]}: {messages[wrong[0]]}")
+
+
+def in_turn(world: World, make: Callable[[], T]) -> T:
+    """First one process on each machine, then the others, which find what it fetched. Raises UserError in all."""
+    made: list[T] = []
+    for turn in (True, False):
+        with agreed(world):
+            if (world.local_rank == 0) is turn:
+                made.append(make())
+    return made[0]
+
+
+def told(world: World, value: T) -> T:
+    """What rank 0 has, for all: any plain object."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_words)
+    return box[0]
+
+
+def same(world: World, what: dict[str, Any]) -> None:
+    """Raises UserError, in all processes, where they differ in what must be the same: {name: value}."""
+    first = told(world, what)
+    with agreed(world):
+        for name, value in what.items():
+            if value != first[name]:
+                raise UserError(f"{name} is {str(value)[:200]}, but in rank 0 {str(first[name])[:200]}")
+
+
+def spread(world: World, tensors: Sequence[Tensor]) -> None:
+    """Rank 0's numbers into the tensors of all, in place. They keep their memory layout."""
+    if world.size == 1:
+        return
+    with torch.no_grad():
+        for tensor in tensors:
+            packed = tensor.detach().contiguous()
+            dist.broadcast(packed, src=0)
+            tensor.copy_(packed)
+
+
+def gathered(world: World, part: Tensor, n: int) -> Tensor:
+    """(k, n) from every rank's own (k, share): one sum of rows that are 0 elsewhere, so nothing waits for the GPU."""
+    if world.size == 1:
+        return part
+    whole = part.new_zeros(len(part), n)
+    whole[:, world.share(n)] = part
+    dist.all_reduce(whole)
+    return whole
+
+
+def collected(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
+    """On rank 0, (sum of lengths, …) from every rank's own (its length, …), on the CPU; the others keep their part.
+
+    Rank 0 must have some itself: it knows the rest of the shape from them.
+    """
+    if world.size == 1:
+        return part
+    part = part.contiguous()
+    if not world.first:
+        if len(part):
+            dist.send(part, dst=0, group=_words)
+        return part
+    parts = [part, *(part.new_empty(length, *part.shape[1:]) for length in lengths[1:])]
+    for rank in range(1, world.size):
+        if lengths[rank]:
+            dist.recv(parts[rank], src=rank, group=_words)
+    return torch.cat(parts)
+
+
+def begin_largest(world: World, numbers: Sequence[int]) -> Callable[[], list[int]]:
+    """Start asking for the largest of each number over all processes; call what is returned to wait for it."""
+    if world.size == 1:
+        return lambda: list(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_words, async_op=True)
+
+    def wait() -> list[int]:
+        assert work is not None
+        work.wait()
+        return [int(number) for number in tensor]
+
+    return wait
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error means that another process of the group has gone."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "c10d"))
+    )

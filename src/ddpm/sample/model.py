@@ -1,0 +1,127 @@
+"""A trained model as it is loaded from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddpm import build
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import verify
+from ddpm.checkpoint.header import Meta
+from ddpm.config.choices import Choice
+from ddpm.config.schema import TrainConfig
+from ddpm.data import info
+from ddpm.data.info import Facts
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.samplers import sample_levels
+from ddpm.diffusion.schedules import Level, NoiseSchedule
+from ddpm.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network and all that is needed to draw from it."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    config: TrainConfig
+    facts: Facts  # of the images it was trained on
+    device: torch.device
+    step: int = 0  # of the training
+    figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
+    folder: Path | None = None  # of the checkpoint
+    precision: torch.dtype = (
+        torch.float32
+    )  # of the network when it draws; what it says of real images is float32
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.config.model.params["conditional"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.facts.channels, self.facts.image_size, self.facts.image_size
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: scale 1 is off, 0 is unconditional; see `Denoiser`."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, float("inf"))
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
+    """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
+    meta, config, network = verify.outline(path)
+    which = "ema" if ema else "model"
+    _, tensors = checkpoint.load(path, which)
+    verify.load_weights(path, network, checkpoint.part(tensors, which))
+    network.to(device).eval()
+    if config.trainer.channels_last:
+        network.to(memory_format=torch.channels_last)
+    schedule, facts = build.schedule(config.schedule), info.facts(meta.facts)
+    about = (meta.step, meta.figures, path.parent, PRECISIONS[precision])
+    return Model(network, schedule, config, facts, device, *about), meta
+
+
+def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
+    """The class of each image: image i has wanted[i mod K], of all classes where none are wanted.
+
+    None for an unconditional model. Raises UserError for labels and scales that the model cannot serve.
+    """
+    if not model.conditional:
+        if wanted is not None or guidance.scale != 1:
+            raise UserError(
+                "label and guidance_scale need a model trained with model.conditional=true; this one was not"
+            )
+        return None
+    if guidance.scale != 1 and model.config.objective.label_dropout == 0:
+        raise UserError(
+            f"guidance_scale={guidance.scale:g}: this model was trained with objective.label_dropout=0 and knows no "
+            "images without label; only 1 works"
+        )
+    if wanted is None:
+        wanted = range(model.facts.num_classes)
+    for label in wanted:
+        if not 0 <= label < model.facts.num_classes:
+            raise UserError(
+                f"label={label}: {model.facts.name} has the labels 0 to {model.facts.num_classes - 1}"
+            )
+    return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
+
+
+def levels(model: Model, sampler: Choice) -> list[Level]:
+    """The noise levels a sampler config asks for. Raises UserError."""
+    num_steps = sampler.params["num_steps"] or model.schedule.num_timesteps
+    try:
+        return sample_levels(model.schedule, num_steps, sampler.params["spacing"], sampler.params["rho"])
+    except ValueError as error:
+        raise UserError(f"sampler.{error}") from None
+
+
+def denoiser(model: Model, sampler: Choice, y: Tensor | None, guidance: Guidance) -> Denoiser:
+    """The model as samplers see it, for images of the classes y (N,). Raises UserError."""
+    try:
+        return Denoiser(
+            model.network,
+            model.schedule,
+            model.config.objective.prediction,
+            y,
+            clip=sampler.params["clip"],
+            dynamic_percentile=sampler.params["dynamic_percentile"],
+            guidance_scale=guidance.scale,
+            guidance_rescale=guidance.rescale,
+            guidance_interval=guidance.interval,
+            null_label=model.facts.num_classes if model.conditional else None,
+            precision=model.precision,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None

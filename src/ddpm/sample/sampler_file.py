@@ -1,0 +1,92 @@
+"""sampler.yaml beside a checkpoint: the sampler that is taken where none is named. A study of samplers writes it.
+
+It may come from anywhere, as checkpoints do: it is read as plain data and passes the checks of a typed config.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddpm.config.choices import Choice, check_choice
+from ddpm.config.schema import TrainConfig
+from ddpm.errors import UserError, printable
+from ddpm.io.files import open_regular, reason, write_atomically
+
+NAME = "sampler.yaml"
+MAX_BYTES = 64 * 2**10  # a list of 4,096 times needs 40 thousand
+MAX_MESSAGE = 300  # characters
+
+
+def default(config: TrainConfig, folder: Path | None) -> tuple[Choice, Path | None]:
+    """The sampler where none is named: of the file in a checkpoint's folder, and that file; else of the training.
+
+    Raises UserError with one line that names the file where there is one that cannot be used.
+    """
+    if folder is None or (found := read(folder / NAME)) is None:
+        return trained_sampler(config), None
+    steps, most = found.params["num_steps"], config.schedule.params["num_timesteps"]
+    if steps is not None and steps > most:
+        raise _wrong(folder / NAME, f"sampler.num_steps={steps}: the model has {most} timesteps")
+    return found, folder / NAME
+
+
+def read(path: Path) -> Choice | None:
+    """The sampler in a file, a name and all of its keys; None where there is no file. Raises UserError."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _wrong(path, f"it cannot be read: {reason(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise _wrong(path, f"it has more than {MAX_BYTES} bytes")
+    try:
+        return check_choice("sampler", _parsed(data))
+    except UserError as error:
+        raise _wrong(path, str(error)) from None
+
+
+def write(path: Path, sampler: Choice, comment: list[str]) -> None:
+    """The file for a sampler, with lines that say where it comes from. Raises OSError."""
+    head = "".join(f"# {printable(line)}\n" for line in comment)
+    body = yaml.safe_dump(sampler.to_dict(), sort_keys=False, allow_unicode=True)
+    write_atomically(path, (head + body).encode())
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A flat YAML mapping as plain values and lists of them. Raises UserError."""
+    if b"${" in data:
+        raise UserError("it holds '${', and only plain values are read")
+    try:
+        node = yaml.compose(data.decode(), Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode) or not all(map(_is_flat, node.value)):
+            raise UserError("it is no list of keys with plain values")
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"'{twice[0]}' stands twice")
+        return {str(key): value for key, value in yaml.safe_load(data.decode()).items()}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError("it is no YAML of plain values") from None
+
+
+def _is_flat(entry: tuple[yaml.Node, yaml.Node]) -> bool:
+    """Whether a key has a value, or a list of them; so an alias cannot make much of little."""
+    key, value = entry
+    items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return all(isinstance(node, yaml.ScalarNode) for node in (key, *items))
+
+
+def _wrong(path: Path, why: str) -> UserError:
+    why = why if len(why) <= MAX_MESSAGE else why[:MAX_MESSAGE] + "…"
+    return UserError(f"{path} cannot be used: {why}; delete the file, or name another sampler (sampler=…)")
+
+
+def trained_sampler(config: TrainConfig) -> Choice:
+    """The sampler a model was trained with, in no more steps than the model has timesteps."""
+    params = dict(config.sampler.params)
+    if params["num_steps"] is not None:  # written for many timesteps; this model may have few
+        params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
+    return Choice(config.sampler.name, params)

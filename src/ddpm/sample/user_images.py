@@ -1,0 +1,260 @@
+"""Images and masks that a user brings: files, folders, or images of a dataset, in the form a model needs."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm import build
+from ddpm.config.choices import Choice, choices
+from ddpm.config.limits import nearest
+from ddpm.config.schema import SampleConfig
+from ddpm.data.dataset import Dataset
+from ddpm.data.folder import SUFFIXES, is_image, read_image
+from ddpm.data.info import Facts
+from ddpm.errors import DataError, UserError
+from ddpm.io.files import reason, user_path
+from ddpm.io.images import Pixels, normalise
+from ddpm.runtime.randomness import uniform
+from ddpm.sample import user_images as inputs
+from ddpm.sample.model import Guidance, Model, labels
+
+MAX_INPUTS = 4_096
+UNKNOWN_SHARE = 0.75  # of the pixels under mask=random
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """images: uint8 (N, C, S, S); labels: (N,) in the model's classes, or None; names: one for each image."""
+
+    images: Tensor
+    labels: Tensor | None
+    names: list[str]
+    notice: str = ""  # a licence, to be printed
+
+
+def read(text: str, facts: Facts, trained_on: Choice, data_root: str) -> Inputs:
+    """`input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
+
+    Files are scaled and cut around their middle, and made grey or coloured as the model is. Of the dataset that
+    the model was trained on, the splits are those of its training. Raises UserError.
+    """
+    if match := re.fullmatch(r"(\w+):([^:/\\]*):([^:/\\]*)", text):
+        return _from_dataset(text, *match.groups(), facts=facts, trained_on=trained_on, data_root=data_root)
+    if facts.channels not in (1, 3):
+        raise UserError(f"input={text}: this model's images have {facts.channels} channels, files 1 or 3")
+    files = _files(text)
+    images = [_pixels(file, facts.image_size) for file in files]
+    return Inputs(with_channels(torch.stack(images), facts.channels), None, [str(file) for file in files])
+
+
+def _files(text: str) -> list[Path]:
+    root = user_path(text)
+    if not os.path.isdir(root):
+        if not os.path.isfile(root):
+            raise UserError(
+                f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
+            )
+        return [root]
+    try:
+        files = sorted(file for file in root.iterdir() if is_image(file, root))
+    except OSError as error:
+        raise UserError(f"input={text}: cannot be read ({reason(error)})") from None
+    if not 1 <= len(files) <= MAX_INPUTS:
+        raise UserError(
+            f"input={text}: {len(files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {MAX_INPUTS}"
+        )
+    return files
+
+
+def _pixels(file: Path, size: int) -> Tensor:
+    return torch.from_numpy(read_image(file, size).copy()).permute(2, 0, 1)
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """uint8 (N, 1 or 3, S, S) grey or coloured: brightness by ITU-R BT.601, or the same grey three times."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    weights = torch.tensor([299, 587, 114]).view(1, 3, 1, 1)
+    return ((images * weights).sum(1, keepdim=True) + 500).div(1000, rounding_mode="floor").to(torch.uint8)
+
+
+def _from_dataset(
+    text: str, name: str, part: str, places: str, *, facts: Facts, trained_on: Choice, data_root: str
+) -> Inputs:
+    known = choices("dataset")
+    if name not in known:
+        raise UserError(
+            f"input={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}"
+        )
+    if part not in SPLITS:
+        raise UserError(f"input={text}: no split '{part}'; must be one of {', '.join(SPLITS)}")
+    wanted = indices(places, text)
+    data = _load(text, name, facts, trained_on, data_root)
+    split = {"train": data.train, "val": data.val, "test": data.test}[part]
+    if max(wanted) >= len(split):
+        raise UserError(f"input={text}: {name}:{part} has the images 0 to {len(split) - 1}")
+    chosen = torch.tensor(wanted)
+    same_classes = data.facts.class_names == facts.class_names and split.labels is not None
+    return Inputs(
+        with_channels(split.images[chosen], facts.channels),
+        split.labels[chosen] if same_classes and split.labels is not None else None,
+        [f"{name}:{part}:{place}" for place in wanted],
+        data.notice,
+    )
+
+
+def _load(text: str, name: str, facts: Facts, trained_on: Choice, data_root: str) -> Dataset:
+    """The dataset in the model's image size; with the parameters of the training if it is the same one."""
+    content: dict[str, Any] = choices("dataset")[name]
+    params = {key: value for key, value in content.items() if key != "name"}
+    if params.get("path") == "???":
+        raise UserError(f"input={text}: give the folder's path as input; one in a checkpoint is not followed")
+    if content["name"] == trained_on.name:
+        params = {**trained_on.params}
+    if "image_size" in params:
+        params["image_size"] = facts.image_size
+    fits = f"this model's images are {facts.image_size}×{facts.image_size}×{facts.channels}"
+    try:
+        data = build.dataset(Choice(content["name"], params), data_root)
+    except DataError as error:
+        raise UserError(f"input={text}: {error} ({fits})") from None
+    size, channels = data.facts.image_size, data.facts.channels
+    convertible = channels == facts.channels or {channels, facts.channels} == {1, 3}
+    if size != facts.image_size or not convertible:
+        raise UserError(f"input={text}: its images are {size}×{size}×{channels}, {fits}")
+    return data
+
+
+def indices(places: str, text: str, key: str = "input", most: int = MAX_INPUTS) -> list[int]:
+    """Numbers and ranges, such as 0-15 or 3,5,8 or 0-3,7. Raises UserError that names `key` for more than `most`."""
+    wanted: list[int] = []
+    for item in places.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(
+                f"{key}={text}: '{item}' must be a number or a rising range, as in mnist:test:0-3,7"
+            )
+        if len(wanted) + last - first >= most:
+            raise UserError(f"{key}={text}: too many images; allowed: 1 to {most}")
+        wanted += range(first, last + 1)
+    return wanted
+
+
+# Named masks: true where the row and column (both S×S) of an image of this size are unknown.
+MASKS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "left": lambda row, column, size: column < size // 2,
+    "top": lambda row, column, size: row < size // 2,
+    "centre": lambda row, column, size: _inner(row, size) & _inner(column, size),
+}
+
+
+def _inner(place: Tensor, size: int) -> Tensor:
+    return (place >= size // 4) & (place < size - size // 4)
+
+
+def mask(text: str, size: int, seed: int, numbers: Tensor) -> Tensor:
+    """`mask=`: bool (N, 1, S, S), true where unknown, for the inputs `numbers` (N,) int64.
+
+    Named: the `left` or `top` half, the `centre` (half as wide and high), or `random` (each pixel with probability
+    3/4, from the seed and the input's number). Else a picture, white where unknown, scaled and cut like an input
+    but to the nearest pixel. Raises UserError.
+    """
+    if text == "random":
+        pixels = numbers[:, None] * size**2 + torch.arange(size**2)
+        return (uniform(seed, "mask", 0, pixels.flatten()) < UNKNOWN_SHARE).view(-1, 1, size, size)
+    if text in MASKS:
+        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        one = MASKS[text](row, column, size)
+    else:
+        file = user_path(text)
+        if not os.path.isfile(file):
+            names = ", ".join([*MASKS, "random"])
+            raise UserError(f"mask={text}: must be one of {names}, or a picture file; there is no such file")
+        picture = torch.from_numpy(read_image(file, size, nearest=True).copy()).permute(2, 0, 1)
+        one = with_channels(picture[None], 1)[0, 0] >= 128
+        if not one.any():
+            raise UserError(f"mask={text}: nothing in it is white, so there is nothing to draw")
+    return one.expand(len(numbers), 1, size, size)
+
+
+RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many there are of either
+
+
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """What the user brought, and which of it the results start from."""
+
+    inputs: inputs.Inputs
+    numbers: Tensor  # (rows,) of the inputs in use
+    pixels: Tensor  # uint8 (rows, C, H, W)
+    y: Tensor | None  # (rows,)
+    row: Tensor  # (n,) of each result
+    index: Tensor  # (n,) of each result, for its randomness
+
+    @property
+    def x_0(self) -> Tensor:
+        return normalise(self.pixels)
+
+    @property
+    def column(self) -> Pixels:
+        return self.pixels.permute(0, 2, 3, 1).numpy()
+
+    @property
+    def notes(self) -> list[str]:
+        return [self.inputs.notice] if self.inputs.notice else []
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"inputs": [self.inputs.names[number] for number in self.numbers]}
+
+
+def bring(config: SampleConfig, model: Model, each: int) -> Brought:
+    """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
+    assert config.input is not None
+    brought = inputs.read(config.input, model.facts, model.config.dataset, config.data_root)
+    numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
+    if numbers.max() >= len(brought.images):
+        raise UserError(
+            f"index={config.index}: input={config.input} has the images 0 to {len(brought.images) - 1}"
+        )
+    row = torch.arange(len(numbers)).repeat_interleave(each)
+    index = numbers[row] + (torch.arange(each).repeat(len(numbers)) << RESULT_SHIFT)
+    y = labels(model, wanted(config), numbers, guidance(config))
+    if y is not None and config.label is None:
+        if brought.labels is not None:
+            y = brought.labels[numbers]
+        elif config.guidance_scale != 0:
+            raise UserError(
+                f"input={config.input}: has no label that this conditional model knows; add label=… (0 to "
+                f"{model.facts.num_classes - 1}, or a list), or guidance_scale=0 for no class"
+            )
+    return Brought(brought, numbers, brought.images[numbers], y, row, index)
+
+
+def guidance(config: SampleConfig) -> Guidance:
+    bounds = config.guidance_interval
+    if bounds is None:  # everywhere, where sigma / alpha is infinite too
+        bounds = [0.0, math.inf]
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
+    return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))
+
+
+def wanted(config: SampleConfig) -> list[int] | None:
+    """The classes asked for; None where all are, or nothing was said."""
+    if isinstance(config.label, str):
+        if config.label != "all":
+            raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")
+        return None
+    return config.label

@@ -1,0 +1,202 @@
+"""One job of a sweep, as Hydra's launchers call it: `ddpm-train` in a process of its own, watched until its end.
+
+A process for each job: what one does (its memory, its GPU, its death) is no other's concern, not even the launcher's.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ddpm.config.hydra import quote_path, typed_value
+from ddpm.config.load_plugins import load_plugins
+from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, check
+from ddpm.errors import printable
+from ddpm.io.files import open_regular
+from ddpm.runs import run_dir
+from ddpm.runs.resume import same_run
+from ddpm.runs.run_dir import FAILED
+from ddpm.runtime import signals
+from ddpm.runtime.console import duration, tell
+from ddpm.train.metrics_file import lowest
+
+PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
+TOKEN = "DDPM_SWEEP_TOKEN"  # environment: which start of the sweep a job belongs to, as in
+OWNER = ".owner"  # in the sweep's folder
+STOP = ".stop"  # in the sweep's folder: all jobs are to end
+POLL = 0.2  # seconds
+GRACE = 9  # seconds that a job has to save; a step may take a while
+UNEXPECTED = (1,)  # the status that Python leaves with a traceback
+MAX_ERROR = 10_000  # bytes of it
+MAX_NAME = 180  # characters of a folder's name; file systems take 255 bytes
+
+
+class JobFailed(Exception):
+    """One job of a sweep that did not finish. It leaves the others running."""
+
+
+def run(raw: Any) -> float:
+    """The job that Hydra has composed; returns the figure of `minimize`. Raises JobFailed."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    plugins = [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
+    load_plugins(plugins)  # this may be another process than the one that was told
+    hydra = HydraConfig.get()
+    sweep, overrides = Path(hydra.sweep.dir), list(hydra.overrides.task)
+    folder, number = sweep / name(overrides), hydra.job.num
+    plain = OmegaConf.to_container(raw, resolve=True)
+    assert isinstance(plain, dict)
+    config: TrainConfig = check(TrainConfig, {**plain, "run_dir": str(folder)})  # type: ignore[dict-item]
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    far = is_far(launcher)
+    _wait_for_others(sweep, folder, number, far)
+    if not config.overwrite and run_dir.read_result(folder) is not None and same_run(folder, config):
+        tell(f"job {number}: done already: {folder}")
+        return figure(folder, config.minimize)
+    tell(f"job {number}: begins: {folder}")
+    folder.mkdir(exist_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
+    started = time.perf_counter()
+    resume = [] if typed_value(overrides, "trainer.resume") or config.overwrite else ["trainer.resume=auto"]
+    place = quote_path(f"run_dir={folder}")
+    command = [*plugins, *overrides, *resume, place]
+    status, stopped = _watched(command, sweep, folder, quiet=launcher != "basic", alone=far)
+    if status != 0:
+        why = _why(folder, status, stopped)
+        tell(f"job {number}: {why}: {folder}")
+        raise JobFailed(why)
+    best = figure(folder, config.minimize)
+    tell(
+        f"job {number}: done in {duration(time.perf_counter() - started)}, {config.minimize} {best:.5f}: {folder}"
+    )
+    return best
+
+
+def name(overrides: list[str]) -> str:
+    """The folder of a job: what was typed for it, so that the same command finds it again."""
+    import hashlib
+
+    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in CIRCUMSTANCES)
+    text = ",".join(kept) or "defaults"
+    plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)
+    if plain == text and len(plain.encode()) <= MAX_NAME:
+        return plain
+    return (
+        f"{plain.encode()[:MAX_NAME].decode(errors='ignore')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
+
+
+def figure(folder: Path, key: str) -> float:
+    """The lowest of a run's figures `key`. Raises JobFailed if there is none."""
+    best = lowest(folder / "metrics.jsonl", key)
+    if best is None:
+        tell(f"{folder}: metrics.jsonl holds no {key}")
+        raise JobFailed(f"{folder} holds no {key}")
+    return best
+
+
+def is_far(launcher: str) -> bool:
+    """Whether a launcher runs jobs on other machines, which go on without whoever started the sweep."""
+    return "slurm" in launcher
+
+
+def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:
+    """Until no process works in the folder: of a sweep that has just been killed, or the same job drawn twice.
+
+    Raises JobFailed where the sweep ends meanwhile.
+    """
+    told = False
+    while True:
+        if (sweep / STOP).exists() or (not far and _orphaned(sweep)):
+            raise JobFailed("stopped before it began")
+        if not run_dir.is_running(folder):
+            return
+        if not told:
+            tell(f"job {number}: waits for another process to end in {folder}")
+        told = True
+        time.sleep(POLL)
+
+
+def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone: bool) -> tuple[int, bool]:
+    """The exit status of ddpm-train, and whether it was told to save and end, as the sweep did, however that came.
+
+    `alone`: on another machine, where it lives on without whoever started the sweep.
+    """
+    command = [sys.executable, "-P", "-c", "from ddpm.cli.entry import train; train()", *arguments]
+    environment = {
+        **os.environ,
+        signals.PARENT: str(os.getpid()),
+        run_dir.FAILED_FILE: str(folder / FAILED),
+    }
+    signals.pass_over()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if quiet else None,  # it is in train.log, too
+            stderr=errors if quiet else None,
+            start_new_session=True,
+        )
+        stopped = _wait(child, sweep, alone)
+        if child.returncode in UNEXPECTED:  # a fault of ours, or of a plug-in: all of what it said
+            errors.seek(0)
+            said = errors.read()[-MAX_ERROR:].decode(errors="replace").strip()
+            tell(said)
+            with suppress(OSError):
+                (folder / FAILED).write_text(said.rpartition("\n")[2] or "ended with a fault of its own")
+    return child.returncode, stopped
+
+
+def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> bool:
+    """Until it ends, of itself or because the sweep does; returns whether the sweep did."""
+    asked: float | None = None
+    try:
+        while child.poll() is None:
+            stop, orphan = (sweep / STOP).exists(), not alone and _orphaned(sweep)
+            if asked is None and (stop or orphan):
+                asked = _ask(child)
+            elif asked is not None and ((stop and orphan) or time.monotonic() - asked > GRACE):
+                child.kill()
+            time.sleep(POLL)
+    finally:  # submitit ends a job by an exception in here
+        if child.poll() is None:
+            _ask(child)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE)
+            child.kill()
+            child.wait()
+    return asked is not None
+
+
+def _orphaned(sweep: Path) -> bool:
+    """Whether whoever started the sweep is gone; another one may hold the folder by now."""
+    with suppress(OSError), open_regular(sweep / OWNER) as file:
+        if file.read(64).decode(errors="replace") != os.environ.get(TOKEN):
+            return True
+    return not run_dir.is_running(sweep)
+
+
+def _ask(child: "subprocess.Popen[bytes]") -> float:
+    """To save and end. SIGHUP, which never counts as the second signal, as where a whole group gets SIGTERM."""
+    child.send_signal(signals.FORWARDED)
+    return time.monotonic()
+
+
+def _why(folder: Path, status: int, stopped: bool) -> str:
+    """What became of a job that did not finish, in a few words; kept in its folder where it failed."""
+    if stopped or status - 128 in signals.STOPPING:
+        return "stopped"
+    why = ""
+    with suppress(OSError, UnicodeDecodeError), open_regular(folder / FAILED) as file:
+        why = file.read(4096).decode()
+    if not why:
+        why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        with suppress(OSError):
+            (folder / FAILED).write_text(why)
+    return f"failed: {printable(why)}"

@@ -1,0 +1,69 @@
+"""Three pictures of a run: loss.png, forward.png and schedule.png."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.process import add_noise
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.io.files import write_atomically
+from ddpm.io.images import grid, normalise, save_png, to_uint8
+from ddpm.runtime.randomness import normal
+
+
+def plot_loss(metrics: Path, picture: Path) -> None:
+    """Training and validation curves from a run's metrics.jsonl. Raises OSError, as all three do."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = _axes()
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss", lw=1)
+    for key, label in (("val_loss", "validation loss (EMA)"), ("val_eps_mse", "val_eps_mse (EMA)")):
+        points = [(r["step"], r[key], r[key + "_error"]) for r in records if key in r]
+        if points:
+            steps, values, errors = zip(*points, strict=True)
+            axes.errorbar(steps, values, errors, label=label, marker=".", lw=1)
+    axes.set(xlabel="step", yscale="log")
+    axes.legend()
+    _save(figure, picture)
+
+
+def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
+    """alpha, sigma and lambda over t."""
+    figure, axes = _axes()
+    axes.plot(schedule.alpha, label="alpha")
+    axes.plot(schedule.sigma, label="sigma")
+    axes.set(xlabel="t", ylabel="alpha, sigma")
+    right = axes.twinx()
+    right.plot(schedule.lambda_, "C2--", lw=1, label="lambda (right)")
+    right.set(ylabel="lambda = log(alpha / sigma)")
+    figure.legend(loc="center left", bbox_to_anchor=(0.12, 0.5))
+    _save(figure, picture)
+
+
+def draw_forward(x_0: Tensor, schedule: NoiseSchedule, picture: Path, columns: int = 9) -> None:
+    """Real images (uint8 (N, C, H, W)), one in a row, more and more noised from left to right."""
+    times = [round(i * (schedule.num_timesteps - 1) / (columns - 1)) for i in range(columns)]
+    levels = [schedule.at(-1)] + [schedule.at(t) for t in times]
+    clean = normalise(x_0.cpu())
+    eps = normal(0, "forward", 0, torch.arange(len(x_0)), tuple(x_0.shape[1:]))
+    noised = torch.stack([add_noise(clean, eps, level.alpha, level.sigma) for level in levels], dim=1)
+    save_png(picture, grid(to_uint8(noised.flatten(0, 1)), nrow=len(levels)))
+
+
+def _save(figure: Any, picture: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120)
+    write_atomically(picture, data.getvalue())
+
+
+def _axes() -> tuple[Any, Any]:
+    """A figure without pyplot, which would keep state and look for a screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes

@@ -1,0 +1,39 @@
+"""The Triton kernels of GroupNorm, by Triton's interpreter on the CPU, beside float64: status 0 where they agree."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ddpm.networks.kernels import group_norm_triton as kernels
+from tests.networks.test_group_norm import far, gradients, inputs, reference
+
+
+def main() -> None:
+    dtype, silu, shape = getattr(torch, sys.argv[1]), sys.argv[2] == "True", tuple(map(int, sys.argv[3:]))
+    close = 4e-6 if dtype == torch.float32 else 2**-7
+    for offset in (0.0, 50.0 if dtype == torch.float32 else 0.0):
+        x, extra, dy, norm = inputs(shape, dtype, offset)
+        for given in (extra, None):
+            check(x, given, dy, norm, silu, close * (1 + offset))
+
+
+def check(
+    x: Tensor, extra: Tensor | None, dy: Tensor, norm: torch.nn.GroupNorm, silu: bool, close: float
+) -> None:
+    leaves = [x, norm.weight, norm.bias, *([] if extra is None else [extra])]
+    wanted = reference(x, extra, norm, silu)
+    exact = gradients(wanted, dy, *leaves)
+    own = None if extra is None else extra.detach().float()
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    with torch.no_grad():
+        y, mean, rstd = kernels.forward(x, own, weight, bias, norm.num_groups, norm.eps, silu)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dextra, dweight, dbias = kernels.backward(dy, x, own, weight, bias, mean, rstd, silu)
+    assert y.dtype == dx.dtype == x.dtype and y.is_contiguous(memory_format=torch.channels_last)
+    found = [y, dx, dweight.sum(0), dbias.sum(0), *([] if extra is None else [dextra])]
+    for name, a, b in zip(("y", "x", "weight", "bias", "extra"), found, [wanted, *exact], strict=False):
+        assert far(a.double(), b) < close, f"{name}: {far(a.double(), b)}"
+
+
+main()

@@ -1,0 +1,316 @@
+"""A run's folder: locked, never overwritten by accident, swept of leftovers; and where a run may go on."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
+from ddpm.config import hydra
+from ddpm.config.schema import TrainConfig, check
+from ddpm.errors import CheckpointError, UserError
+from ddpm.io.files import leftovers, open_regular, write_atomically
+from ddpm.runs import resume, resume_overrides, run_dir
+from ddpm.train import environment
+from ddpm.train.checkpointing import save
+from ddpm.train.state import Run, prepare
+from tests.train.test_training import CPU, tiny_data
+
+SMALL = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=9"]
+
+
+def typed(*overrides: str) -> TrainConfig:
+    """As the command line composes it, what a resumed run was told included."""
+    given = hydra.read_overrides(list(overrides))
+    return check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run with checkpoints of its steps 2 and 5 in `tmp_path/mine`."""
+    run = prepare(typed(*SMALL, "data_root=elsewhere"), tiny_data(), CPU)
+    for step in (2, 5):
+        run.step = step
+        folder = tmp_path / "mine" / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        save(run, folder / f"step_{step:07d}.safetensors", {})
+    (tmp_path / "mine" / "config.yaml").write_text("")
+    return run
+
+
+def test_a_folder_is_locked_until_its_holder_ends(tmp_path: Path) -> None:
+    held = run_dir.claim(str(tmp_path), overwrite=False, fresh=True)
+    code = f"from ddpm.runs import run_dir as run_folder; run_folder.claim({str(tmp_path)!r}, False, fresh=False)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is in use by another process" in other.stderr
+    held.release()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    run_dir.claim(str(tmp_path), False, fresh=True).release()  # the other process has ended
+
+
+def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    run_dir.claim(str(tmp_path / "a" / "b"), False, fresh=True).release()
+    assert not (tmp_path / "a" / "b").exists()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty"):
+        run_dir.claim(str(tmp_path), False, fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "thesis.txt"}
+
+
+def test_a_folder_that_has_gone_is_released_without_a_word(tmp_path: Path) -> None:
+    held = run_dir.claim(str(tmp_path / "a"), False, fresh=True)
+    (tmp_path / "a" / ".lock").unlink()
+    (tmp_path / "a").rmdir()
+    held.release()
+
+
+def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft lock in its place would outlive a process that is killed."""
+
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot use run_dir=.*: Function not implemented"):
+        run_dir.claim(str(tmp_path / "a"), False, fresh=True)
+
+
+def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: Run) -> None:
+    mine = tmp_path / "mine"
+    with pytest.raises(UserError, match="is not empty: overwrite=true replaces"):
+        run_dir.claim(str(mine), overwrite=False, fresh=True)
+    (mine / "thesis.txt").write_text("years of work")
+    (mine / "checkpoints" / "epoch_3.ckpt").write_bytes(b"of another tool")
+    (mine / "samples").mkdir()
+    (mine / "samples" / "step_0000002.png").write_bytes(b"")
+    run_dir.claim(str(mine), overwrite=True, fresh=True).release()
+    run_dir.clear(mine)
+    left = {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()}
+    assert left == {".lock", "thesis.txt", "checkpoints/epoch_3.ckpt"} and not (mine / "samples").exists()
+    with pytest.raises(UserError, match="other things than a run"):
+        run_dir.claim(str(mine), overwrite=True, fresh=True)
+
+
+def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path) -> None:
+    """Killed before the first checkpoint: the same command may start again; a stranger's folder is left alone."""
+    for part in ("checkpoints", "samples"):
+        (tmp_path / part).mkdir()
+    for name in ("train.log", "config.yaml", ".lock", "samples/step_0000003.png", ".a.7.0123abcd.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    assert run_dir.is_only_begun(tmp_path)
+    for name in ("checkpoints/epoch_3.ckpt", "samples/paper_figure.png", "thesis.txt", ".vimrc.tmp"):
+        (tmp_path / name).write_bytes(b"")
+        assert not run_dir.is_only_begun(tmp_path), name
+        (tmp_path / name).unlink()
+    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"")
+    assert not run_dir.is_only_begun(tmp_path)
+
+
+def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> None:
+    left = tmp_path / "mine" / "checkpoints" / ".step_0000007.safetensors.99.0123abcd.tmp"
+    left.write_bytes(b"half")
+    (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
+    run_dir.sweep(tmp_path / "mine")
+    assert not left.exists() and (tmp_path / "mine" / ".notes.tmp").exists()
+    assert len(locate.saved_steps(tmp_path / "mine")) == 2
+
+
+def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "mine" / "checkpoints"
+    save(run, folder / "best.safetensors", {})  # of step 5
+    notes = run_dir.set_aside(tmp_path / "mine", 2)
+    assert len(notes) == 2 and "step_0000005" in notes[0] and "best" in notes[1]
+    save(run, folder / "step_0000005.safetensors", {})
+    run_dir.set_aside(tmp_path / "mine", 2)
+    names = {path.name for path in (folder / "set_aside").iterdir()}
+    assert names == {"step_0000005.safetensors", "step_0000005-2.safetensors", "best.safetensors"}
+    assert [path.name for path in folder.glob("*.safetensors")] == ["step_0000002.safetensors"]
+
+
+def test_best_is_gone_on_from_where_it_is_the_newest(tmp_path: Path, run: Run) -> None:
+    run.step = 3
+    best = tmp_path / "mine" / "checkpoints" / "best.safetensors"
+    save(run, best, {})
+    order = [path.stem for path in locate.of_run(tmp_path / "mine")]
+    assert order == ["step_0000005", "best", "step_0000002"]
+    run.step = 5
+    save(run, best, {})
+    assert [path.stem for path in locate.of_run(tmp_path / "mine")][:2] == ["step_0000005", "best"]
+    best.write_bytes(b"broken")
+    assert [path.stem for path in locate.of_run(tmp_path / "mine")][-1] == "best"
+
+
+def test_results_that_make_no_sense_are_none(tmp_path: Path) -> None:
+    for text in (
+        "[]",
+        "7",
+        "{",
+        '{"step": 1}',
+        '{"step": [], "val_eps_mse": 1, "val_eps_mse_error": 1}',
+        "[" * 9999,
+    ):
+        (tmp_path / "result.json").write_text(text)
+        assert run_dir.read_result(tmp_path) is None
+    (tmp_path / "result.json").write_text('{"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}')
+    assert run_dir.read_result(tmp_path) == {"step": 1, "val_eps_mse": 0.5, "val_eps_mse_error": 0.1}
+
+
+def test_a_run_goes_on_in_its_own_folder_or_a_new_one(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, file = str(tmp_path / "mine"), tmp_path / "mine" / "checkpoints" / "step_0000002.safetensors"
+    for wanted, folder, in_place in (
+        ([f"trainer.resume={mine}"], mine, True),
+        ([f"trainer.resume={file}"], mine, True),
+        ([f"trainer.resume={file}", f"run_dir={tmp_path}/other"], f"{tmp_path}/other", False),
+        ([f"trainer.resume={file}", f"run_dir={tmp_path}/../{tmp_path.name}/mine"], None, True),
+    ):
+        place = resume.place(typed(*wanted))
+        assert place.in_place == in_place and (folder is None or place.folder == folder)
+        assert place.files == ([] if wanted[0].endswith("mine") else [file])
+    loose = tmp_path / "sent_by_a_colleague.safetensors"
+    loose.write_bytes(file.read_bytes())
+    place = resume.place(typed(f"trainer.resume={loose}"))
+    assert place.folder is None and not place.in_place
+    monkeypatch.chdir(tmp_path)  # names that mean something else elsewhere
+    (tmp_path / "outputs" / "x").mkdir(parents=True)
+    (tmp_path / "mine").rename(tmp_path / "outputs" / "x" / "other")
+    for name in ("latest", "checkpoints"):
+        config = typed(*SMALL, "trainer.resume=auto", f"run_dir={name}")
+        assert resume.choose(resume.place(config), config) is None
+
+
+def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: Path, run: Run) -> None:
+    def auto(name: str) -> resume.Source | None:
+        config = typed(*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/{name}")
+        return resume.choose(resume.place(config), config)
+
+    assert auto("new") is None
+    source = auto("mine")
+    assert source is not None and source.meta.step == 5
+    newest, oldest = reversed(locate.saved_steps(tmp_path / "mine"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    source = auto("mine")
+    assert source is not None and source.path == oldest and str(newest) in source.notes[0]
+    oldest.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="nor is any other of the 2"):
+        auto("mine")
+
+
+def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: Run) -> None:
+    epochs = prepare(typed(*SMALL, "trainer.max_epochs=1"), tiny_data(), CPU)
+    save(epochs, tmp_path / "a.safetensors", {})
+    longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_steps=60").trainer
+    assert longer.max_steps == 60 and longer.max_epochs is None
+    longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_epochs=3").trainer
+    assert longer.max_epochs == 3
+    config = typed(f"trainer.resume={tmp_path}/mine", "trainer.max_steps=90")
+    source = resume.choose(resume.place(config), config)
+    assert source is not None
+    told = resume.notes(source, prepare(config, tiny_data(), CPU))
+    assert any("optimizer.decay=cosine to step 90" in note for note in told)
+
+
+def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run: Run) -> None:
+    config = typed(f"trainer.resume={tmp_path}/mine", "optimizer.lr=1e-5", "trainer.max_steps=20")
+    assert config.model.params["channels"] == [8, 16] and config.data_root != "elsewhere"
+    source = resume.choose(resume.place(config), config)
+    assert source is not None
+    again = prepare(config, tiny_data(), CPU)
+    told = "\n".join(resume.notes(source, again))
+    assert "optimizer.lr was 0.001, is 1e-05" in told and "max_steps" not in told and "bit by bit" not in told
+    again.environment |= {"device": "NVIDIA H200", "deterministic": "no"}
+    told = "\n".join(resume.notes(source, again))
+    assert "not bit by bit: device was CPU" in told and "trainer.deterministic=true" in told
+
+
+def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: Run) -> None:
+    for override in ("model.channels=[8,24]", "schedule=cosine", "seed=1", "objective=v", "dataset=mnist"):
+        for again in (
+            [*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/mine"],
+            [f"trainer.resume={tmp_path}/mine"],
+        ):
+            config = typed(*again, override)
+            key = override.partition("=")[0]
+            with pytest.raises(CheckpointError, match=rf"cannot resume .*{key}.* was .*, is "):
+                resume.choose(resume.place(config), config)
+
+
+def test_a_folder_of_images_has_to_be_typed_again(tmp_path: Path) -> None:
+    config = typed("dataset=folder", "dataset.path=/home/me/pictures", "model=unet_tiny", *SMALL)
+    save(prepare(config, tiny_data(), CPU), tmp_path / "a.safetensors", {})
+    with pytest.raises(UserError, match=r"dataset.path was '/home/me/pictures' .* type dataset.path="):
+        typed(f"trainer.resume={tmp_path}/a.safetensors")
+    config = typed(f"trainer.resume={tmp_path}/a.safetensors", "dataset.path=/new")
+    assert config.dataset.params["path"] == "/new"
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old" and leftovers(tmp_path) == []
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match=r"regular|directory"):
+            open_regular(path)
+        with pytest.raises(CheckpointError, match="cannot read"):
+            checkpoint.read_meta(path)
+
+
+def test_the_commit_is_read_without_running_git(tmp_path: Path) -> None:
+    assert environment.commit(tmp_path) is None
+    folder, commit = tmp_path / ".git", "0123456789abcdef0123456789abcdef01234567"
+    (folder / "refs" / "heads").mkdir(parents=True)
+    (folder / "HEAD").write_text("ref: refs/heads/main\n")
+    (folder / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
+    (tmp_path / "deeper").mkdir()
+    assert environment.commit(tmp_path / "deeper") == commit
+    (folder / "refs" / "heads" / "main").write_text(commit.replace("0", "f") + "\n")
+    assert environment.commit(tmp_path) == commit.replace("0", "f")
+    (folder / "HEAD").write_text(commit)
+    assert environment.commit(tmp_path) == commit
+    for odd in ("ref: refs/../../secret", "ref: /etc/passwd", "\x1b[31m", "ref: refs/heads/none"):
+        (folder / "HEAD").write_text(odd)
+        assert environment.commit(tmp_path) is None
+
+
+def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: Run) -> None:
+    from scripts import convert_pt
+
+    weights = {f"module.{name}": tensor.double() + 1 for name, tensor in run.network.state_dict().items()}
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "old.pt")
+    like = locate.find(str(tmp_path / "mine"))[0]
+    convert_pt.convert(tmp_path / "old.pt", like, tmp_path / "new.safetensors")
+    meta, tensors = checkpoint.load(tmp_path / "new.safetensors")
+    name = next(iter(run.network.state_dict()))
+    assert torch.equal(tensors[f"ema.{name}"], run.network.state_dict()[name] + 1) and meta.figures == {}
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            import os
+
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="cannot be read as weights alone"):
+        convert_pt.convert(tmp_path / "evil.pt", like, tmp_path / "new.safetensors")
+    assert not (tmp_path / "ran").exists()
+    torch.save({name: torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        convert_pt.convert(tmp_path / "other.pt", like, tmp_path / "new.safetensors")
