@@ -21,10 +21,10 @@ from ddpm.checkpoint import file as checkpoint
 from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.io.images import normalise
 from ddpm.train.checkpointing import save
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import train_step
 
 RECIPES = {"digits": (8, 1), "mnist": (28, 1), "folder": (32, 3)}  # image size, channels
@@ -80,12 +80,14 @@ def measure(recipe: str, device: torch.device, rounds: int, steps: int, folder: 
     )
 
 
-def make_run(recipe: str, device: torch.device) -> Run:
+def make_run(recipe: str, device: torch.device) -> TrainState:
     overrides = [f"dataset={recipe}", "dataset.path=none"] if recipe == "folder" else [f"dataset={recipe}"]
     config = check(TrainConfig, compose("train", overrides))
     size, channels = RECIPES[recipe]
     split = Split(torch.zeros(8, channels, size, size, dtype=torch.uint8), None)
-    return prepare(config, Dataset(Facts(recipe, channels, size, 0, (), 256), split, split, split), device)
+    return prepare(
+        config, Dataset(DatasetInfo(recipe, channels, size, 0, (), 256), split, split, split), device
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.evaluate.table import aligned
 from ddpm.runtime import memory
 from ddpm.sample.model import PRECISIONS, Model
@@ -131,7 +131,7 @@ def make(setting: Setting, precision: str, device: torch.device) -> Work:
     config, size = composed(setting, precision), setting.image_size
     images = torch.randint(0, 256, (512, 1, size, size), dtype=torch.uint8)
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))
-    data = Dataset(Facts("mnist", 1, size, 10, tuple("0123456789"), 256), split, split, split)
+    data = Dataset(DatasetInfo("mnist", 1, size, 10, tuple("0123456789"), 256), split, split, split)
     run, batches = prepare(config, data, device), Batches(split, setting.batch, 0, device)
 
     def update() -> None:

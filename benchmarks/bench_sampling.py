@@ -24,10 +24,10 @@ from timing import machine, save, seconds
 
 from ddpm.api import Model
 from ddpm.build import network, schedule
-from ddpm.config.choices import Choice, choices, choose_sampler
+from ddpm.config.choices import Component, choices, choose_sampler
 from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.runtime import memory
 from ddpm.runtime.randomness import normal
 from ddpm.sample.model import PRECISIONS, Guidance, denoiser, labels
@@ -87,12 +87,12 @@ def main() -> None:
 
 def make_model(overrides: list[str], precision: str, device: torch.device) -> Model:
     config = check(TrainConfig, compose("train", overrides))
-    facts = Facts("mnist", 1, 28, 10, tuple("0123456789"), 256)
+    facts = DatasetInfo("mnist", 1, 28, 10, tuple("0123456789"), 256)
     net = network(config.model, config.objective, facts).to(device, memory_format=torch.channels_last).eval()
     return Model(net, schedule(config.schedule), config, facts, device, precision=PRECISIONS[precision])
 
 
-def evaluations(model: Model, sampler: Choice) -> list[int]:
+def evaluations(model: Model, sampler: Component) -> list[int]:
     """Of the network, in each step."""
     index = torch.zeros(1, dtype=torch.int64, device=model.device)
     denoise = denoiser(model, sampler, labels(model, None, index, Guidance()), Guidance())
@@ -100,7 +100,7 @@ def evaluations(model: Model, sampler: Choice) -> list[int]:
     return [after - before for before, after in pairwise(so_far)]
 
 
-def run(model: Model, sampler: Choice, batch_size: int, calls: list[int]) -> Costs:
+def run(model: Model, sampler: Component, batch_size: int, calls: list[int]) -> Costs:
     """One run of a sampler, its steps taking turns with bare calls."""
     device, costs = model.device, Costs([], [], [])
     index = torch.arange(batch_size, device=device)

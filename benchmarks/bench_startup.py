@@ -30,7 +30,7 @@ from timing import machine, save
 from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.train.checkpointing import save as save_run
 from ddpm.train.state import prepare
 
@@ -213,7 +213,7 @@ def of_torch(folder: Path, device: str) -> dict[str, tuple[Side, Side]]:
 def untrained(config: TrainConfig, size: int, path: Path) -> None:
     """A checkpoint before the first step."""
     split = Split(torch.zeros(1, 1, size, size, dtype=torch.uint8), None)
-    facts = Facts(config.dataset.name, 1, size, 0, (), 256)
+    facts = DatasetInfo(config.dataset.name, 1, size, 0, (), 256)
     save_run(prepare(config, Dataset(facts, split, split, split), torch.device("cpu")), path, {})
 
 

@@ -21,12 +21,12 @@ from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.networks.kernels.group_norm import normed
 from ddpm.networks.unet import Attention
 from ddpm.runtime.randomness import normal, uniform
 from ddpm.train.captured import CapturedSteps
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import train_step
 
 WARM_UP = 6
@@ -36,18 +36,18 @@ KERNELS = 40  # listed in a profile, the costliest first
 Figures = dict[str, Any]
 
 
-def begun(overrides: list[str], device: torch.device, images: int) -> tuple[Run, Batches]:
+def begun(overrides: list[str], device: torch.device, images: int) -> tuple[TrainState, Batches]:
     """A training on random images, before its first step."""
     config = check(TrainConfig, compose("train", [*overrides, "trainer.compile=false"]))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8, generator=generator)
     split = Split(x, torch.arange(images) % 10)
-    data = Dataset(Facts("mnist", 1, 28, 10, tuple("0123456789"), 256), split, split, split)
+    data = Dataset(DatasetInfo("mnist", 1, 28, 10, tuple("0123456789"), 256), split, split, split)
     run = prepare(config, data, device)
     return run, Batches(split, config.trainer.batch_size, config.seed, device)
 
 
-def eager_steps(run: Run, batches: Batches, steps: int) -> None:
+def eager_steps(run: TrainState, batches: Batches, steps: int) -> None:
     """Steps as `training.fit` makes them on a CPU."""
     for _ in range(steps):
         loss, _ = train_step(run, *batches.batch(run.step))
@@ -55,7 +55,7 @@ def eager_steps(run: Run, batches: Batches, steps: int) -> None:
         run.step += 1
 
 
-def repeat_steps(captured: CapturedSteps, run: Run, batches: Batches, steps: int) -> None:
+def repeat_steps(captured: CapturedSteps, run: TrainState, batches: Batches, steps: int) -> None:
     """Steps as `training.fit` makes them on a GPU."""
     for _ in range(steps):
         loss, _ = captured.step()
@@ -269,7 +269,7 @@ def anatomy(name: str, batch: int, device: torch.device, quick: bool) -> Figures
     return figures
 
 
-def waits(run: Run, four_steps: Callable[[], None], border: int, device: torch.device) -> list[str]:
+def waits(run: TrainState, four_steps: Callable[[], None], border: int, device: torch.device) -> list[str]:
     """Where steps waited for the GPU, over the border of two epochs: PyTorch warns of each place."""
     if device.type == "cpu":
         return []

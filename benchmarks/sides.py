@@ -20,11 +20,11 @@ from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
 from ddpm.data.digits import digits
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
 from ddpm.io.images import normalise
 from ddpm.train.captured import CapturedSteps
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import _draw, learning_rate, train_step
 
 SIZE = 28
@@ -100,7 +100,7 @@ def installed() -> dict[str, str]:
     return found
 
 
-def our_run(setting: Setting, batch_size: int, device: torch.device) -> tuple[Run, Batches]:
+def our_run(setting: Setting, batch_size: int, device: torch.device) -> tuple[TrainState, Batches]:
     overrides = [
         "dataset=mnist",
         *NETWORKS[setting.network],
@@ -112,11 +112,11 @@ def our_run(setting: Setting, batch_size: int, device: torch.device) -> tuple[Ru
     ]
     config = check(TrainConfig, compose("train", overrides))
     split = Split(_images(), None)
-    run = prepare(config, Dataset(Facts("digits", 1, SIZE, 0, (), 256), split, split, split), device)
+    run = prepare(config, Dataset(DatasetInfo("digits", 1, SIZE, 0, (), 256), split, split, split), device)
     return run, Batches(split, batch_size, config.seed, device)
 
 
-def twin(run: Run) -> nn.Module:
+def twin(run: TrainState) -> nn.Module:
     """diffusers' network of the same topology and weights as a run's."""
     from diffusers import UNet2DModel
 

@@ -71,11 +71,11 @@ def network(name: str) -> Step:
     from ddpm import build
     from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
-    from ddpm.data.info import Facts
+    from ddpm.data.info import DatasetInfo
 
     config = check(TrainConfig, compose("train", ["dataset=mnist", f"model={name}"]))
     with torch.device("meta"):
-        net = build.network(config.model, config.objective, Facts("mnist", 1, 28, 10, (), 256))
+        net = build.network(config.model, config.objective, DatasetInfo("mnist", 1, 28, 10, (), 256))
     sizes = tuple(4 * p.numel() for p in reversed(list(net.parameters())))
     return Step(*ASSUMED[name], sizes)
 
@@ -93,14 +93,14 @@ def measure(name: str) -> None:
     from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
     from ddpm.data.dataset import Dataset, Split
-    from ddpm.data.info import Facts
+    from ddpm.data.info import DatasetInfo
     from ddpm.runtime import device as runtime_device
     from ddpm.train import state
     from ddpm.train.step import train_step
 
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     split = Split(images, torch.zeros(64, dtype=torch.int64))
-    data = Dataset(Facts("mnist", 1, 28, 10, (), 256), split, split, split)
+    data = Dataset(DatasetInfo("mnist", 1, 28, 10, (), 256), split, split, split)
     device, points = runtime_device.device("auto"), []
     for batch in (8, 16, 32, 64):
         settings = ["dataset=mnist", f"model={name}", f"trainer.batch_size={batch}"]
@@ -128,10 +128,10 @@ def flops(name: str) -> float:
     from ddpm import build
     from ddpm.config.hydra import compose
     from ddpm.config.schema import TrainConfig, check
-    from ddpm.data.info import Facts
+    from ddpm.data.info import DatasetInfo
 
     config = check(TrainConfig, compose("train", ["dataset=mnist", f"model={name}"]))
-    net = build.network(config.model, config.objective, Facts("mnist", 1, 28, 10, (), 256))
+    net = build.network(config.model, config.objective, DatasetInfo("mnist", 1, 28, 10, (), 256))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         net(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64))
     return float(counter.get_total_flops())

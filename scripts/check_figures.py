@@ -73,7 +73,7 @@ def spoiled(train: Split, n: int) -> dict[str, Tensor]:
     }
 
 
-def figures(bench: evaluator.Bench, images: Tensor) -> dict[str, float]:
+def figures(bench: evaluator.Reference, images: Tensor) -> dict[str, float]:
     evaluation, _ = evaluator.measure(bench, images, subject="check")
     return {name: evaluation.figures[name].value for name in FIGURES if name in evaluation.figures}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoint import locate
-from ddpm.config.choices import Choice, choices
+from ddpm.config.choices import Component, choices
 from ddpm.config.hydra import compose
 from ddpm.config.schema import TrainConfig, check
 from ddpm.io.images import to_uint8
@@ -54,7 +54,7 @@ def main() -> None:
     sys.exit(worst > TOLERANCE)
 
 
-def images(model: Model, sampler: Choice, index: Tensor) -> Tensor:
+def images(model: Model, sampler: Component, index: Tensor) -> Tensor:
     y = labels(model, None, index, Guidance())
     return last(draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, 0)).cpu()
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.config.schema import Objective as ObjectiveConfig
 from ddpm.data.dataset import Dataset, check_dataset
 from ddpm.data.datasets import DATASETS
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.objective import Objective, make_objective
 from ddpm.diffusion.schedules import SCHEDULES, NoiseSchedule
 from ddpm.errors import UserError
@@ -24,16 +24,16 @@ if not TYPE_CHECKING:
     __getattr__ = names_of(__name__)
 
 
-def dataset(choice: Choice, data_root: str) -> Dataset:
+def dataset(choice: Component, data_root: str) -> Dataset:
     """Raises DataError where the images are not what a dataset must be, a plug-in's too."""
     return check_dataset(_call("dataset", DATASETS, choice, data_root=Path(data_root)))
 
 
-def schedule(choice: Choice) -> NoiseSchedule:
+def schedule(choice: Component) -> NoiseSchedule:
     return _call("schedule", SCHEDULES, choice)  # type: ignore[no-any-return]
 
 
-def network(choice: Choice, objective: ObjectiveConfig, facts: Facts) -> nn.Module:
+def network(choice: Component, objective: ObjectiveConfig, facts: DatasetInfo) -> nn.Module:
     """The network for images of these facts; twice the channels out where the variance is learned too."""
     params = {**choice.params}
     conditional = params.pop("conditional")
@@ -45,7 +45,7 @@ def network(choice: Choice, objective: ObjectiveConfig, facts: Facts) -> nn.Modu
         "out_channels": facts.channels * (2 if objective.learned_variance else 1),
         "num_classes": facts.num_classes if conditional else 0,
     }
-    return _call("model", NETWORKS, Choice(choice.name, params), **facts_of_data)  # type: ignore[no-any-return]
+    return _call("model", NETWORKS, Component(choice.name, params), **facts_of_data)  # type: ignore[no-any-return]
 
 
 def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.device) -> Objective:
@@ -66,7 +66,7 @@ def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.de
         raise UserError(f"objective.{error}") from None
 
 
-def _call(group: str, table: Mapping[str, Callable[..., Any]], choice: Choice, **given: Any) -> Any:
+def _call(group: str, table: Mapping[str, Callable[..., Any]], choice: Component, **given: Any) -> Any:
     function = table[choice.name]
     try:
         inspect.signature(function).bind(**given, **choice.params)

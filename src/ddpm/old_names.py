@@ -124,7 +124,14 @@ NAMES = {
     "ddpm.sampling": {"ddpm.api": "Model"},
 }
 
-RENAMED: dict[str, str] = {}  # old name: what it is called today
+RENAMED = {  # old name: what it is called today
+    "ADDED_LATER": "DEFAULTS_FOR_OLD_CHECKPOINTS",
+    "CIRCUMSTANCES": "NOT_PART_OF_THE_EXPERIMENT",
+    "Choice": "Component",
+    "DECIDES_BITS": "BITWISE_FACTORS",
+    "Facts": "DatasetInfo",
+    "Run": "TrainState",
+}
 
 _warned = False
 

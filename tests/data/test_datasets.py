@@ -18,7 +18,7 @@ from ddpm.data import persian
 from ddpm.data.dataset import Dataset, Split, check_dataset, check_image_size, hold_out
 from ddpm.data.datasets import DATASETS
 from ddpm.data.folder import folder
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain
 from ddpm.io.cache import cache_folder, load_arrays, save_arrays
 from ddpm.io.files import read_bounded, write_atomically
@@ -220,7 +220,7 @@ def dataset(labels: object = True, **changes) -> Dataset:
         name: Split(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8), torch.tensor([0, 2]) if labels else None)
         for name in ("train", "val", "test")
     }
-    facts = Facts("mine", 1, 4, 3 if labels else 0, ("a", "b", "c") if labels else (), 256)
+    facts = DatasetInfo("mine", 1, 4, 3 if labels else 0, ("a", "b", "c") if labels else (), 256)
     own = {key: value for key, value in changes.items() if hasattr(facts, key)}
     rest = {key: value for key, value in changes.items() if key not in own}
     return Dataset(**{"facts": replace(facts, **own), **splits, **rest})

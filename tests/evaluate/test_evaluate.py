@@ -22,7 +22,7 @@ from ddpm.checkpoint.header import Meta
 from ddpm.cli import eval_keys
 from ddpm.cli import evaluate as command
 from ddpm.config import hydra, schema
-from ddpm.config.choices import Choice, choices
+from ddpm.config.choices import Component, choices
 from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError
@@ -32,7 +32,7 @@ from ddpm.io import npz
 from ddpm.sample.model import load
 
 CPU = torch.device("cpu")
-DIGITS = Choice("digits", {})
+DIGITS = Component("digits", {})
 BIN = Path(sys.executable).parent
 QUICK = ["measure=[distance,neighbours,memorization]", "sampler.num_steps=2", "device=cpu"]
 
@@ -43,7 +43,7 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def bench(digits: Dataset) -> evaluator.Bench:
+def bench(digits: Dataset) -> evaluator.Reference:
     return evaluator.prepare(digits, n=600, parts=("distance", "neighbours", "memorization"), device=CPU)
 
 
@@ -71,7 +71,9 @@ def ddpm_eval(*arguments: str) -> None:
     command.evaluate(config)
 
 
-def measured(bench: evaluator.Bench, images: torch.Tensor, labels: torch.Tensor | None = None) -> Evaluation:
+def measured(
+    bench: evaluator.Reference, images: torch.Tensor, labels: torch.Tensor | None = None
+) -> Evaluation:
     return evaluator.measure(bench, images, labels, subject="these")[0]
 
 
@@ -100,7 +102,7 @@ def test_the_same_checkpoint_and_seed_give_the_same_numbers(
 
 def test_a_conditional_model_is_asked_for_all_classes_alike(run: Path) -> None:
     model = ddpm.load(run / "checkpoints" / "step_0000002.safetensors", CPU)
-    sampler = Choice("ddim", {**_sampler("ddim"), "num_steps": 2})
+    sampler = Component("ddim", {**_sampler("ddim"), "num_steps": 2})
     drawn = evaluator.draw(model, sampler, n=23, seed=3, batch_size=7)
     assert drawn.labels is not None and drawn.labels.tolist() == [i % 10 for i in range(23)]
     assert drawn.images.dtype == torch.uint8 and drawn.images.shape == (23, 1, 8, 8)
@@ -113,7 +115,7 @@ def _sampler(name: str) -> dict[str, Any]:
     return {key: value for key, value in choices("sampler")[name].items() if key != "name"}
 
 
-def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Bench, digits: Dataset) -> None:
+def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Reference, digits: Dataset) -> None:
     found = measured(bench, digits.test.images, digits.test.labels)
     assert found.figures["fd"].value < 1e-8
     assert found.figures["fd_excess"].value < 0  # the floor is taken off where there is none
@@ -122,7 +124,7 @@ def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Bench,
 
 
 @pytest.mark.slow
-def test_training_images_score_as_the_row_of_real_images(bench: evaluator.Bench, digits: Dataset) -> None:
+def test_training_images_score_as_the_row_of_real_images(bench: evaluator.Reference, digits: Dataset) -> None:
     """Others than those that the row is of."""
     found = measured(bench, digits.train.images[-500:]).figures
     excess, real = found["fd_excess"], found["real_fd_excess"]
@@ -144,7 +146,7 @@ def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -
 
 
 def test_accuracy_scores_are_of_guidance_1(
-    digits: Dataset, bench: evaluator.Bench, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, bench: evaluator.Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: object) -> dict[str, Figure]:
         return {"cas": Figure(0.5)}
@@ -159,10 +161,10 @@ def test_accuracy_scores_are_of_guidance_1(
         assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
 
 
-def test_features_without_classes_are_said(bench: evaluator.Bench, digits: Dataset) -> None:
+def test_features_without_classes_are_said(bench: evaluator.Reference, digits: Dataset) -> None:
     assert bench.eyes is not None and bench.test is not None
 
-    class Classless(evaluator.Eyes):
+    class Classless(evaluator.Embedder):
         def see(self, images: torch.Tensor) -> evaluator.of.Seen:
             return super().see(images)._replace(probabilities=None)
 
@@ -193,7 +195,7 @@ def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> N
     assert all("are not finite" in note for note in odds.notes)
 
 
-def test_images_of_another_kind_are_refused(bench: evaluator.Bench) -> None:
+def test_images_of_another_kind_are_refused(bench: evaluator.Reference) -> None:
     for images in (torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 9, 8).byte(), torch.zeros(0, 1, 8, 8).byte()):
         with pytest.raises(ValueError, match="do not fit those of digits"):
             measured(bench, images)
@@ -222,7 +224,7 @@ def _noisy(x: torch.Tensor) -> torch.Tensor:
     "name",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in list(CORRUPTIONS)[1:]), "blur"],
 )
-def test_what_is_wrong_with_images_shows(bench: evaluator.Bench, digits: Dataset, name: str) -> None:
+def test_what_is_wrong_with_images_shows(bench: evaluator.Reference, digits: Dataset, name: str) -> None:
     corrupt, figure, direction = CORRUPTIONS[name]
     images, labels = digits.train.images[-600:], digits.train.labels
     assert labels is not None

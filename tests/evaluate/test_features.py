@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ddpm.data.dataset import Dataset, Split
 from ddpm.data.digits import digits
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.data.mnist import mnist
 from ddpm.errors import DataError, UserError
 from ddpm.evaluate.features import extractor, training
@@ -138,7 +138,7 @@ def test_digits_are_recognised(data, shipped):
 
 def test_shipped_mnist_loads_and_its_hash_is_pinned():
     images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
-    facts = Facts("mnist", 1, 28, 10, tuple("0123456789"), 256)
+    facts = DatasetInfo("mnist", 1, 28, 10, tuple("0123456789"), 256)
     split = Split(images, torch.arange(3))
     made = features_for(Dataset(facts, split, split, split), CPU, ignore)
     assert made.sha256 == extractor.SHIPPED["mnist", 28]
@@ -214,7 +214,7 @@ def unknown(tmp_path, monkeypatch) -> Dataset:
         0, 256, (100, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     split = Split(images, torch.arange(100) % 4)
-    return Dataset(Facts("unknown/set", 1, 16, 4, (), 256), split, split, split)
+    return Dataset(DatasetInfo("unknown/set", 1, 16, 4, (), 256), split, split, split)
 
 
 @pytest.mark.slow
@@ -268,12 +268,12 @@ def test_other_data_need_inception(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
     split = Split(images, None)
-    data = Dataset(Facts("photos", 3, 8, 0, (), 256), split, split, split)
+    data = Dataset(DatasetInfo("photos", 3, 8, 0, (), 256), split, split, split)
     with pytest.raises(UserError, match=r'dataset photos: .*pip install "ddpm\[inception\]"'):
         features_for(data, CPU, ignore)
     with pytest.raises(UserError, match="2 channels; allowed: 1 or 3"):
         two = Split(images[:, :2], None)
-        features_for(Dataset(Facts("pairs", 2, 8, 0, (), 256), two, two, two), CPU, ignore)
+        features_for(Dataset(DatasetInfo("pairs", 2, 8, 0, (), 256), two, two, two), CPU, ignore)
 
 
 class FakeInception(nn.Module):
@@ -301,7 +301,7 @@ def test_inception_features_are_whitened_too(monkeypatch):
     )
     split = Split(images, None)
     said: list[str] = []
-    made = features_for(Dataset(Facts("grey", 1, 8, 0, (), 256), split, split, split), CPU, said.append)
+    made = features_for(Dataset(DatasetInfo("grey", 1, 8, 0, (), 256), split, split, split), CPU, said.append)
     embedding = made.embed(images)
     assert embedding.probabilities is None and embedding.features.shape == (300, made.dim) == (300, 8)
     np.testing.assert_allclose(np.cov(embedding.features.numpy().T), np.eye(8), atol=1e-3)

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ddpm.data.dataset import Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.process import PREDICTIONS, posterior, target
 from ddpm.diffusion.schedules import NoiseSchedule, cosine, linear, sigmoid, straight
@@ -78,7 +78,7 @@ def model(
         model=SimpleNamespace(params={"conditional": conditional}),
         objective=SimpleNamespace(prediction=prediction, label_dropout=label_dropout),
     )
-    facts = Facts("toy", 1, size, 2 if conditional else 0, (), 256)
+    facts = DatasetInfo("toy", 1, size, 2 if conditional else 0, (), 256)
     network = Knows(schedule, prediction, x_0, fraction)
     return Model(network, schedule, config, facts, torch.device("cpu"))
 
@@ -296,8 +296,8 @@ def test_batches_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     draws = stratified(0, "any", 10, torch.arange(60), torch.ones(20).double())
     measure = Terms(m.schedule, 17).decoder
     whole = evaluate(m, data, draws, measure, labelled=False, batch_size=256, world=ALONE)
-    monkeypatch.setattr(distributed, "gathered", lambda world, part, n: part)
-    monkeypatch.setattr(distributed, "agreed", lambda world: contextlib.nullcontext())
+    monkeypatch.setattr(distributed, "all_gather_columns", lambda world, part, n: part)
+    monkeypatch.setattr(distributed, "raise_on_all_ranks", lambda world: contextlib.nullcontext())
     shares = [
         evaluate(m, data, draws, measure, labelled=False, batch_size=2, world=World(rank, 12))
         for rank in range(12)  # two of them have nothing to do

@@ -20,7 +20,7 @@ from torch import Tensor
 import ddpm
 from ddpm.cli import export as command
 from ddpm.config import hydra
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.config.schema import ExportConfig, TrainConfig, check, to_dict
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import SAMPLERS, sample_levels
@@ -417,7 +417,7 @@ def test_a_card_names_the_licence_that_forbids(tmp_path: Path) -> None:
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "ddpm", "image-generation"],
     }
-    persian = dataclasses.replace(model.config, dataset=Choice("persian", {}))
+    persian = dataclasses.replace(model.config, dataset=Component("persian", {}))
     text = model_card.card(dataclasses.replace(model, config=persian), "diffusers", True, "", "")
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
     assert "Free for research, not for commercial use." in text

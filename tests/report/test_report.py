@@ -20,7 +20,7 @@ from PIL import Image
 from ddpm.cli import train as train_command
 from ddpm.cli.report import _with_folders
 from ddpm.config import hydra
-from ddpm.config.choices import Choice, choices
+from ddpm.config.choices import Component, choices
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.report import contact_sheet, plot, runs
@@ -214,11 +214,13 @@ def test_typed_sampler_is_the_one_that_draws(sweep: Path) -> None:
     params = {key: value for key, value in choices("sampler")["ddim"].items() if key != "name"}
     run = sweep / "linear"
     own, step = contact_sheet.drawn(run, 2, 0, None, torch.device("cpu"))
-    few, _ = contact_sheet.drawn(run, 2, 0, Choice("ddim", {**params, "num_steps": 2}), torch.device("cpu"))
+    few, _ = contact_sheet.drawn(
+        run, 2, 0, Component("ddim", {**params, "num_steps": 2}), torch.device("cpu")
+    )
     assert step == 8 and own.shape == (2, 8, 8, 1) and (own != few).any()
     model, _ = load(run / "checkpoints" / "step_0000008.safetensors", torch.device("cpu"))
     many = contact_sheet.fitted(
-        Choice("ddim", {**params, "num_steps": 5000}), model
+        Component("ddim", {**params, "num_steps": 5000}), model
     )  # ddpm-sample would refuse it
     assert many.params["num_steps"] == 1000
     assert (contact_sheet.drawn(run, 2, 1, None, torch.device("cpu"))[0] != own).any()

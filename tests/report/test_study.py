@@ -13,7 +13,7 @@ from ddpm import build
 from ddpm.cli import evaluate as command
 from ddpm.cli import study
 from ddpm.config import hydra, schema
-from ddpm.config.choices import Choice, choose_sampler
+from ddpm.config.choices import Component, choose_sampler
 from ddpm.config.schema import check
 from ddpm.data.dataset import Dataset, Split
 from ddpm.errors import UserError
@@ -93,7 +93,7 @@ def test_the_table_shows_what_was_varied_and_comes_back_from_its_file(tmp_path: 
 
 def concluded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *evaluations: Evaluation, **settings: Any
-) -> Choice | None:
+) -> Component | None:
     """The sampler that a study of these evaluations leaves beside its checkpoint."""
     monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: None)
     usual = {"ema": True, "n": 1000, **settings}
@@ -156,7 +156,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text("")
     own = config("model.channels=[8,16]", "model.head_dim=8")
-    untrained = prepare(own, build.dataset(Choice("digits", {}), "nowhere"), CPU)
+    untrained = prepare(own, build.dataset(Component("digits", {}), "nowhere"), CPU)
     save(untrained, folder / "checkpoints" / "step_0000000.safetensors", {})
     return folder
 

@@ -18,7 +18,7 @@ from ddpm.io.files import leftovers, open_regular, write_atomically
 from ddpm.runs import resume, resume_overrides, run_dir
 from ddpm.train import environment
 from ddpm.train.checkpointing import save
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from tests.train.test_training import CPU, tiny_data
 
 SMALL = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=9"]
@@ -31,7 +31,7 @@ def typed(*overrides: str) -> TrainConfig:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> TrainState:
     """A run with checkpoints of its steps 2 and 5 in `tmp_path/mine`."""
     run = prepare(typed(*SMALL, "data_root=elsewhere"), tiny_data(), CPU)
     for step in (2, 5):
@@ -80,7 +80,7 @@ def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         run_dir.claim(str(tmp_path / "a"), False, fresh=True)
 
 
-def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: Run) -> None:
+def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: TrainState) -> None:
     mine = tmp_path / "mine"
     with pytest.raises(UserError, match="is not empty: overwrite=true replaces"):
         run_dir.claim(str(mine), overwrite=False, fresh=True)
@@ -111,7 +111,7 @@ def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path
     assert not run_dir.is_only_begun(tmp_path)
 
 
-def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> None:
+def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: TrainState) -> None:
     left = tmp_path / "mine" / "checkpoints" / ".step_0000007.safetensors.99.0123abcd.tmp"
     left.write_bytes(b"half")
     (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
@@ -120,7 +120,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: Run) -> No
     assert len(locate.saved_steps(tmp_path / "mine")) == 2
 
 
-def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None:
+def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: TrainState) -> None:
     folder = tmp_path / "mine" / "checkpoints"
     save(run, folder / "best.safetensors", {})  # of step 5
     notes = run_dir.set_aside(tmp_path / "mine", 2)
@@ -132,7 +132,7 @@ def test_files_ahead_of_the_step_are_set_aside(tmp_path: Path, run: Run) -> None
     assert [path.name for path in folder.glob("*.safetensors")] == ["step_0000002.safetensors"]
 
 
-def test_best_is_gone_on_from_where_it_is_the_newest(tmp_path: Path, run: Run) -> None:
+def test_best_is_gone_on_from_where_it_is_the_newest(tmp_path: Path, run: TrainState) -> None:
     run.step = 3
     best = tmp_path / "mine" / "checkpoints" / "best.safetensors"
     save(run, best, {})
@@ -161,7 +161,7 @@ def test_results_that_make_no_sense_are_none(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_in_its_own_folder_or_a_new_one(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, file = str(tmp_path / "mine"), tmp_path / "mine" / "checkpoints" / "step_0000002.safetensors"
     for wanted, folder, in_place in (
@@ -185,7 +185,9 @@ def test_a_run_goes_on_in_its_own_folder_or_a_new_one(
         assert resume.choose(resume.place(config), config) is None
 
 
-def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: Path, run: Run) -> None:
+def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(
+    tmp_path: Path, run: TrainState
+) -> None:
     def auto(name: str) -> resume.Source | None:
         config = typed(*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/{name}")
         return resume.choose(resume.place(config), config)
@@ -202,7 +204,7 @@ def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(tmp_path: 
         auto("mine")
 
 
-def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: Run) -> None:
+def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: TrainState) -> None:
     epochs = prepare(typed(*SMALL, "trainer.max_epochs=1"), tiny_data(), CPU)
     save(epochs, tmp_path / "a.safetensors", {})
     longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_steps=60").trainer
@@ -216,7 +218,7 @@ def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: Run) -> No
     assert any("optimizer.decay=cosine to step 90" in note for note in told)
 
 
-def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run: Run) -> None:
+def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run: TrainState) -> None:
     config = typed(f"trainer.resume={tmp_path}/mine", "optimizer.lr=1e-5", "trainer.max_steps=20")
     assert config.model.params["channels"] == [8, 16] and config.data_root != "elsewhere"
     source = resume.choose(resume.place(config), config)
@@ -229,7 +231,7 @@ def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run:
     assert "not bit by bit: device was CPU" in told and "trainer.deterministic=true" in told
 
 
-def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: Run) -> None:
+def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: TrainState) -> None:
     for override in ("model.channels=[8,24]", "schedule=cosine", "seed=1", "objective=v", "dataset=mnist"):
         for again in (
             [*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/mine"],
@@ -290,7 +292,7 @@ def test_the_commit_is_read_without_running_git(tmp_path: Path) -> None:
         assert environment.commit(tmp_path) is None
 
 
-def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: Run) -> None:
+def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: TrainState) -> None:
     from scripts import convert_pt
 
     weights = {f"module.{name}": tensor.double() + 1 for name, tensor in run.network.state_dict().items()}

@@ -15,16 +15,16 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.digits import digits
-from ddpm.runtime.distributed import joined
+from ddpm.runtime.distributed import process_group
 from ddpm.runtime.world import world
-from ddpm.train.state import Run, join, prepare
+from ddpm.train.state import TrainState, join, prepare
 from ddpm.train.step import train_step
 from ddpm.train.validation import Validation
 
 CPU = torch.device("cpu")
 
 
-def in_double(run: Run) -> None:
+def in_double(run: TrainState) -> None:
     """Weights, tables and state; the optimizer makes its own moments from the weights."""
     run.network.double()
     run.ema.double()
@@ -34,10 +34,14 @@ def in_double(run: Run) -> None:
         if isinstance(value := getattr(run.objective, field.name), torch.Tensor)
     }
     run.objective = dataclasses.replace(run.objective, **tables)
-    run.history, run.bad, run.loss_sum = run.history.double(), run.bad.double(), run.loss_sum.double()
+    run.loss_history, run.first_nonfinite, run.loss_sum = (
+        run.loss_history.double(),
+        run.first_nonfinite.double(),
+        run.loss_sum.double(),
+    )
 
 
-def count_messages(run: Run, batches: Batches) -> int:
+def count_messages(run: TrainState, batches: Batches) -> int:
     """How many buckets of gradients are sent in a step, which is taken back."""
     sent: list[int] = []
     if run.parallel is None:
@@ -48,12 +52,12 @@ def count_messages(run: Run, batches: Batches) -> int:
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 
     before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-    ema, history = {name: tensor.clone() for name, tensor in run.ema.state_dict().items()}, run.history
+    ema, history = {name: tensor.clone() for name, tensor in run.ema.state_dict().items()}, run.loss_history
     run.parallel.register_comm_hook(None, counted)
     train_step(run, *batches.batch(run.step))
     run.network.load_state_dict(before)
     run.ema.load_state_dict(ema)
-    run.history = history
+    run.loss_history = history
     return len(sent)
 
 
@@ -63,7 +67,7 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
     torch.Tensor.float = lambda x: to_single(x) if x.dtype == torch.bool else x.double()  # type: ignore[method-assign]
     config = check(TrainConfig, hydra.compose("train", ["device=cpu", *overrides]))
     data, own = digits(Path()), world()
-    with joined(own, CPU):
+    with process_group(own, CPU):
         run = prepare(config, data, CPU)
         in_double(run)
         join(run, own)
@@ -86,7 +90,7 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
                 "losses and norms": torch.stack(lines),
                 "weights": torch.cat([p.detach().flatten() for p in run.network.parameters()]),
                 "averaged": torch.cat([p.flatten() for p in run.ema.parameters()]),
-                "history": run.history.nan_to_num(-1),
+                "history": run.loss_history.nan_to_num(-1),
                 "images": torch.tensor(images),
                 "messages": torch.tensor(messages),
                 "figures": torch.tensor([*vars(figures).values()], dtype=torch.float64),

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.cli import follow, sample
-from ddpm.config.choices import Choice, choose_sampler
+from ddpm.config.choices import Component, choose_sampler
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
@@ -142,8 +142,8 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
         return out
 
     monkeypatch.setattr(model.network, "forward", spoilt)
-    sampler = Choice("ddim", {"num_steps": 4, "spacing": "linspace", "rho": 7.0, "clip": "clip"})
-    sampler = Choice("ddim", {**sampler.params, "dynamic_percentile": 0.99, "eta": 0.0})
+    sampler = Component("ddim", {"num_steps": 4, "spacing": "linspace", "rho": 7.0, "clip": "clip"})
+    sampler = Component("ddim", {**sampler.params, "dynamic_percentile": 0.99, "eta": 0.0})
     denoise = denoiser(model, sampler, None, Guidance())
     with pytest.raises(UserError, match=r"not finite from sampling step 2 of 4 on: image 9;"):
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))

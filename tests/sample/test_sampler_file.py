@@ -8,7 +8,7 @@ import torch
 import ddpm
 from ddpm.cli import default_sampler
 from ddpm.config import hydra
-from ddpm.config.choices import Choice, choose_sampler
+from ddpm.config.choices import Component, choose_sampler
 from ddpm.config.schema import SampleConfig, check
 from ddpm.errors import UserError
 from ddpm.sample import sampler_file
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def taken(file: Path, *typed: str) -> Choice:
+def taken(file: Path, *typed: str) -> Component:
     """The sampler that ddpm-sample takes."""
     overrides = hydra.read_overrides([f"ckpt={file}", *typed])
     first = default_sampler.overrides("sample", SampleConfig, overrides)

@@ -16,9 +16,9 @@ from torch import Tensor
 from ddpm import build
 from ddpm.cli import sample as command
 from ddpm.config import hydra
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.config.schema import SampleConfig, TrainConfig, check
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.diffusion import editing
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.samplers import ddim, sample_levels
@@ -141,7 +141,7 @@ def test_reconstruction_returns_the_images() -> None:
 
 # A model with weights by chance, and plans for it as the command makes them.
 
-FACTS = Facts("digits", 1, 8, 10, tuple("0123456789"), 17)
+FACTS = DatasetInfo("digits", 1, 8, 10, tuple("0123456789"), 17)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +203,8 @@ def test_a_result_depends_on_its_own_input_alone(task: str, base: SampleConfig, 
     assert (one[0] - same).abs().max() < 2e-4 * same.abs().max()
 
 
-def with_clip(config: SampleConfig, clip: str) -> Choice:
-    return Choice(config.sampler.name, {**config.sampler.params, "clip": clip})
+def with_clip(config: SampleConfig, clip: str) -> Component:
+    return Component(config.sampler.name, {**config.sampler.params, "clip": clip})
 
 
 def test_ends_of_tasks_meet_generation(base: SampleConfig, model: Model) -> None:
@@ -255,8 +255,8 @@ def test_masks_are_white_where_unknown(tmp_path: Path) -> None:
 # What users bring.
 
 
-def read(text: str, facts: Facts = FACTS) -> user_images.Inputs:
-    return user_images.read(text, facts, Choice("digits", {}), "data")
+def read(text: str, facts: DatasetInfo = FACTS) -> user_images.Inputs:
+    return user_images.read(text, facts, Component("digits", {}), "data")
 
 
 def test_files_and_folders_are_made_like_the_models_images(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_files_and_folders_are_made_like_the_models_images(tmp_path: Path) -> No
 
 
 def test_dataset_images_come_with_their_labels() -> None:
-    digits = build.dataset(Choice("digits", {}), "data")
+    digits = build.dataset(Component("digits", {}), "data")
     found = read("digits:val:7,0-2")
     assert torch.equal(found.images, digits.val.images[[7, 0, 1, 2]]) and digits.val.labels is not None
     assert found.labels is not None and torch.equal(found.labels, digits.val.labels[[7, 0, 1, 2]])
@@ -362,7 +362,7 @@ def test_plans_that_cannot_be_are_one_line(
     monkeypatch.chdir(tmp_path)
     Image.new("L", (8, 8)).save("black.png")
     if "sampler" in options:
-        options = {**options, "sampler": Choice(options["sampler"], {})}
+        options = {**options, "sampler": Component(options["sampler"], {})}
     with pytest.raises(UserError) as error:
         tasks.make(dataclasses.replace(base, **options), model)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
@@ -384,7 +384,7 @@ def test_keys_have_limits(typed: str, words: str) -> None:
 
 def test_classes_come_from_the_input_unless_typed(base: SampleConfig, tmp_path: Path) -> None:
     model = make_model(conditional=True)
-    own = build.dataset(Choice("digits", {}), "data").test.labels
+    own = build.dataset(Component("digits", {}), "data").test.labels
     config = dataclasses.replace(base, task="variation", input="digits:test:3-5", n=2)
     y = tasks.make(config, model).y
     assert y is not None and own is not None and y.tolist() == own[3:6].repeat_interleave(2).tolist()
@@ -437,7 +437,7 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
     if out == "reconstruct":
         assert len(about["largest_difference"]) == 2 and about["sampler"]["clip"] == "none"
     if out == "inpaint":
-        (mine,) = user_images.read(str(home / "my (1).png"), FACTS, Choice("digits", {}), "data").images
+        (mine,) = user_images.read(str(home / "my (1).png"), FACTS, Component("digits", {}), "data").images
         assert (images[:, :, 4:] == mine[0, :, 4:].numpy()).all() and (images[0] != images[1]).any()
     if out == "variation":
         given = read("digits:test:0,5").images[:, 0].numpy()

@@ -8,7 +8,7 @@ from ddpm.errors import UserError
 from ddpm.runtime.world import World
 from ddpm.train import captured
 from ddpm.train.captured import CapturedSteps
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import train_step
 from tests.train.test_training import CPU, config, tiny_data
 
@@ -20,7 +20,7 @@ SETTINGS = [
 ]
 
 
-def trained(run: Run, *, tables: bool, steps: int = 8) -> list[float]:
+def trained(run: TrainState, *, tables: bool, steps: int = 8) -> list[float]:
     batches = Batches(tiny_data().train, run.config.trainer.batch_size, run.config.seed, CPU)
     from_tables, losses = CapturedSteps(run, batches), []
     for run.step in range(steps):
@@ -44,7 +44,7 @@ def test_tables_train_as_the_host_does(monkeypatch: pytest.MonkeyPatch, override
 def test_a_loss_that_is_not_finite_is_noted_with_its_step() -> None:
     run = prepare(config("optimizer.lr=1e30", "trainer.grad_clip=1e30"), tiny_data(), CPU)
     trained(run, tables=True, steps=6)
-    step, loss, norm = run.bad.tolist()
+    step, loss, norm = run.first_nonfinite.tolist()
     assert 1 < step <= 6 and not (torch.tensor([loss, norm]).isfinite().all())
 
 

@@ -15,7 +15,7 @@ from ddpm.runtime.world import World
 from ddpm.train import compile as compiling
 from ddpm.train import loop
 from ddpm.train.compile import COMPILE_SECONDS, SAVED, begin, decide
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from tests.train.test_training import CPU, config, tiny_data
 
 CUDA = torch.device("cuda")
@@ -81,7 +81,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes run on the CPU, for a second each by the clock; triton is there."""
     now = [0.0]
 
-    def on_cpu(run: Run, n: int) -> None:
+    def on_cpu(run: TrainState, n: int) -> None:
         device, run.device = run.device, CPU
         try:
             loop.trial(run, n)
@@ -95,7 +95,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm.train.compile.time.perf_counter", lambda: now[0])
 
 
-def on_gpu(*overrides: str) -> Run:
+def on_gpu(*overrides: str) -> TrainState:
     run = prepare(config(*overrides), tiny_data(), CPU)
     run.device = CUDA
     return run

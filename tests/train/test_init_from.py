@@ -16,7 +16,7 @@ from ddpm.errors import CheckpointError, UserError
 from ddpm.runs import resume_overrides
 from ddpm.train import checkpointing
 from ddpm.train.checkpointing import save
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from tests.checkpoint.test_checkpoint import rewrite
 from tests.train.test_training import CPU, FACTS, config, tiny_data
 
@@ -28,7 +28,7 @@ def quick_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm.train.validation.EVALUATIONS", 34)
 
 
-def source(path: Path, *overrides: str) -> Run:
+def source(path: Path, *overrides: str) -> TrainState:
     """A checkpoint of step 7 in which weights and averaged weights are random, and different."""
     run = prepare(config(*overrides), tiny_data(), CPU)
     generator = torch.Generator().manual_seed(1)
@@ -41,7 +41,7 @@ def source(path: Path, *overrides: str) -> Run:
     return run
 
 
-def begun(path: Path, *overrides: str) -> tuple[Run, Run, list[str]]:
+def begun(path: Path, *overrides: str) -> tuple[TrainState, TrainState, list[str]]:
     """A new run, the same as it would have been, and what it says."""
     plain, run = (prepare(config(*overrides), tiny_data(), CPU) for _ in range(2))
     return run, plain, checkpointing.init_from(run, str(path))
@@ -165,7 +165,7 @@ def test_a_config_older_than_a_key_has_its_default(tmp_path: Path, version: int)
 
     def forget(fields: dict[str, dict[str, dict[str, object]]]) -> None:
         fields.update(format_version=version)  # type: ignore[arg-type, dict-item]
-        for key in meta.ADDED_LATER:
+        for key in meta.DEFAULTS_FOR_OLD_CHECKPOINTS:
             group, _, name = key.rpartition(".")
             del (fields["config"][group] if group else fields["config"])[name]
 
@@ -178,7 +178,7 @@ def test_a_config_older_than_a_key_has_its_default(tmp_path: Path, version: int)
 
 
 def test_every_key_added_later_is_one_of_todays_with_its_default() -> None:
-    for key, default in meta.ADDED_LATER.items():
+    for key, default in meta.DEFAULTS_FOR_OLD_CHECKPOINTS.items():
         value = to_dict(config())
         for part in key.split("."):
             value = value[part]

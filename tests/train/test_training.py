@@ -15,17 +15,17 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runtime import device
 from ddpm.train import loop, metrics_file
 from ddpm.train.checkpointing import restore
 from ddpm.train.loop import fit
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import _draw, learning_rate, losses, train_step
 
 CPU = torch.device("cpu")
-FACTS = Facts("tiny", 1, 8, 3, ("a", "b", "c"), 256)
+FACTS = DatasetInfo("tiny", 1, 8, 3, ("a", "b", "c"), 256)
 
 
 def tiny_data(n: int = 50) -> Dataset:
@@ -53,11 +53,11 @@ def config(*overrides: str) -> TrainConfig:
     return check(TrainConfig, hydra.compose("train", [*small, *overrides]))  # type: ignore[no-any-return]
 
 
-def weights(run: Run) -> torch.Tensor:
+def weights(run: TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in [*run.network.parameters(), *run.ema.parameters()]])
 
 
-def train(folder: Path, *overrides: str, data: Dataset | None = None) -> Run:
+def train(folder: Path, *overrides: str, data: Dataset | None = None) -> TrainState:
     data = data or tiny_data()
     run = prepare(config(*overrides), data, CPU)
     list(fit(run, data, folder))

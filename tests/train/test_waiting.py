@@ -21,7 +21,7 @@ from ddpm.sample import sampling
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 from ddpm.train import captured, optimizers
 from ddpm.train.optimizers import OPTIMIZERS
-from ddpm.train.state import Run, prepare
+from ddpm.train.state import TrainState, prepare
 from tests.train.test_training import CPU, config, tiny_data
 
 GPU = torch.device("cuda", 0)
@@ -94,7 +94,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(group_norm_triton, name, NoKernel())
 
 
-def to_gpu(run: Run) -> None:
+def to_gpu(run: TrainState) -> None:
     """All that a run has on its device, inside of a FakeTensorMode."""
     for network in (run.network, run.ema):
         for module in network.modules():
@@ -102,7 +102,9 @@ def to_gpu(run: Run) -> None:
                 setattr(module, name, torch.nn.Parameter(p.to(GPU), p.requires_grad))
     tables = {name: x.to(GPU) for name, x in vars(run.objective).items() if isinstance(x, Tensor)}
     run.objective, run.device = dataclasses.replace(run.objective, **tables), GPU
-    run.history, run.bad, run.loss_sum = (x.to(GPU) for x in (run.history, run.bad, run.loss_sum))
+    run.loss_history, run.first_nonfinite, run.loss_sum = (
+        x.to(GPU) for x in (run.loss_history, run.first_nonfinite, run.loss_sum)
+    )
     run.scaler = Scaler(run.network)  # type: ignore[assignment]
     o = run.config.optimizer
     run.optimizer = OPTIMIZERS[o.name](run.network, lr=o.lr, betas=(o.beta_1, o.beta_2), weight_decay=0.1)

@@ -180,7 +180,7 @@ def _entry(name: str, fields: Any) -> Entry:
 
 
 # Keys that configs in older checkpoints do not have, by full key.
-ADDED_LATER: dict[str, Any] = {
+DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {
     "gpus": None,
     "jobs_per_gpu": 1,
     "minimize": "val_eps_mse",
@@ -195,7 +195,7 @@ ADDED_LATER: dict[str, Any] = {
 def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A config from a checkpoint with the keys that came after it."""
     config = dict(stored)
-    for key, value in ADDED_LATER.items():
+    for key, value in DEFAULTS_FOR_OLD_CHECKPOINTS.items():
         part, _, name = key.rpartition(".")
         if not part:
             config.setdefault(name, value)

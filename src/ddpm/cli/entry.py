@@ -5,7 +5,7 @@ from ddpm.runtime import signals
 
 def train() -> None:
     """ddpm-train"""
-    with signals.heeded("train", save=True):
+    with signals.handle_signals("train", save=True):
         from ddpm.cli.train import main
 
         main()
@@ -13,7 +13,7 @@ def train() -> None:
 
 def sample() -> None:
     """ddpm-sample"""
-    with signals.heeded("sample"):
+    with signals.handle_signals("sample"):
         from ddpm.cli.sample import main
 
         main()
@@ -21,7 +21,7 @@ def sample() -> None:
 
 def export() -> None:
     """ddpm-export"""
-    with signals.heeded("export"):
+    with signals.handle_signals("export"):
         from ddpm.cli.export import main
 
         main()
@@ -29,7 +29,7 @@ def export() -> None:
 
 def evaluate() -> None:
     """ddpm-eval"""
-    with signals.heeded("eval"):
+    with signals.handle_signals("eval"):
         from ddpm.cli.evaluate import main
 
         main()
@@ -37,7 +37,7 @@ def evaluate() -> None:
 
 def info() -> None:
     """ddpm-info"""
-    with signals.heeded("info"):
+    with signals.handle_signals("info"):
         from ddpm.cli.info import main
 
         main()
@@ -45,7 +45,7 @@ def info() -> None:
 
 def report() -> None:
     """ddpm-report"""
-    with signals.heeded("report"):
+    with signals.handle_signals("report"):
         from ddpm.cli.report import main
 
         main()

@@ -46,11 +46,11 @@ def evaluate(config: EvalConfig) -> None:
     from ddpm.evaluate import run as judging
     from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
-    from ddpm.runtime.distributed import joined
+    from ddpm.runtime.distributed import process_group
 
     own = world()
     memory.keep_freed()
     runtime_device.set_up_cuda()
     device = runtime_device.device(config.device, own)
-    with joined(own, device):
+    with process_group(own, device):
         (judging.of_images if config.ckpt is None else judging.of_model)(config, own, device)

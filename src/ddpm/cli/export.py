@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.cli import app
 from ddpm.config import hydra
 from ddpm.config.choices import ADDED, choices
-from ddpm.config.schema import CIRCUMSTANCES, ExportConfig, to_dict
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, ExportConfig, to_dict
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
 
@@ -82,7 +82,9 @@ def training_command(model: "Model") -> str:
     default = hydra.compose("train", begin + given)
     chosen = {group for group, value in config.items() if isinstance(value, dict) and "name" in value}
     changed = []
-    for override in hydra.as_overrides({key: config[key] for key in config if key not in CIRCUMSTANCES}):
+    for override in hydra.as_overrides(
+        {key: config[key] for key in config if key not in NOT_PART_OF_THE_EXPERIMENT}
+    ):
         key, _, value = override.partition("=")
         group, _, name = key.rpartition(".")
         if key in ("trainer.resume", "trainer.init_from", "dataset.path") or key in chosen:

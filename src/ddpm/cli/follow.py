@@ -12,13 +12,13 @@ from ddpm.runtime.console import Log, typed
 
 if TYPE_CHECKING:
     from ddpm.data.dataset import Dataset
-    from ddpm.train.state import Run
+    from ddpm.train.state import TrainState
 
 
-def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
+def follow(run: "TrainState", data: "Dataset", run_dir: Path, log: Log) -> None:
     """The training, with its bar or plain lines; what signals ask for is done between two steps."""
     from ddpm.runtime import memory
-    from ddpm.runtime.distributed import agreed
+    from ddpm.runtime.distributed import raise_on_all_ranks
     from ddpm.train import compile as compiling
     from ddpm.train import tensorboard
     from ddpm.train.loop import fit, keep
@@ -46,7 +46,9 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
                     path = keep(run, run_dir, progress.record or {})
                     log.say(f"saved {path.relative_to(run_dir)} (SIGUSR1)")
                 if number is not None and progress.step < run.max_steps:
-                    with agreed(run.world):  # nobody leaves before it is saved: torchrun would end the others
+                    with raise_on_all_ranks(
+                        run.world
+                    ):  # nobody leaves before it is saved: torchrun would end the others
                         if run.world.first:
                             keep(run, run_dir, progress.record or {})
                             how = f"; go on with: ddpm-train trainer.resume={typed(run_dir)}"
@@ -64,28 +66,28 @@ def follow(run: "Run", data: "Dataset", run_dir: Path, log: Log) -> None:
         raise _out_of_memory(run)
 
 
-def _asked(run: "Run") -> Iterator[tuple[int | None, bool]]:
+def _asked(run: "TrainState") -> Iterator[tuple[int | None, bool]]:
     """After each step: the signal that asked to stop, if one came, and whether one asked to save.
 
     A signal reaches several processes at different steps, or only one of them. So each begins to tell the others
     after one step and hears of them after the next: all act after the same step, and none waits but for processes
     that are a whole step behind.
     """
-    from ddpm.runtime.distributed import begin_largest
+    from ddpm.runtime.distributed import all_reduce_max_async
 
     if run.world.size == 1:
         while True:
             yield signals.stop_requested(), signals.save_requested()
-    heard = begin_largest(run.world, (0, 0))
+    heard = all_reduce_max_async(run.world, (0, 0))
     while True:
         number, save = heard()
         saves = signals.save_requested() and not save  # else it is the same request, come here a moment later
         if not number and run.step < run.max_steps:  # no question is left open at the end
-            heard = begin_largest(run.world, (signals.stop_requested() or 0, int(saves)))
+            heard = all_reduce_max_async(run.world, (signals.stop_requested() or 0, int(saves)))
         yield number or None, bool(save)
 
 
-def _out_of_memory(run: "Run") -> UserError:
+def _out_of_memory(run: "TrainState") -> UserError:
     import torch
 
     from ddpm.runtime import memory

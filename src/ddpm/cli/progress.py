@@ -6,10 +6,10 @@ from ddpm.config.choices import CONFIG_DIR, read_yaml
 from ddpm.runtime.console import duration
 
 if TYPE_CHECKING:
-    from ddpm.train.state import Run
+    from ddpm.train.state import TrainState
 
 
-def estimate(run: "Run", seconds_per_step: float) -> str:
+def estimate(run: "TrainState", seconds_per_step: float) -> str:
     """How long the rest will take and, if that is long on a CPU, what would be shorter."""
     seconds = seconds_per_step * (run.max_steps - run.step)
     text = f"about {duration(seconds)} for {run.max_steps - run.step:,} more steps on this {run.device.type}"

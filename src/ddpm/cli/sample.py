@@ -42,41 +42,41 @@ def sample(config: SampleConfig) -> None:
     """
     from ddpm.runtime import device as runtime_device
     from ddpm.runtime import memory
-    from ddpm.runtime.distributed import joined
+    from ddpm.runtime.distributed import process_group
 
     started, own = time.perf_counter(), world()
     memory.keep_freed()
     device = runtime_device.device(config.device, own)
-    with joined(own, device):
+    with process_group(own, device):
         _sample_on(config, own, device, started)
 
 
 def _sample_on(config: SampleConfig, own: World, device: "torch.device", started: float) -> None:
     from ddpm.checkpoint import locate, verify
     from ddpm.runtime.device import slow_in_bf16
-    from ddpm.runtime.distributed import agreed, collected, told
+    from ddpm.runtime.distributed import broadcast_object, gather_to_rank_zero, raise_on_all_ranks
     from ddpm.sample import tasks
     from ddpm.sample.model import load
 
     path, notes = Path(), list[str]()
-    with agreed(own):
+    with raise_on_all_ranks(own):
         if own.first:
             path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
-    path = told(own, path)
-    with agreed(own):
+    path = broadcast_object(own, path)
+    with raise_on_all_ranks(own):
         model, meta = load(path, device, config.ema, config.precision)
         todo = tasks.make(config, model)
     slow = slow_in_bf16("precision", config.precision, device)
     for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
         print(printable(note), flush=True)
-    with agreed(own):
+    with raise_on_all_ranks(own):
         drawn = _draw(config, model, todo, own)
     drawn = replace(
         drawn,
-        x=collected(own, drawn.x, own.lengths(todo.n)),
+        x=gather_to_rank_zero(own, drawn.x, own.lengths(todo.n)),
         film=_whole_film(config, drawn.film, todo.n, own),
     )
-    with agreed(own):
+    with raise_on_all_ranks(own):
         if own.first:
             _finish(config, todo, drawn, path, meta, started)
 
@@ -163,10 +163,12 @@ def _filmed(config: SampleConfig, n: int) -> int:
 
 def _whole_film(config: SampleConfig, own_part: "Tensor", n: int, own: World) -> "Tensor":
     """On rank 0, of all the images that are filmed, from each process's part of them."""
-    from ddpm.runtime.distributed import collected
+    from ddpm.runtime.distributed import gather_to_rank_zero
 
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
-    return collected(own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares])
+    return gather_to_rank_zero(
+        own, own_part, [max(0, min(share.stop, filmed) - share.start) for share in shares]
+    )
 
 
 def _write(config: SampleConfig, todo: "Plan", drawn: Drawn, out: Path) -> list[str]:

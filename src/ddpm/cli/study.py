@@ -26,7 +26,7 @@ from ddpm.sample import sampler_file
 if TYPE_CHECKING:
     from ddpm.checkpoint.header import Meta
     from ddpm.data.dataset import Dataset
-    from ddpm.evaluate.evaluator import Bench
+    from ddpm.evaluate.evaluator import Reference
     from ddpm.evaluate.record import Evaluation
     from ddpm.sample.model import Model
 
@@ -178,7 +178,7 @@ def _line(evaluation: "Evaluation", plan: Plan) -> str:
 
 
 def _measured(
-    setting: EvalConfig, path: Path, out: Path, model: "Model", meta: "Meta", bench: "Bench"
+    setting: EvalConfig, path: Path, out: Path, model: "Model", meta: "Meta", bench: "Reference"
 ) -> "Evaluation":
     """Drawn, measured and written."""
     from ddpm.evaluate import evaluator, record

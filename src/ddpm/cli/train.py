@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ddpm.data.dataset import Dataset
     from ddpm.runs import resume
-    from ddpm.train.state import Run
+    from ddpm.train.state import TrainState
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> float:
     One of several processes (torchrun) may be running this: then rank 0 alone decides where, from what, and writes.
     """
     from ddpm.runtime import device as runtime_device
-    from ddpm.runtime.distributed import joined
+    from ddpm.runtime.distributed import process_group
     from ddpm.sweep import gpu_locks
     from ddpm.train import tensorboard
 
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> float:
     _set_up_torch(config.trainer.deterministic, config.trainer.precision == "tf32")
     lease = gpu_locks.take(config, tell)  # until the process ends, and its memory on the GPU is free
     device = runtime_device.device(lease.device if lease else config.device, own)
-    with joined(own, device):
+    with process_group(own, device):
         return _train_on(config, own, device, started)
 
 
@@ -56,12 +56,12 @@ def _train_on(config: TrainConfig, own: World, device: "torch.device", started: 
     from ddpm import build
     from ddpm.runs import elastic, resume
     from ddpm.runs import run_dir as run_folder
-    from ddpm.runtime.distributed import agreed, in_turn, told
+    from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks, rank_zero_first
     from ddpm.train import state
 
     place, claim, source = resume.Place(None, False, []), None, None
     try:
-        with agreed(own):
+        with raise_on_all_ranks(own):
             if own.first:
                 place = elastic.again(config) or resume.place(config)
                 if place.folder is not None:
@@ -69,13 +69,13 @@ def _train_on(config: TrainConfig, own: World, device: "torch.device", started: 
                 source = resume.choose(place, config)
                 if claim is not None and place.in_place and source is None:
                     run_folder.check_begun(claim.path)
-        data = in_turn(own, lambda: build.dataset(config.dataset, config.data_root))
-        with agreed(own):
+        data = rank_zero_first(own, lambda: build.dataset(config.dataset, config.data_root))
+        with raise_on_all_ranks(own):
             run = _prepare(config, data, device, source, own)
             figure = None if source is None else _done_already(place, source.path, run)
             if own.first and figure is None:
                 claim = claim or run_folder.claim_new()
-        run_dir, figure = told(own, (claim.path if claim else Path(), figure))
+        run_dir, figure = broadcast_object(own, (claim.path if claim else Path(), figure))
         if figure is not None:
             return figure
         state.join(run, own)
@@ -101,7 +101,7 @@ def _check_size(config: TrainConfig, own: World) -> None:
 
 def _prepare(
     config: TrainConfig, data: "Dataset", device: "torch.device", source: "resume.Source | None", own: World
-) -> "Run":
+) -> "TrainState":
     from ddpm.networks.kernels import group_norm
     from ddpm.runtime.device import slow_in_bf16
     from ddpm.train import checkpointing, environment, state
@@ -120,7 +120,12 @@ def _prepare(
 
 
 def _train_in(
-    run_dir: Path, run: "Run", data: "Dataset", source: "resume.Source | None", in_place: bool, started: float
+    run_dir: Path,
+    run: "TrainState",
+    data: "Dataset",
+    source: "resume.Source | None",
+    in_place: bool,
+    started: float,
 ) -> float:
     """All that is written is written here, by rank 0."""
     from ddpm.cli.follow import follow
@@ -129,7 +134,7 @@ def _train_in(
     from ddpm.runs.run_dir import FAILED
 
     try:
-        with signals.patient():
+        with signals.defer_signals():
             if not run.world.first:
                 follow(run, data, run_dir, Log(None))
                 return math.nan  # which only a sweep would ask for, and that has one process
@@ -182,7 +187,7 @@ def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def _done_already(place: "resume.Place", source: Path, run: "Run") -> float | None:
+def _done_already(place: "resume.Place", source: Path, run: "TrainState") -> float | None:
     """The last figure of a run that is over. With auto, that is fine; a checkpoint that is named was meant to go on."""
     from ddpm.runs import run_dir as run_folder
 
@@ -205,7 +210,7 @@ def _last_good(run_dir: Path) -> str:
     return f"; the last checkpoint is {files[0]}" if files else ""
 
 
-def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
+def _write_start(run: "TrainState", data: "Dataset", run_dir: Path) -> Log:
     from omegaconf import OmegaConf
 
     from ddpm.diffusion.schedules import is_noise
@@ -236,7 +241,7 @@ def _write_start(run: "Run", data: "Dataset", run_dir: Path) -> Log:
     return log
 
 
-def _write_end(run: "Run", run_dir: Path, log: Log, seconds: float) -> float:
+def _write_end(run: "TrainState", run_dir: Path, log: Log, seconds: float) -> float:
     """What the last checkpoint says goes into result.json: a run killed just before this needs only this again."""
     from ddpm.checkpoint.file import read_meta
     from ddpm.checkpoint.locate import of_run

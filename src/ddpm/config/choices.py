@@ -19,7 +19,7 @@ CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "c
 
 
 @dataclass(frozen=True)
-class Choice:
+class Component:
     """A named function or class and its parameters, as in `configs/<group>/<file>.yaml`."""
 
     name: str
@@ -29,9 +29,9 @@ class Choice:
         return {"name": self.name, **self.params}
 
 
-def choose_sampler(base: Choice | str, settings: Mapping[str, Any]) -> Choice:
+def choose_sampler(base: Component | str, settings: Mapping[str, Any]) -> Component:
     """A sampler, or one by its file's name, with these settings. Raises UserError."""
-    if isinstance(base, Choice):
+    if isinstance(base, Component):
         return check_choice("sampler", {**base.to_dict(), **settings})
     if base not in (known := choices("sampler")):
         hint = plugin_hint("sampler") + nearest(str(base), known)
@@ -78,7 +78,7 @@ def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None
             raise UserError(f"'{path}{key}' is missing")
 
 
-def check_choice(path: str, raw: Any) -> Choice:
+def check_choice(path: str, raw: Any) -> Component:
     """What `path`, a group, is to be: a name and all of its keys. Raises UserError."""
     names = {content["name"] for content in choices(path).values()}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
@@ -97,7 +97,7 @@ def check_choice(path: str, raw: Any) -> Choice:
             template[key].append(content[key])
     _check_keys(raw, template, path + ".")
     params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
-    return Choice(raw["name"], params)
+    return Component(raw["name"], params)
 
 
 def _like_any(examples: list[Any], value: Any, path: str) -> Any:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.config.choices import Choice, _check_keys, check_choice
+from ddpm.config.choices import Component, _check_keys, check_choice
 from ddpm.config.limits import like
 from ddpm.errors import UserError
 
 # Where and how a run is made, which says nothing about what it is.
-CIRCUMSTANCES = (
+NOT_PART_OF_THE_EXPERIMENT = (
     *("data_root", "run_dir", "overwrite", "device", "gpus", "jobs_per_gpu", "minimize", "logger"),
     "trainer.resume",
 )
@@ -83,12 +83,12 @@ class TrainConfig:
     jobs_per_gpu: int
     minimize: str
     logger: str
-    dataset: Choice
-    model: Choice
-    schedule: Choice
+    dataset: Component
+    model: Component
+    schedule: Component
     objective: Objective
     optimizer: Optimizer
-    sampler: Choice
+    sampler: Component
     trainer: Trainer
 
 
@@ -118,7 +118,7 @@ class SampleConfig:
     jump_n_sample: int
     strength: float
     seeds: list[int] | None
-    sampler: Choice
+    sampler: Component
     save: list[str]
     out: str | None
     nrow: int | None
@@ -163,7 +163,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """A checked config as plain data, the inverse of `check`."""
 
     def plain(part: Any) -> Any:
-        if isinstance(part, Choice):
+        if isinstance(part, Component):
             return part.to_dict()
         return vars(part) if dataclasses.is_dataclass(part) else part
 
@@ -171,7 +171,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    if hint is Choice:
+    if hint is Component:
         return check_choice(path, value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -197,7 +197,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     for key, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
             flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in CIRCUMSTANCES}
+    return {key: value for key, value in flat.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class EvalConfig:
     ckpt: str | None
     samples: str | None
     compare: list[str] | None
-    dataset: Choice | None  # None: that of the checkpoint
+    dataset: Component | None  # None: that of the checkpoint
     n: int
     seed: int
     batch_size: int
@@ -213,7 +213,7 @@ class EvalConfig:
     precision: str
     ema: bool
     guidance_scale: float
-    sampler: Choice
+    sampler: Component
     data_root: str
     measure: list[str]
     out: str | None
@@ -226,6 +226,6 @@ class ReportConfig:
     contact: bool
     n: int
     seed: int
-    sampler: Choice | None  # None: each run's own
+    sampler: Component | None  # None: each run's own
     device: str
     out: str | None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.data.info import Facts, _check_facts
+from ddpm.data.info import DatasetInfo, _check_facts
 from ddpm.errors import DataError
 from ddpm.runtime.randomness import permutation
 
@@ -29,7 +29,7 @@ class Split:
 class Dataset:
     """`notice` is a text for the user, such as a licence; the command line prints it once."""
 
-    facts: Facts
+    facts: DatasetInfo
     train: Split
     val: Split
     test: Split
@@ -60,7 +60,7 @@ def check_dataset(data: Dataset) -> Dataset:
     return data
 
 
-def _check_split(split: Split, facts: Facts, where: str) -> None:
+def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
     if not isinstance(split, Split) or not isinstance(split.images, Tensor):
         raise DataError(f"{where}: is not a Split of tensors")
     images, labels = split.images, split.labels

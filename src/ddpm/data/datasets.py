@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from ddpm.data import digits, folder, mnist, persian
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
 
-__all__ = ["DATASETS", "Dataset", "Facts", "Split"]
+__all__ = ["DATASETS", "Dataset", "DatasetInfo", "Split"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits.digits,

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm.data.dataset import Dataset, Split, hold_out
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 
 HELD_OUT = 180  # images each for validation and test: a tenth
 
@@ -23,7 +23,7 @@ def digits(data_root: Path) -> Dataset:
     images = (table[:, :-1].view(-1, 1, 8, 8) * 255 / 16).round().to(torch.uint8)
     rest, test = hold_out(Split(images, table[:, -1].long()), HELD_OUT)
     train, val = hold_out(rest, HELD_OUT)
-    facts = Facts(
+    facts = DatasetInfo(
         "digits", channels=1, image_size=8, num_classes=10, class_names=tuple("0123456789"), levels=17
     )
     return Dataset(facts, train, val, test)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm.data.dataset import Dataset, Split, hold_out
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain, printable
 from ddpm.io.cache import kept, stamp
 from ddpm.io.files import reason, user_path
@@ -43,7 +43,7 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
     part = max(1, round(len(files) / 10))
     rest, test = hold_out(Split(torch.from_numpy(images), labels), part)
     train, val = hold_out(rest, part)
-    facts = Facts("folder", images.shape[1], image_size, len(class_names), class_names, levels=256)
+    facts = DatasetInfo("folder", images.shape[1], image_size, len(class_names), class_names, levels=256)
     return Dataset(facts, train, val, test)
 
 

@@ -14,7 +14,7 @@ MAX_NAME = 255  # characters, as many as a file name can have
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """What the rest of the program needs to know about the images, read off the data and set nowhere else."""
 
     name: str
@@ -25,8 +25,8 @@ class Facts:
     levels: int  # grey levels a pixel can take
 
 
-def _check_facts(facts: Facts) -> None:
-    if not isinstance(facts, Facts) or not _is_name(facts.name):
+def _check_facts(facts: DatasetInfo) -> None:
+    if not isinstance(facts, DatasetInfo) or not _is_name(facts.name):
         raise DataError("the dataset's facts must be Facts, with a name of plain text")
     for key, (low, high) in FACT_LIMITS.items():
         value = getattr(facts, key)
@@ -47,6 +47,6 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and 0 < len(name) <= MAX_NAME and is_plain(name)
 
 
-def facts(stored: Mapping[str, Any]) -> Facts:
+def facts(stored: Mapping[str, Any]) -> DatasetInfo:
     """The facts of the data a checkpoint was trained on, as `meta.py` has checked them."""
-    return Facts(**{**stored, "class_names": tuple(stored["class_names"])})
+    return DatasetInfo(**{**stored, "class_names": tuple(stored["class_names"])})

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
 from ddpm.io.cache import kept
 from ddpm.io.files import leftovers, read_bounded, reason, write_atomically
@@ -123,7 +123,7 @@ def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dat
     train_images, train_labels, test_images, test_labels = (_read(variant, raw, i) for i in range(4))
     train, val = hold_out(_split(f"{name}-train", train_images, train_labels, image_size), HELD_OUT)
     test = _split(f"{name}-test", test_images, test_labels, image_size)
-    facts = Facts(name, 1, image_size, len(variant.class_names), variant.class_names, levels=256)
+    facts = DatasetInfo(name, 1, image_size, len(variant.class_names), variant.class_names, levels=256)
     return Dataset(facts, train, val, test)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
 from ddpm.io.cache import cache_folder, load_arrays, save_arrays, stamp
 from ddpm.io.files import reason
@@ -66,7 +66,7 @@ def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -
     train, val = hold_out(splits["train"], HELD_OUT)
     if remaining:
         train = _join(train, splits["remaining"])
-    facts = Facts("persian", 1, image_size, NUM_CLASSES, class_names=tuple("0123456789"), levels=256)
+    facts = DatasetInfo("persian", 1, image_size, NUM_CLASSES, class_names=tuple("0123456789"), levels=256)
     return Dataset(facts, train, val, splits["test"], notice)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
 
 def draw(
     model: Model,
-    sampler: Choice,
+    sampler: Component,
     *,
     n: int,
     seed: int,
@@ -60,17 +60,17 @@ def draw(
     Those that `ddpm-sample` draws. Raises UserError.
     """
     index, guidance = torch.arange(n), Guidance(guidance_scale)
-    with distributed.agreed(world):
+    with distributed.raise_on_all_ranks(world):
         y = sample_model.labels(model, None, index, guidance)
         num_steps = len(sample_model.levels(model, sampler)) - 1
         steps = sampling.generation(model, sampler, index, seed)
         own = index[world.share(n)]
         x, evaluations = sampling.draw_all(model, sampler, guidance, y, own, steps, batch_size, watch, halved)
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()
-    return Drawn(distributed.collected(world, images, world.lengths(n)), y, evaluations, num_steps)
+    return Drawn(distributed.gather_to_rank_zero(world, images, world.lengths(n)), y, evaluations, num_steps)
 
 
-class Eyes(NamedTuple):
+class Embedder(NamedTuple):
     """What images are seen with."""
 
     features: Features
@@ -83,7 +83,7 @@ class Eyes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Reference:
     """All that every set of images of one dataset is held against, seen once. `real`: the figures of real_…
 
     `eyes` and `test` (those images, seen) are None where no part needs features.
@@ -94,7 +94,7 @@ class Bench:
     device: torch.device
     split: Split  # the test images
     known: of.Known  # the images of data.test and data.train, to the bit
-    eyes: Eyes | None = None
+    eyes: Embedder | None = None
     test: of.Seen | None = None
     real: Mapping[str, Figure] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -109,19 +109,19 @@ def prepare(
     device: torch.device,
     say: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
-) -> Bench:
+) -> Reference:
     """Loads the features, sees the test images and as many training images as there will be samples, n.
 
     At most n test images, all of them if there are fewer. Raises UserError where there are no features.
     """
     clock = clock or Clock()
     with clock("real"):
-        bench = Bench(data, parts, device, of.some(data.test, "test", n), of.known(data))
+        bench = Reference(data, parts, device, of.some(data.test, "test", n), of.known(data))
     if not {"distance", "neighbours"} & set(parts):
         return replace(bench, seconds={"real": clock.seconds["real"]})
     with clock("loading"):
         try:
-            eyes = Eyes(features_for(data, device, say), pixel_features(data.train.images))
+            eyes = Embedder(features_for(data, device, say), pixel_features(data.train.images))
         except UserError as error:
             raise UserError(f"{error} (measure=[memorization,likelihood,cas] needs no features)") from None
     with clock("real"):
@@ -138,7 +138,7 @@ def prepare(
     )
 
 
-def _compare(bench: Bench, seen: of.Seen, test: of.Seen) -> tuple[dict[str, Figure], list[str]]:
+def _compare(bench: Reference, seen: of.Seen, test: of.Seen) -> tuple[dict[str, Figure], list[str]]:
     """The figures of what is seen against the test images, and why some are absent."""
     found, notes = dict[str, Figure](), list[str]()
     if "distance" in bench.parts:
@@ -156,7 +156,7 @@ class Gallery(NamedTuple):
     pairs: Tensor  # uint8 (p, 2, C, S, S): a sample and the training image nearest to it, closest first
 
 
-class Odds(NamedTuple):
+class Likelihood(NamedTuple):
     """What the model itself says of real images."""
 
     figures: Mapping[str, Figure]
@@ -166,14 +166,14 @@ class Odds(NamedTuple):
 
 def likelihood(
     model: Model, data: Dataset, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
-) -> Odds:
+) -> Likelihood:
     """Bits per dimension of test images, and the error in eps on n test images (or all) and on training images.
 
     Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what judging costs.
     What cannot be had is left out, with a note that says why: the images that were drawn are worth keeping.
     """
     if min(n, len(data.test), len(data.train)) < 2:
-        return Odds({}, {}, ("no bits_per_dim, no eps_loss: they need 2 images",))
+        return Likelihood({}, {}, ("no bits_per_dim, no eps_loss: they need 2 images",))
     common = _Common(seed=seed, batch_size=batch_size, world=world)
     figures, curves, notes = dict[str, Figure](), dict[str, Mapping[str, Any]](), list[str]()
     try:
@@ -190,7 +190,7 @@ def likelihood(
             continue
         figures[figure] = Figure(loss.mean, error=loss.error, n=loss.draws)
         curves[name] = loss.curve.to_dict()
-    return Odds(figures, curves, tuple(notes))
+    return Likelihood(figures, curves, tuple(notes))
 
 
 class _Common(TypedDict):
@@ -200,13 +200,13 @@ class _Common(TypedDict):
 
 
 def measure(
-    bench: Bench,
+    bench: Reference,
     images: Tensor,
     labels: Tensor | None = None,
     *,
     subject: str,
     seed: int = 0,
-    odds: Odds | None = None,
+    odds: Likelihood | None = None,
     about: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     clock: Clock | None = None,
@@ -276,7 +276,7 @@ def measure(
     return evaluation, Gallery(images[:SHOWN], None if labels is None else labels[:SHOWN], pairs)
 
 
-def _protocol(bench: Bench, n: int) -> dict[str, Any]:
+def _protocol(bench: Reference, n: int) -> dict[str, Any]:
     """What the figures are of, and what with."""
     facts, eyes = bench.data.facts, bench.eyes
     features = (

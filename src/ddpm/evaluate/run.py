@@ -21,7 +21,7 @@ from ddpm.evaluate.provenance import Clock
 from ddpm.runs import output_dirs
 from ddpm.runtime.console import of_steps, tell
 from ddpm.runtime.device import slow_in_bf16
-from ddpm.runtime.distributed import agreed, in_turn, told
+from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks, rank_zero_first
 from ddpm.runtime.world import ALONE, World
 from ddpm.sample.model import Model, levels, load
 
@@ -29,16 +29,16 @@ from ddpm.sample.model import Model, levels, load
 def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     assert config.ckpt is not None
     path, notes, clock = Path(), list[str](), Clock()
-    with agreed(own):
+    with raise_on_all_ranks(own):
         if own.first:
             path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
             output_dirs.check_results(config.out, _stem(path))
-    path = told(own, path)
-    with agreed(own):
+    path = broadcast_object(own, path)
+    with raise_on_all_ranks(own):
         model, meta = load(path, device, config.ema, config.precision)
-    data = in_turn(own, lambda: dataset_of(config, model))
+    data = rank_zero_first(own, lambda: dataset_of(config, model))
     say(own, *notes, data.notice, slow_in_bf16("precision", config.precision, device))
-    with agreed(own), shown_parts(config, own, clock):
+    with raise_on_all_ranks(own), shown_parts(config, own, clock):
         bench = make_bench(config, data, config.n, device, clock) if own.first else None
     with shown_steps(config, own, model, clock) as watched:
         drawn = evaluator.draw(
@@ -58,7 +58,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
                 odds = evaluator.likelihood(
                     model, data, n=config.n, seed=config.seed, batch_size=config.batch_size, world=own
                 )
-        with agreed(own):
+        with raise_on_all_ranks(own):
             if bench is None:
                 return
             judged = evaluator.measure(
@@ -78,7 +78,7 @@ def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
     """All of it on rank 0: nothing is drawn."""
     assert config.samples is not None and config.dataset is not None
     stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
-    with agreed(own), shown_parts(config, own, clock):
+    with raise_on_all_ranks(own), shown_parts(config, own, clock):
         if not own.first:
             return
         output_dirs.check_results(config.out, stem)
@@ -139,7 +139,7 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
 
 def make_bench(
     config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
-) -> evaluator.Bench:
+) -> evaluator.Reference:
     parts = tuple(part for part in evaluator.PARTS if part in config.measure)
     return evaluator.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock

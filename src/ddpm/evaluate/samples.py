@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import build
-from ddpm.config.choices import Choice, choices
+from ddpm.config.choices import Component, choices
 from ddpm.config.limits import nearest
 from ddpm.data.dataset import Dataset
 from ddpm.data.folder import SUFFIXES, is_image
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, UserError
 from ddpm.io import npz
 from ddpm.io.files import reason, user_path
@@ -48,7 +48,7 @@ class Brought:
     notes: tuple[str, ...] = ()
 
 
-def read(text: str, data: Dataset, choice: Choice, n: int, seed: int, data_root: str) -> Brought:
+def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_root: str) -> Brought:
     """`samples=`: at most n images, to be held against `data`, which `choice` names. Raises UserError.
 
     Of more than n images n are drawn at random, as a file may be sorted by class.
@@ -76,7 +76,7 @@ def read(text: str, data: Dataset, choice: Choice, n: int, seed: int, data_root:
 
 
 def _from_dataset(
-    text: str, name: str, part: str, places: str | None, data: Dataset, choice: Choice, data_root: str
+    text: str, name: str, part: str, places: str | None, data: Dataset, choice: Component, data_root: str
 ) -> Brought:
     if name not in (known := choices("dataset")):
         raise UserError(
@@ -91,7 +91,7 @@ def _from_dataset(
             raise UserError(f"samples={text}: give the folder's path as samples")
         if "image_size" in params:
             params["image_size"] = data.facts.image_size
-        own = build.dataset(Choice(known[name]["name"], params), data_root)
+        own = build.dataset(Component(known[name]["name"], params), data_root)
     split = {"train": own.train, "val": own.val, "test": own.test}[part]
     _check_size(
         text,
@@ -112,7 +112,7 @@ def _from_dataset(
     return Brought(split.images[wanted], None if labels is None else labels[wanted])
 
 
-def _from_folder(text: str, folder: Path, facts: Facts) -> Brought:
+def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Brought:
     """The pictures that lie in the folder itself, in the order of their names."""
     try:
         files = sorted(file for file in folder.iterdir() if is_image(file, folder))
@@ -130,7 +130,7 @@ def _from_folder(text: str, folder: Path, facts: Facts) -> Brought:
     return Brought(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), None)
 
 
-def _picture(text: str, file: Path, facts: Facts) -> NDArray[np.uint8]:
+def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
     """(S, S, C), to the bit as it was saved."""
 
     def pixels(image: "Image") -> NDArray[np.uint8]:
@@ -149,7 +149,7 @@ def _picture(text: str, file: Path, facts: Facts) -> NDArray[np.uint8]:
     return colours[..., :1]
 
 
-def _from_npz(text: str, path: Path, facts: Facts) -> Brought:
+def _from_npz(text: str, path: Path, facts: DatasetInfo) -> Brought:
     """uint8 (N, S, S) or (N, S, S, C), as ddpm-sample saves them."""
 
     def images_fit(header: npz.Header) -> None:
@@ -182,7 +182,9 @@ def _from_npz(text: str, path: Path, facts: Facts) -> Brought:
     )
 
 
-def _check_size(text: str, what: str, height: int, width: int, channels: int | None, facts: Facts) -> None:
+def _check_size(
+    text: str, what: str, height: int, width: int, channels: int | None, facts: DatasetInfo
+) -> None:
     """Channels None: of a picture file, whose colours are looked at later."""
     size, wanted = facts.image_size, facts.channels
     if (height, width) != (size, size) or channels not in (None, wanted):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint.header import ADDED_LATER
-from ddpm.config.choices import Choice
-from ddpm.config.schema import CIRCUMSTANCES, to_dict
+from ddpm.checkpoint.header import DEFAULTS_FOR_OLD_CHECKPOINTS
+from ddpm.config.choices import Component
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, to_dict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
@@ -103,7 +103,7 @@ def ddim_steps(num_timesteps: int) -> int:
     return steps if steps >= FEWEST_STEPS else num_timesteps
 
 
-def ddim_as_exported(model: Model) -> Choice:
+def ddim_as_exported(model: Model) -> Component:
     """Our sampler that draws what diffusers' DDIM draws from the exported folder, from the same noise."""
     params = {
         "num_steps": ddim_steps(model.schedule.num_timesteps),
@@ -113,14 +113,16 @@ def ddim_as_exported(model: Model) -> Choice:
         "dynamic_percentile": 0.995,
         "eta": 0.0,
     }
-    return Choice("ddim", params)
+    return Component("ddim", params)
 
 
 def public_config(model: Model) -> dict[str, Any]:
     """The config without paths and what else is of one machine: it is going to be published."""
     config = to_dict(model.config)
     config |= {"data_root": "data", "run_dir": None, "overwrite": False, "device": "auto"}
-    config |= {key: value for key, value in ADDED_LATER.items() if key in CIRCUMSTANCES}
+    config |= {
+        key: value for key, value in DEFAULTS_FOR_OLD_CHECKPOINTS.items() if key in NOT_PART_OF_THE_EXPERIMENT
+    }
     config["trainer"] = {**config["trainer"], "resume": None, "init_from": None}
     if "path" in config["dataset"]:
         config["dataset"] = {**config["dataset"], "path": ""}

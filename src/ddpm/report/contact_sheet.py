@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ddpm.checkpoint import locate
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.images import Pixels, to_uint8
 from ddpm.runtime import memory
@@ -36,7 +36,9 @@ class Strip:
     images: Pixels  # (n, H, W, C)
 
 
-def drawn(run: Path, n: int, seed: int, sampler: Choice | None, device: torch.device) -> tuple[Pixels, int]:
+def drawn(
+    run: Path, n: int, seed: int, sampler: Component | None, device: torch.device
+) -> tuple[Pixels, int]:
     """Images 0 … n-1 of the seed from a run's newest whole checkpoint, and its step.
 
     `sampler` None: that of its training, so that a study of one run's samplers does not set it apart. Raises UserError.
@@ -63,12 +65,12 @@ def drawn(run: Path, n: int, seed: int, sampler: Choice | None, device: torch.de
         raise UserError(f"out of memory for {n} images at once") from None
 
 
-def fitted(sampler: Choice, model: Model) -> Choice:
+def fitted(sampler: Component, model: Model) -> Component:
     """With no more steps than the model has timesteps; many are written for a thousand of them."""
     steps = sampler.params["num_steps"]
     if steps is None:
         return sampler
-    return Choice(sampler.name, {**sampler.params, "num_steps": min(steps, model.schedule.num_timesteps)})
+    return Component(sampler.name, {**sampler.params, "num_steps": min(steps, model.schedule.num_timesteps)})
 
 
 def sheet(title: str, strips: Sequence[Strip]) -> Pixels:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import Meta
-from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, to_dict
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, to_dict
 from ddpm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    from ddpm.train.state import Run
+    from ddpm.train.state import TrainState
 
 MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
 # What is not followed because a file says so: a checkpoint may come from anywhere.
 PATHS = ("data_root", "dataset.path", "trainer.init_from")
-NO_MATTER = (*CIRCUMSTANCES, *PATHS, "trainer.max_steps", "trainer.max_epochs")
+NO_MATTER = (*NOT_PART_OF_THE_EXPERIMENT, *PATHS, "trainer.max_steps", "trainer.max_epochs")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def same_run(folder: Path, config: TrainConfig) -> bool:
     return lengths[0] == lengths[1] and not any(_changes(stored, config))
 
 
-def notes(source: Source, run: "Run") -> list[str]:
+def notes(source: Source, run: "TrainState") -> list[str]:
     """What the user should know: what broke, what was changed, and whether the bits will be the same."""
-    from ddpm.train.environment import DECIDES_BITS
+    from ddpm.train.environment import BITWISE_FACTORS
 
     changed = [
         f"changed since: {key} was {_brief(was)}, is {_brief(now)}"
@@ -116,7 +116,7 @@ def notes(source: Source, run: "Run") -> list[str]:
     then, now = alone | source.meta.versions, alone | run.environment
     other = [
         f"{key} was {then.get(key, 'unknown')}, is {now[key]}"
-        for key in DECIDES_BITS
+        for key in BITWISE_FACTORS
         if then.get(key) != now[key]
     ]
     if now["deterministic"] == "no":

@@ -26,13 +26,13 @@ T = TypeVar("T")
 # for a slower process, or one that downloads a dataset; one that has gone is noticed at once
 WAIT = timedelta(days=1)
 FIND = timedelta(minutes=30)  # for machines that start one after the other
-_words: Any = None  # the group for words
+_control_group: Any = None  # the group for words
 
 
 @contextmanager
-def joined(world: World, device: torch.device) -> Iterator[None]:
+def process_group(world: World, device: torch.device) -> Iterator[None]:
     """The processes as a group. Raises UserError where they do not find each other."""
-    global _words
+    global _control_group
     if world.size == 1:
         yield
         return
@@ -48,7 +48,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
             world_size=world.size,
             device_id=device if gpu else None,
         )
-        _words = dist.new_group(backend="gloo", timeout=WAIT)
+        _control_group = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError, OSError) as error:
         _leave(broken=True)
         raise UserError(
@@ -100,8 +100,8 @@ def _wait_until(condition: Callable[[], bool], end: float) -> None:
 
 def _leave(broken: bool) -> None:
     """A broken NCCL group is aborted: to close it in order would wait for processes that may not come."""
-    global _words
-    _words = None
+    global _control_group
+    _control_group = None
     if not dist.is_initialized():
         return
     if broken and dist.get_backend() == "nccl":
@@ -111,7 +111,7 @@ def _leave(broken: bool) -> None:
 
 
 @contextmanager
-def agreed(world: World) -> Iterator[None]:
+def raise_on_all_ranks(world: World) -> Iterator[None]:
     """A block that all processes go through: where it goes wrong in one of them, all raise the same UserError.
 
     The block itself must not wait for other processes, or they would wait for each other forever.
@@ -131,42 +131,42 @@ def agreed(world: World) -> Iterator[None]:
             raise
         error = UserError(f"out of memory: {str(raised).partition(chr(10))[0]}")
     messages: list[str | None] = [None] * world.size
-    dist.all_gather_object(messages, None if error is None else str(error), group=_words)
+    dist.all_gather_object(messages, None if error is None else str(error), group=_control_group)
     wrong = [rank for rank, message in enumerate(messages) if message is not None]
     if wrong:
         everywhere = wrong[0] == 0 or len(wrong) == world.size
         raise UserError(f"{messages[wrong[0]]}" if everywhere else f"rank {wrong[0]}: {messages[wrong[0]]}")
 
 
-def in_turn(world: World, make: Callable[[], T]) -> T:
+def rank_zero_first(world: World, make: Callable[[], T]) -> T:
     """First one process on each machine, then the others, which find what it fetched. Raises UserError in all."""
     made: list[T] = []
     for turn in (True, False):
-        with agreed(world):
+        with raise_on_all_ranks(world):
             if (world.local_rank == 0) is turn:
                 made.append(make())
     return made[0]
 
 
-def told(world: World, value: T) -> T:
+def broadcast_object(world: World, value: T) -> T:
     """What rank 0 has, for all: any plain object."""
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_words)
+    dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]
 
 
-def same(world: World, what: dict[str, Any]) -> None:
+def check_equal_on_all_ranks(world: World, what: dict[str, Any]) -> None:
     """Raises UserError, in all processes, where they differ in what must be the same: {name: value}."""
-    first = told(world, what)
-    with agreed(world):
+    first = broadcast_object(world, what)
+    with raise_on_all_ranks(world):
         for name, value in what.items():
             if value != first[name]:
                 raise UserError(f"{name} is {str(value)[:200]}, but in rank 0 {str(first[name])[:200]}")
 
 
-def spread(world: World, tensors: Sequence[Tensor]) -> None:
+def broadcast_tensors(world: World, tensors: Sequence[Tensor]) -> None:
     """Rank 0's numbers into the tensors of all, in place. They keep their memory layout."""
     if world.size == 1:
         return
@@ -177,7 +177,7 @@ def spread(world: World, tensors: Sequence[Tensor]) -> None:
             tensor.copy_(packed)
 
 
-def gathered(world: World, part: Tensor, n: int) -> Tensor:
+def all_gather_columns(world: World, part: Tensor, n: int) -> Tensor:
     """(k, n) from every rank's own (k, share): one sum of rows that are 0 elsewhere, so nothing waits for the GPU."""
     if world.size == 1:
         return part
@@ -187,7 +187,7 @@ def gathered(world: World, part: Tensor, n: int) -> Tensor:
     return whole
 
 
-def collected(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
+def gather_to_rank_zero(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
     """On rank 0, (sum of lengths, …) from every rank's own (its length, …), on the CPU; the others keep their part.
 
     Rank 0 must have some itself: it knows the rest of the shape from them.
@@ -197,21 +197,21 @@ def collected(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
     part = part.contiguous()
     if not world.first:
         if len(part):
-            dist.send(part, dst=0, group=_words)
+            dist.send(part, dst=0, group=_control_group)
         return part
     parts = [part, *(part.new_empty(length, *part.shape[1:]) for length in lengths[1:])]
     for rank in range(1, world.size):
         if lengths[rank]:
-            dist.recv(parts[rank], src=rank, group=_words)
+            dist.recv(parts[rank], src=rank, group=_control_group)
     return torch.cat(parts)
 
 
-def begin_largest(world: World, numbers: Sequence[int]) -> Callable[[], list[int]]:
+def all_reduce_max_async(world: World, numbers: Sequence[int]) -> Callable[[], list[int]]:
     """Start asking for the largest of each number over all processes; call what is returned to wait for it."""
     if world.size == 1:
         return lambda: list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.int64)
-    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_words, async_op=True)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group, async_op=True)
 
     def wait() -> list[int]:
         assert work is not None

@@ -37,7 +37,7 @@ _in_sweep = False
 
 
 @contextmanager
-def heeded(program: str, save: bool = False) -> Iterator[None]:
+def handle_signals(program: str, save: bool = False) -> Iterator[None]:
     """For the whole of a command: what a signal stops ends in one line and the status that shells expect.
 
     SIGUSR1 is listened to only where there is something to `save`.
@@ -122,7 +122,7 @@ def save_requested() -> bool:
 
 
 @contextmanager
-def patient() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Requests are noted and nothing else. One that came before, but got lost in foreign code, is raised here."""
     global _patient, _begun
     _patient = True

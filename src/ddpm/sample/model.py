@@ -11,10 +11,10 @@ from ddpm import build
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import verify
 from ddpm.checkpoint.header import Meta
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.config.schema import TrainConfig
 from ddpm.data import info
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import sample_levels
 from ddpm.diffusion.schedules import Level, NoiseSchedule
@@ -28,7 +28,7 @@ class Model:
     network: nn.Module
     schedule: NoiseSchedule
     config: TrainConfig
-    facts: Facts  # of the images it was trained on
+    facts: DatasetInfo  # of the images it was trained on
     device: torch.device
     step: int = 0  # of the training
     figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
@@ -98,7 +98,7 @@ def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: 
     return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
 
 
-def levels(model: Model, sampler: Choice) -> list[Level]:
+def levels(model: Model, sampler: Component) -> list[Level]:
     """The noise levels a sampler config asks for. Raises UserError."""
     num_steps = sampler.params["num_steps"] or model.schedule.num_timesteps
     try:
@@ -107,7 +107,7 @@ def levels(model: Model, sampler: Choice) -> list[Level]:
         raise UserError(f"sampler.{error}") from None
 
 
-def denoiser(model: Model, sampler: Choice, y: Tensor | None, guidance: Guidance) -> Denoiser:
+def denoiser(model: Model, sampler: Component, y: Tensor | None, guidance: Guidance) -> Denoiser:
     """The model as samplers see it, for images of the classes y (N,). Raises UserError."""
     try:
         return Denoiser(

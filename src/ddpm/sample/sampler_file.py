@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ddpm.config.choices import Choice, check_choice
+from ddpm.config.choices import Component, check_choice
 from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import open_regular, reason, write_atomically
@@ -19,7 +19,7 @@ MAX_BYTES = 64 * 2**10  # a list of 4,096 times needs 40 thousand
 MAX_MESSAGE = 300  # characters
 
 
-def default(config: TrainConfig, folder: Path | None) -> tuple[Choice, Path | None]:
+def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path | None]:
     """The sampler where none is named: of the file in a checkpoint's folder, and that file; else of the training.
 
     Raises UserError with one line that names the file where there is one that cannot be used.
@@ -32,7 +32,7 @@ def default(config: TrainConfig, folder: Path | None) -> tuple[Choice, Path | No
     return found, folder / NAME
 
 
-def read(path: Path) -> Choice | None:
+def read(path: Path) -> Component | None:
     """The sampler in a file, a name and all of its keys; None where there is no file. Raises UserError."""
     try:
         with open_regular(path) as file:
@@ -49,7 +49,7 @@ def read(path: Path) -> Choice | None:
         raise _wrong(path, str(error)) from None
 
 
-def write(path: Path, sampler: Choice, comment: list[str]) -> None:
+def write(path: Path, sampler: Component, comment: list[str]) -> None:
     """The file for a sampler, with lines that say where it comes from. Raises OSError."""
     head = "".join(f"# {printable(line)}\n" for line in comment)
     body = yaml.safe_dump(sampler.to_dict(), sort_keys=False, allow_unicode=True)
@@ -84,9 +84,9 @@ def _wrong(path: Path, why: str) -> UserError:
     return UserError(f"{path} cannot be used: {why}; delete the file, or name another sampler (sampler=…)")
 
 
-def trained_sampler(config: TrainConfig) -> Choice:
+def trained_sampler(config: TrainConfig) -> Component:
     """The sampler a model was trained with, in no more steps than the model has timesteps."""
     params = dict(config.sampler.params)
     if params["num_steps"] is not None:  # written for many timesteps; this model may have few
         params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])
-    return Choice(config.sampler.name, params)
+    return Component(config.sampler.name, params)

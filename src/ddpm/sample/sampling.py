@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import SAMPLERS, Step
 from ddpm.diffusion.schedules import Level
@@ -16,7 +16,7 @@ from ddpm.runtime.randomness import normal
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 
 
-def draw(model: Model, sampler: Choice, denoise: Denoiser, index: Tensor, seed: int) -> Iterator[Step]:
+def draw(model: Model, sampler: Component, denoise: Denoiser, index: Tensor, seed: int) -> Iterator[Step]:
     """The steps that draw images `index` (N,) int64 of a seed. Image i depends on (seed, i) alone."""
     path = levels(model, sampler)
     x_T = normal(seed, "x_T", 0, index, model.shape) * path[0].sigma
@@ -24,7 +24,13 @@ def draw(model: Model, sampler: Choice, denoise: Denoiser, index: Tensor, seed: 
 
 
 def run(
-    model: Model, sampler: Choice, denoise: Denoiser, path: list[Level], x: Tensor, index: Tensor, seed: int
+    model: Model,
+    sampler: Component,
+    denoise: Denoiser,
+    path: list[Level],
+    x: Tensor,
+    index: Tensor,
+    seed: int,
 ) -> Iterator[Step]:
     """The sampler along the levels `path`, from x at the first of them. Raises UserError."""
     common = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")
@@ -96,14 +102,14 @@ Steps = Callable[
 ]  # those that draw the results at some places (k,) of 0 … n-1
 
 
-def generation(model: Model, sampler: Choice, index: Tensor, seed: int) -> Steps:
+def generation(model: Model, sampler: Component, index: Tensor, seed: int) -> Steps:
     """From pure noise: result i is image index[i] of the seed."""
     return lambda denoise, places: draw(model, sampler, denoise, index[places].to(model.device), seed)
 
 
 def draw_all(
     model: Model,
-    sampler: Choice,
+    sampler: Component,
     guidance: Guidance,
     y: Tensor | None,
     places: Tensor,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.config.schema import SampleConfig
 from ddpm.diffusion import editing
 from ddpm.diffusion.denoiser import Denoiser
@@ -35,7 +35,7 @@ class Plan:
 
     n: int
     y: Tensor | None  # (n,)
-    sampler: Choice  # as it is run
+    sampler: Component  # as it is run
     num_steps: int
     steps: Steps
     rows: int | None = None  # of the grid; None: as in any grid
@@ -87,7 +87,7 @@ def _generate(config: SampleConfig, model: Model) -> Plan:
 def _inpaint(config: SampleConfig, model: Model) -> Plan:
     brought = bring(config, model, config.n or 1)
     # RePaint's own steps are ancestral, whichever sampler the levels were meant for
-    sampler = Choice("ddpm", {key: config.sampler.params[key] for key in COMMON} | {"variance": "small"})
+    sampler = Component("ddpm", {key: config.sampler.params[key] for key in COMMON} | {"variance": "small"})
     path = levels(model, sampler)
     assert config.mask is not None
     mask = user_images.mask(config.mask, model.facts.image_size, config.seed, brought.numbers)
@@ -255,7 +255,7 @@ _TASKS: dict[str, Callable[[SampleConfig, Model], Plan]] = {
 }
 
 
-def _reversible(config: SampleConfig) -> Choice:
+def _reversible(config: SampleConfig) -> Component:
     """The sampler without clipping. Raises UserError unless it is ddim with eta = 0, which can be run backwards."""
     sampler = config.sampler
     if sampler.name != "ddim" or sampler.params["eta"] != 0:
@@ -267,7 +267,7 @@ def _reversible(config: SampleConfig) -> Choice:
     return dataclasses.replace(sampler, params={**sampler.params, "clip": "none"})
 
 
-def _reversible_levels(model: Model, sampler: Choice) -> list[Level]:
+def _reversible_levels(model: Model, sampler: Component) -> list[Level]:
     """The levels a network can be run backwards over. Where next to nothing of the image is left, an error in eps is
     1 / alpha times as large in x_0, and without clipping that explodes.
     """

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ddpm import build
-from ddpm.config.choices import Choice, choices
+from ddpm.config.choices import Component, choices
 from ddpm.config.limits import nearest
 from ddpm.config.schema import SampleConfig
 from ddpm.data.dataset import Dataset
 from ddpm.data.folder import SUFFIXES, is_image, read_image
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, UserError
 from ddpm.io.files import reason, user_path
 from ddpm.io.images import Pixels, normalise
@@ -40,7 +40,7 @@ class Inputs:
     notice: str = ""  # a licence, to be printed
 
 
-def read(text: str, facts: Facts, trained_on: Choice, data_root: str) -> Inputs:
+def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Inputs:
     """`input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
 
     Files are scaled and cut around their middle, and made grey or coloured as the model is. Of the dataset that
@@ -89,7 +89,7 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def _from_dataset(
-    text: str, name: str, part: str, places: str, *, facts: Facts, trained_on: Choice, data_root: str
+    text: str, name: str, part: str, places: str, *, facts: DatasetInfo, trained_on: Component, data_root: str
 ) -> Inputs:
     known = choices("dataset")
     if name not in known:
@@ -113,7 +113,7 @@ def _from_dataset(
     )
 
 
-def _load(text: str, name: str, facts: Facts, trained_on: Choice, data_root: str) -> Dataset:
+def _load(text: str, name: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Dataset:
     """The dataset in the model's image size; with the parameters of the training if it is the same one."""
     content: dict[str, Any] = choices("dataset")[name]
     params = {key: value for key, value in content.items() if key != "name"}
@@ -125,7 +125,7 @@ def _load(text: str, name: str, facts: Facts, trained_on: Choice, data_root: str
         params["image_size"] = facts.image_size
     fits = f"this model's images are {facts.image_size}×{facts.image_size}×{facts.channels}"
     try:
-        data = build.dataset(Choice(content["name"], params), data_root)
+        data = build.dataset(Component(content["name"], params), data_root)
     except DataError as error:
         raise UserError(f"input={text}: {error} ({fits})") from None
     size, channels = data.facts.image_size, data.facts.channels

@@ -14,7 +14,7 @@ from typing import Any
 
 from ddpm.config.hydra import quote_path, typed_value
 from ddpm.config.load_plugins import load_plugins
-from ddpm.config.schema import CIRCUMSTANCES, TrainConfig, check
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
 from ddpm.io.files import open_regular
 from ddpm.runs import run_dir
@@ -81,7 +81,7 @@ def name(overrides: list[str]) -> str:
     """The folder of a job: what was typed for it, so that the same command finds it again."""
     import hashlib
 
-    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in CIRCUMSTANCES)
+    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT)
     text = ",".join(kept) or "defaults"
     plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)
     if plain == text and len(plain.encode()) <= MAX_NAME:

@@ -192,7 +192,7 @@ def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far
     plugins = [a.removeprefix("plugins=").strip("[] ") for a in sys.argv[1:] if a.startswith("plugins=")]
     environment = {**os.environ, **environment, "HYDRA_FULL_ERROR": "1"}
     environment |= {job.PLUGINS: ",".join(plugins), job.TOKEN: token}
-    with signals.patient():
+    with signals.defer_signals():
         launcher = subprocess.Popen(
             [sys.executable, "-P", "-m", "ddpm.sweep.launch", *arguments],
             env=environment,

@@ -15,7 +15,7 @@ from ddpm.errors import UserError
 from ddpm.io.images import normalise
 from ddpm.runtime.memory import is_exhausted
 from ddpm.runtime.randomness import key
-from ddpm.train.state import Run
+from ddpm.train.state import TrainState
 from ddpm.train.step import StepNumbers, host_numbers, seed_network, update
 
 STREAMS = ("timesteps", "eps", "label_dropout")  # of random numbers, that `update` draws from
@@ -35,7 +35,7 @@ class Tables(NamedTuple):
 class CapturedSteps:
     """The steps of one run, in order. `trainer.cuda_graph` says whether to capture: auto, true or false."""
 
-    def __init__(self, run: Run, batches: Batches) -> None:
+    def __init__(self, run: TrainState, batches: Batches) -> None:
         self.run, self.batches = run, batches
         device, size = run.device, batches.batch_size
         self.tables = Tables(
@@ -129,7 +129,7 @@ class CapturedSteps:
         self.first = first
 
 
-def _obstacle(run: Run) -> str:
+def _obstacle(run: TrainState) -> str:
     """Why steps are not captured. Raises UserError where that was asked for and cannot be."""
     setting, trainer = run.config.trainer.cuda_graph, run.config.trainer
     if setting == "false":

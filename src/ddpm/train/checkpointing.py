@@ -13,10 +13,10 @@ from ddpm.config.schema import to_dict
 from ddpm.data import info
 from ddpm.errors import CheckpointError, UserError
 from ddpm.train.optimizers import state_names
-from ddpm.train.state import Run
+from ddpm.train.state import TrainState
 
 
-def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
+def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
     """The run as one checkpoint file. Raises CheckpointError if it cannot be written, or is not worth writing."""
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     for what, numbers in (
@@ -39,8 +39,8 @@ def save(run: Run, path: Path, record: Mapping[str, float]) -> None:
         for key, value in run.scaler.state_dict().items()
     }
     if run.config.objective.timesteps == "loss_aware":
-        tensors["timesteps.history"] = run.history
-    tensors |= {"log.loss_sum": run.loss_sum, "log.since": torch.tensor(run.since)}
+        tensors["timesteps.history"] = run.loss_history
+    tensors |= {"log.loss_sum": run.loss_sum, "log.since": torch.tensor(run.last_logged_step)}
     figures = {key: float(value) for key, value in record.items() if key != "step"}
     facts = {**vars(run.facts), "class_names": list(run.facts.class_names)}
     checkpoint.save(path, tensors, Meta(to_dict(run.config), facts, run.step, figures, run.environment, ""))
@@ -53,7 +53,7 @@ def _finite(numbers: Iterable[Tensor]) -> bool:
     return bool(torch.stack(largest).isfinite().all())
 
 
-def restore(run: Run, path: Path) -> None:
+def restore(run: TrainState, path: Path) -> None:
     """Go on from a checkpoint. Raises CheckpointError where it is broken or does not fit the network."""
     meta, table = checkpoint.read_meta(path)
     verify.check_tensors(path, table, run.network, run.schedule.num_timesteps)
@@ -82,16 +82,16 @@ def restore(run: Run, path: Path) -> None:
         now = {"scale": float(scaler["scale"]), "_growth_tracker": int(scaler["_growth_tracker"])}
         run.scaler.load_state_dict(run.scaler.state_dict() | now)
     if history := checkpoint.part(tensors, "timesteps"):
-        run.history = history["history"].to(run.device)
+        run.loss_history = history["history"].to(run.device)
     if log := checkpoint.part(tensors, "log"):
-        run.loss_sum, run.since = log["loss_sum"].to(run.device), min(int(log["since"]), meta.step)
+        run.loss_sum, run.last_logged_step = log["loss_sum"].to(run.device), min(int(log["since"]), meta.step)
     run.step = meta.step
 
 
 LISTED = 6  # tensors in a note
 
 
-def init_from(run: Run, ckpt: str) -> list[str]:
+def init_from(run: TrainState, ckpt: str) -> list[str]:
     """Begin with another run's averaged weights: what has the same name and shape goes into network and average.
 
     `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
@@ -119,7 +119,7 @@ def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
 
 
-def _check_complete(path: Path, run: Run, table: Mapping[str, Entry]) -> None:
+def _check_complete(path: Path, run: TrainState, table: Mapping[str, Entry]) -> None:
     """All of the optimizer's moments or, before the first step, none; likewise the scaler's numbers."""
     moments = {
         f"optimizer.{name}.{key}"

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 import torch
 
 from ddpm.errors import UserError
-from ddpm.runtime.distributed import told
+from ddpm.runtime.distributed import broadcast_object
 from ddpm.runtime.memory import is_exhausted
 from ddpm.train.loop import trial
-from ddpm.train.state import Run
+from ddpm.train.state import TrainState
 
 # Both guesses, for a GPU that nobody here had; `benchmarks/bench_gpu.py` measures them.
 COMPILE_SECONDS = 60.0  # two CPU cores took 70 to 80 s for unet_small, measured
@@ -38,7 +38,7 @@ def decide(
     )
 
 
-def begin(run: Run) -> str:
+def begin(run: TrainState) -> str:
     """Compile the network of a run that is about to go on, if its config says so, and return what to tell the user.
 
     The first compiled passes are trials, so that it shows here how long compiling takes and whether it works at all.
@@ -49,7 +49,7 @@ def begin(run: Run) -> str:
     steps = run.max_steps - run.step
     timed = setting == "auto" and device.type == "cuda" and not obstacle and steps > 0
     # where each of several processes decided by its own clock, they might not all do the same
-    wanted, why = told(
+    wanted, why = broadcast_object(
         run.world, decide(setting, device.type, steps, _pass_seconds(run) if timed else 0.0, obstacle)
     )
     if not wanted:
@@ -78,7 +78,7 @@ def _obstacle(deterministic: bool) -> str:
     return "" if find_spec("triton") else "triton is not installed"
 
 
-def _mode(run: Run) -> str | None:
+def _mode(run: TrainState) -> str | None:
     """CUDA graphs, which launch all kernels of a pass at once, where one pass makes the gradients of a step.
 
     Else the gradients of the parts before lie where the next pass writes (pytorch issue 169545), or DDP's hooks wait
@@ -88,7 +88,7 @@ def _mode(run: Run) -> str | None:
     return "reduce-overhead" if run.device.type == "cuda" and alone else None
 
 
-def _pass_seconds(run: Run, rounds: int = 3) -> float:
+def _pass_seconds(run: TrainState, rounds: int = 3) -> float:
     """Of all forward and backward passes of a step, uncompiled."""
     _pass(run)  # in which algorithms are chosen
     _wait(run.device)
@@ -99,7 +99,7 @@ def _pass_seconds(run: Run, rounds: int = 3) -> float:
     return (time.perf_counter() - started) / rounds * run.config.trainer.accumulate
 
 
-def _pass(run: Run) -> None:
+def _pass(run: TrainState) -> None:
     """Forward and backward pass for as many images as the first part of this process's share of a batch has."""
     share = run.world.lengths(run.config.trainer.batch_size)[run.world.rank]
     trial(run, -(-share // run.config.trainer.accumulate))

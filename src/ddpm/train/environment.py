@@ -16,7 +16,7 @@ from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
 # of the environment
-DECIDES_BITS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm")
+BITWISE_FACTORS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm")
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.config.choices import Choice
+from ddpm.config.choices import Component
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.objective import losses
@@ -28,7 +28,7 @@ from ddpm.sample.sampling import draw, finite, last
 from ddpm.train import metrics_file
 from ddpm.train.captured import CapturedSteps
 from ddpm.train.checkpointing import save
-from ddpm.train.state import Run
+from ddpm.train.state import TrainState
 from ddpm.train.step import autocast, in_layout, learning_rate, train_step
 from ddpm.train.validation import Validation
 
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     note: str = ""  # for the user
 
 
-def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
+def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train from run.step to run.max_steps; write metrics.jsonl, samples/ and checkpoints/ under `run_dir`.
 
     Whoever iterates may stop, or `keep` a checkpoint, after any step. Of several processes all go through the same
@@ -83,7 +83,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             seconds = time.perf_counter() - clock
             wanted = {
                 "step": step,
-                "loss": run.loss_sum.item() / (step - run.since),
+                "loss": run.loss_sum.item() / (step - run.last_logged_step),
                 "lr": learning_rate(config.optimizer, step - 1, run.max_steps),
                 "grad_norm": grad_norm.item(),
                 "images_per_second": (step - counted) * trainer.batch_size / seconds,
@@ -95,7 +95,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             if run.world.first:
                 metrics_file.append(run_dir / "metrics.jsonl", record)
             run.loss_sum.zero_()
-            run.since = step
+            run.last_logged_step = step
             if run.world.first and due(trainer.sample_every):
                 _preview(run, run_dir / "samples")
             if run.world.first and record.get("val_eps_mse", math.inf) < best:
@@ -108,7 +108,7 @@ def fit(run: Run, data: Dataset, run_dir: Path) -> Iterator[Progress]:
         yield Progress(step, record, captured.take_note() if captured is not None else "")
 
 
-def keep(run: Run, run_dir: Path, record: Mapping[str, float]) -> Path:
+def keep(run: TrainState, run_dir: Path, record: Mapping[str, float]) -> Path:
     """A step file of the run as it is now; older ones than the last `trainer.keep` go when it is safely there."""
     stop_if_not_finite(run)
     with open(run_dir / "metrics.jsonl", "r+b") as file:  # must not be lost where the checkpoint is not
@@ -120,7 +120,7 @@ def keep(run: Run, run_dir: Path, record: Mapping[str, float]) -> Path:
     return path
 
 
-def trial(run: Run, n: int) -> None:
+def trial(run: TrainState, n: int) -> None:
     """Forward and backward for n images, without an update: what it takes is what they need. Tells no other process."""
     c, size = run.facts.channels, run.facts.image_size
     x_0 = torch.zeros(n, c, size, size, device=run.device)
@@ -134,7 +134,7 @@ def trial(run: Run, n: int) -> None:
     run.network.zero_grad()
 
 
-def _validate(run: Run, validation: Validation) -> dict[str, float]:
+def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
     conditional = bool(run.config.model.params["conditional"])
     with without_cudnn_benchmark():
         figures = vars(validation.measure(run.ema, conditional, world=run.world))
@@ -147,12 +147,12 @@ def _validate(run: Run, validation: Validation) -> dict[str, float]:
     return figures
 
 
-def _preview(run: Run, folder: Path) -> None:
+def _preview(run: TrainState, folder: Path) -> None:
     """A grid from the averaged weights and noise that is the same each time. Raises UserError if it is not finite."""
     index = torch.arange(PREVIEWS, device=run.device)
     model = Model(run.ema, run.schedule, run.config, run.facts, run.device)
     steps = min(PREVIEW_STEPS, run.schedule.num_timesteps)
-    sampler = Choice("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
+    sampler = Component("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
     y = labels(model, None, index, Guidance())
     steps_taken = draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed)
     with without_cudnn_benchmark():
@@ -160,9 +160,9 @@ def _preview(run: Run, folder: Path) -> None:
     images.save_png(folder / f"step_{run.step:07d}.png", images.grid(images.to_uint8(x)))
 
 
-def stop_if_not_finite(run: Run) -> None:
+def stop_if_not_finite(run: TrainState) -> None:
     """Raises UserError if an update since the beginning was not finite. Waits for the device."""
-    step, loss, grad_norm = run.bad.tolist()
+    step, loss, grad_norm = run.first_nonfinite.tolist()
     if step >= 0:
         lr = learning_rate(run.config.optimizer, int(step) - 1, run.max_steps)
         raise UserError(

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm import build
 from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.data.dataset import Dataset
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.objective import Objective
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.timesteps import empty_history
@@ -24,11 +24,11 @@ from ddpm.train.optimizers import OPTIMIZERS, Optimizer, state_names
 
 
 @dataclass(eq=False)
-class Run:
+class TrainState:
     """All that changes while training, and what it is made of."""
 
     config: TrainConfig
-    facts: Facts
+    facts: DatasetInfo
     schedule: NoiseSchedule
     objective: Objective
     network: nn.Module
@@ -38,10 +38,12 @@ class Run:
     device: torch.device
     max_steps: int
     environment: dict[str, str]  # what it is trained with, for people and for the promise of equal bits
-    history: Tensor  # of losses by t, for loss-aware timesteps
-    bad: Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
+    loss_history: Tensor  # of losses by t, for loss-aware timesteps
+    first_nonfinite: (
+        Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
+    )
     loss_sum: Tensor  # of the steps since the last line of metrics.jsonl,
-    since: int = 0  # which was written at this step
+    last_logged_step: int = 0  # which was written at this step
     step: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, of how it began
     world: World = ALONE
@@ -58,7 +60,7 @@ class Run:
         return list(self.ema.parameters())
 
 
-def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
+def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> TrainState:
     """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
     torch.manual_seed(config.seed)
     schedule = build.schedule(config.schedule)
@@ -75,7 +77,7 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
     max_steps = config.trainer.max_steps
     if config.trainer.max_epochs is not None:
         max_steps = math.ceil(config.trainer.max_epochs * len(data.train.images) / config.trainer.batch_size)
-    return Run(
+    return TrainState(
         config,
         data.facts,
         schedule,
@@ -87,8 +89,8 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
         device,
         max_steps,
         environment(config, data, device),
-        history=empty_history(schedule.num_timesteps, device),
-        bad=torch.tensor([-1.0, 0.0, 0.0], device=device),
+        loss_history=empty_history(schedule.num_timesteps, device),
+        first_nonfinite=torch.tensor([-1.0, 0.0, 0.0], device=device),
         loss_sum=torch.zeros((), device=device),
     )
 
@@ -96,7 +98,7 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> Run:
 _OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  # the data itself is compared
 
 
-def join(run: Run, world: World) -> None:
+def join(run: TrainState, world: World) -> None:
     """Make the runs of all processes one: rank 0's state for all, and gradients that are averaged over them.
 
     Raises UserError where they were not told the same or have other data.
@@ -105,10 +107,10 @@ def join(run: Run, world: World) -> None:
         return
     ours = {key: value for key, value in to_dict(run.config).items() if key not in _OWN_TO_A_MACHINE}
     versions = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
-    distributed.same(world, {**versions, **ours})
+    distributed.check_equal_on_all_ranks(world, {**versions, **ours})
     run.world, run.environment["processes"] = world, str(world.size)
-    run.step, run.since, moments, scaler = distributed.told(
-        world, (run.step, run.since, bool(run.optimizer.state), run.scaler.state_dict())
+    run.step, run.last_logged_step, moments, scaler = distributed.broadcast_object(
+        world, (run.step, run.last_logged_step, bool(run.optimizer.state), run.scaler.state_dict())
     )
     run.scaler.load_state_dict(scaler)
     if moments and not world.first:
@@ -123,7 +125,7 @@ def join(run: Run, world: World) -> None:
         for key in state_names(run.optimizer, parameter)
     ]
     weights = [*run.network.state_dict().values(), *run.ema.state_dict().values()]
-    distributed.spread(world, [*weights, *of_optimizer, run.history, run.loss_sum])
+    distributed.broadcast_tensors(world, [*weights, *of_optimizer, run.loss_history, run.loss_sum])
     run.parallel = DistributedDataParallel(
         run.network,
         device_ids=[run.device] if run.device.type == "cuda" else None,

@@ -14,7 +14,7 @@ from ddpm.diffusion.timesteps import TIMESTEPS, updated_history
 from ddpm.runtime import distributed
 from ddpm.runtime.device import precision
 from ddpm.runtime.randomness import key, normal, seed_generators, uniform
-from ddpm.train.state import Run
+from ddpm.train.state import TrainState
 
 
 class StepNumbers(NamedTuple):
@@ -26,25 +26,25 @@ class StepNumbers(NamedTuple):
     number: int | Tensor  # of this step, from 1
 
 
-def host_numbers(run: Run, step: int) -> StepNumbers:
+def host_numbers(run: TrainState, step: int) -> StepNumbers:
     """The numbers of the step that follows `step` others."""
     lr = learning_rate(run.config.optimizer, step, run.max_steps)
     return StepNumbers(step, lr, 1 - ema_decay(run.config.trainer.ema_decay, step), step + 1)
 
 
-def train_step(run: Run, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def train_step(run: TrainState, x_0: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Update once on a batch x_0 (N, C, H, W), y (N,) or None. Returns the loss and the gradient's norm, 0-dim."""
     seed_network(run)
     return update(run, x_0, y, host_numbers(run, run.step))
 
 
-def seed_network(run: Run) -> None:
+def seed_network(run: TrainState) -> None:
     """Seed dropout: the one draw that depends on the process, as two must not use the same masks."""
     stream = f"network {run.world.rank}" if run.world.rank else "network"
     seed_generators(key(run.config.seed, stream, run.step), run.device)
 
 
-def update(run: Run, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[Tensor, Tensor]:
+def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[Tensor, Tensor]:
     """The part of a step that runs on the device; returns the loss and the gradient's norm, 0-dim.
 
     Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`. Of several
@@ -69,11 +69,11 @@ def update(run: Run, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[T
         parts.append((t, loss.detach(), weight))
     t, loss, weight = (torch.cat(values) for values in zip(*parts, strict=True))
     if run.world.size > 1:  # of the whole batch, in its order; a float32 holds any t
-        t, loss, weight = distributed.gathered(run.world, torch.stack([t, loss, weight]), len(x_0))
+        t, loss, weight = distributed.all_gather_columns(run.world, torch.stack([t, loss, weight]), len(x_0))
         t = t.long()
     total = (weight * loss).mean()
     if config.objective.timesteps == "loss_aware":
-        run.history.copy_(updated_history(run.history, t, loss))
+        run.loss_history.copy_(updated_history(run.loss_history, t, loss))
 
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.parameters, trainer.grad_clip, foreach=True)
@@ -83,7 +83,9 @@ def update(run: Run, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[T
     else:  # the fused optimizer leaves the weights alone where found_inf is 1, without asking the host
         found_inf = (~torch.isfinite(total + grad_norm)).float()
         found = torch.stack([torch.zeros_like(total) + now.number, total, grad_norm])
-        run.bad.copy_(torch.where((run.bad[0] < 0) & (found_inf > 0), found, run.bad))
+        run.first_nonfinite.copy_(
+            torch.where((run.first_nonfinite[0] < 0) & (found_inf > 0), found, run.first_nonfinite)
+        )
         run.optimizer.found_inf = found_inf
         run.optimizer.step()
     update_ema(run.averages, run.parameters, now.ema_weight)
@@ -91,7 +93,7 @@ def update(run: Run, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[T
 
 
 def _draw(
-    run: Run, x_0: Tensor, y: Tensor | None, index: Tensor, step: int | Mapping[str, Tensor]
+    run: TrainState, x_0: Tensor, y: Tensor | None, index: Tensor, step: int | Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Times and their weights, noise and labels of the images `index` of this step's batch."""
     seed, o = run.config.seed, run.config.objective
@@ -103,7 +105,7 @@ def _draw(
         run.schedule.num_timesteps,
         logit_normal_mean=o.logit_normal_mean,
         logit_normal_std=o.logit_normal_std,
-        history=run.history,
+        history=run.loss_history,
     )
     eps = normal(seed, "eps", step, index, tuple(x_0.shape[1:]))
     if y is None or not run.config.model.params["conditional"]:
@@ -116,7 +118,7 @@ def in_layout(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def autocast(run: Run) -> torch.autocast:
+def autocast(run: TrainState) -> torch.autocast:
     """The network's arithmetic in the run's precision."""
     dtype = precision(run.config.trainer.precision, run.device)
     low = dtype != torch.float32

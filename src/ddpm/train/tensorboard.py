@@ -11,7 +11,7 @@ from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError
 
 if TYPE_CHECKING:
-    from ddpm.train.state import Run
+    from ddpm.train.state import TrainState
 
 FOLDER = "tensorboard"
 
@@ -23,7 +23,7 @@ def check(config: TrainConfig) -> None:
 
 
 @contextmanager
-def events(run: "Run", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def events(run: "TrainState", run_dir: Path) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Takes the lines of metrics.jsonl as they come. Raises OSError where nothing can be written."""
     if run.config.logger != "tensorboard" or not run.world.first:
         yield lambda record: None

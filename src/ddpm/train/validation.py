@@ -69,7 +69,7 @@ class Validation:
             loss.append(losses(network, self.objective, self.x_0[part], self.t[part], self.eps[part], y))
             error.append(self._eps_errors(network, part, y))
         both = torch.stack([torch.cat(loss), torch.cat(error)])
-        losses_, errors = distributed.gathered(world, both, EVALUATIONS)
+        losses_, errors = distributed.all_gather_columns(world, both, EVALUATIONS)
         loss_mean, loss_error = _mean_and_error(losses_)
         by_level = [_mean_and_error(errors[self.level == k]) for k in range(len(LAMBDAS))]
         eps_mse = sum(mean for mean, _ in by_level) / len(LAMBDAS)

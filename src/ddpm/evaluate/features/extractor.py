@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm.data.dataset import Dataset
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
 from ddpm.evaluate.features import inception
 from ddpm.evaluate.features.network import FeatureNetwork, Whitening, dimensions, spread_out, whitening
@@ -93,12 +93,12 @@ def features_for(data: Dataset, device: torch.device, say: Callable[[str], None]
     return _inception(data, device, say)
 
 
-def load(path: Path, facts: Facts, device: torch.device) -> Features:
+def load(path: Path, facts: DatasetInfo, device: torch.device) -> Features:
     """Features from a file that scripts/train_features.py wrote. Raises DataError where it is broken or another's."""
     return _from_arrays(load_arrays(path, MAX_BYTES), facts, device)
 
 
-def _from_arrays(arrays: Arrays, facts: Facts, device: torch.device) -> Features:
+def _from_arrays(arrays: Arrays, facts: DatasetInfo, device: torch.device) -> Features:
     network = FeatureNetwork(facts.channels, facts.image_size, facts.num_classes)
     try:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -125,7 +125,7 @@ def _from_arrays(arrays: Arrays, facts: Facts, device: torch.device) -> Features
     )
 
 
-def _shipped(facts: Facts) -> Arrays:
+def _shipped(facts: DatasetInfo) -> Arrays:
     path = ASSETS / f"{facts.name}.safetensors"
     arrays = load_arrays(path, MAX_BYTES)
     if content_hash(arrays) != SHIPPED[facts.name, facts.image_size]:
@@ -155,7 +155,7 @@ def _trained(data: Dataset, device: torch.device, say: Callable[[str], None]) ->
         ) from error
 
 
-def _cached(path: Path, facts: Facts) -> Arrays | None:
+def _cached(path: Path, facts: DatasetInfo) -> Arrays | None:
     """None where there is no such file, or a broken one."""
     try:
         arrays = load_arrays(path, MAX_BYTES)

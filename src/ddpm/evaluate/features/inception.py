@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 from ddpm.errors import UserError
 from ddpm.evaluate.features.network import repeatable
 
@@ -16,7 +16,7 @@ MAX_BATCH = 50  # images; each becomes 299×299, and a batch of hundreds takes g
 LAYER = "2048"  # the pooled features before the logits, those of the usual FID
 
 
-def network(facts: Facts, device: torch.device, say: Callable[[str], None]) -> tuple[Run, str]:
+def network(facts: DatasetInfo, device: torch.device, say: Callable[[str], None]) -> tuple[Run, str]:
     """Images uint8 (N, 1 or 3, S, S) → float32 (N, 2048), and the SHA-256 of the weights.
 
     The network of the usual FID (Heusel et al. 2017), as torch-fidelity has it: it resizes to 299×299 by itself; grey

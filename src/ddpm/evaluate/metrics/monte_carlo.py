@@ -75,10 +75,10 @@ def evaluate(
         return of(x_0, t, eps, estimate).double()
 
     own = world.share(draws.n)
-    with distributed.agreed(world):
+    with distributed.raise_on_all_ranks(world):
         parts = _in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
     part = torch.cat(parts, 1) if parts else _nothing(model, of)
-    values = distributed.gathered(world, part, draws.n).cpu()
+    values = distributed.all_gather_columns(world, part, draws.n).cpu()
     if not (finite := torch.isfinite(values).all(0)).all():
         worst = int(draws.t[int(finite.int().argmin())])
         raise UserError(
