@@ -7,9 +7,7 @@ parameters.
 from collections.abc import Callable
 
 from ddpm.data import digits, folder, mnist, persian
-from ddpm.data.dataset import Dataset, Split
-
-__all__ = ["DATASETS", "Dataset", "DatasetInfo", "Split"]
+from ddpm.data.dataset import Dataset
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits.digits,
