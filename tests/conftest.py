@@ -38,3 +38,16 @@ def command(tmp_path: Path) -> Command:
     return lambda program, *arguments, **environment: run_script(
         program, *arguments, cwd=tmp_path, **environment
     )
+
+
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
+    """Print what tests recorded under "summary", each line once."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = {
+        value
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == "summary"
+    }
+    for line in sorted(told):
+        terminalreporter.write_line(line)
