@@ -114,15 +114,15 @@ def _rebuild() -> str:
     code = """import json
 import torch
 from safetensors.torch import load_file
-from ddpm import build
-from ddpm.config import schema as config
-from ddpm.sample import sampling
+from ddpm import Model, build
+from ddpm.config.schema import TrainConfig, check
+from ddpm.data.info import facts
 
 about = json.load(open("config.json"))
-trained, facts = config.check(config.TrainConfig, about["config"]), build.facts(about["facts"])
-network = build.network(trained.model, trained.objective, facts).eval()
+trained, data = check(TrainConfig, about["config"]), facts(about["facts"])
+network = build.network(trained.model, trained.objective, data).eval()
 network.load_state_dict(load_file("model.safetensors"))
-model = sampling.Model(network, build.schedule(trained.schedule), trained, facts, torch.device("cpu"))
+model = Model(network, build.schedule(trained.schedule), trained, data, torch.device("cpu"))
 images = model.sample(16, seed=0)  # (16, C, H, W) in [-1, 1]"""
     return "\n\n".join(["With ddpm, in this folder:", _block("python", code)])
 
