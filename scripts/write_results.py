@@ -57,8 +57,8 @@ class Seed:
 
 # Of recipes that ran where their evaluation could not be stored.
 UNSTORED = {
-    "mnist_gpu": "One seed ran on an H200; its figures stand in [performance.md](performance.md#on-a-gpu). Its evaluation is "
-    "not stored here yet.\n"
+    "mnist_gpu": "One seed ran on an H200: see [performance.md](performance.md#on-a-gpu). "
+    "Its evaluation is not stored here yet.\n"
 }
 
 
