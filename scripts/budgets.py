@@ -199,6 +199,23 @@ def too_much(found: dict[str, Found]) -> list[str]:
     return wrong
 
 
+def tree_differences(
+    found: dict[str, Found], page: Path = SCRIPT.parents[1] / "CONTRIBUTING.md"
+) -> list[str]:
+    """Return one line for each file that the tree in CONTRIBUTING.md lacks, or names though it is gone."""
+    named, folders = set(), [""]
+    for line in page.read_text().split("```\n")[1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth + 1 :] = [folders[depth] + name]
+        if folders[-1].startswith("src/ddpm/") and not name.endswith("/"):
+            named.add(folders[-1].removeprefix("src/ddpm/"))
+    files = {name for name in found if not name.endswith("__init__.py")}
+    return [f"lacks {name}" for name in sorted(files - named)] + [
+        f"names {name}" for name in sorted(named - files)
+    ]
+
+
 def _part(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
@@ -311,6 +328,8 @@ def main() -> int:
             print(f"private: {name}: {', '.join(sorted(file.private))}")
     for name, reason in ALLOWED.items():
         print(f"private, allowed: {name}: {reason}")
+    for line in tree_differences(found):
+        print(f"CONTRIBUTING.md: its tree {line}")
     wrong = too_much(found)
     for line in wrong:
         print(f"TOO MUCH: {line}")
