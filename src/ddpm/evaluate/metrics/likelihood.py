@@ -1,17 +1,20 @@
 """How likely a model holds images: bits per dimension, and the error in eps over the noise levels."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from ddpm.data.dataset import Split
+from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.monte_carlo import GROUP, Draws, evaluate, mean_of, root_of_squares, stratified
 from ddpm.evaluate.metrics.vlb import Terms, grey_levels
+from ddpm.evaluate.record import Metric
+from ddpm.evaluate.reference import Found
 from ddpm.io.images import normalise
 from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
@@ -21,6 +24,46 @@ DRAWS = 3072  # network evaluations for all terms between the ends
 PILOT = 512  # and those that find out where they are large
 BINS = 20  # of t
 EPS_DRAWS = 10_000
+ENOUGH = 2500  # images for an error of about half a per cent in bits per dimension
+
+
+class _Common(TypedDict):
+    seed: int
+    batch_size: int
+    world: World
+
+
+def likelihood(
+    model: Model | None, data: Dataset, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
+) -> Found:
+    """Compute bits per dimension of test images, and the error in eps on n test images (or all) and training images.
+
+    Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what an evaluation
+    costs. What cannot be had is left out, with a note that says why.
+    """
+    if model is None:
+        return Found({}, ["no bits_per_dim, no eps_loss: they are asked of a model, not of images"])
+    if min(n, len(data.test), len(data.train)) < 2:
+        return Found({}, ["no bits_per_dim, no eps_loss: they need 2 images"])
+    common = _Common(seed=seed, batch_size=batch_size, world=world)
+    values, curves, notes = dict[str, Metric](), dict[str, Mapping[str, Any]](), list[str]()
+    try:
+        bits = bits_per_dimension(model, data.test, data.facts.levels, n=min(n, ENOUGH), **common)
+        values["bits_per_dim"] = Metric(bits.value, error=bits.error, n=bits.n)
+    except (UserError, ValueError) as error:
+        notes.append(f"no bits_per_dim: {error}")
+    for name, split, key, k in (
+        ("test", data.test, "eps_loss", n),
+        ("train", data.train, "eps_loss_train", min(n, ENOUGH)),
+    ):
+        try:
+            loss = eps_loss(model, split, n=min(k, len(split)), n_draws=k, **common)
+        except UserError as error:
+            notes.append(f"no {key}: {error}")
+            continue
+        values[key] = Metric(loss.mean, error=loss.error, n=loss.draws)
+        curves[name] = loss.curve.to_dict()
+    return Found(values, notes, {"curves": curves})
 
 
 class Bits(NamedTuple):

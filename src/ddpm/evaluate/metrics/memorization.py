@@ -6,13 +6,15 @@ same search is made for test images, which cannot have been copied, and what 1 %
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm.evaluate.record import Metric
+from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.runtime.randomness import permutation
 
 QUANTILE = 0.01
@@ -86,6 +88,25 @@ class _Search(NamedTuple):
     train: Tensor  # (M,) index of the training image found by the search
     move: Tensor  # (M,) index into `_moves`
     image: Tensor  # (M,) of the N images, that was searched for
+
+
+def copied(samples: Samples, reference: Reference) -> Found:
+    """Compute the shares of samples that lie closer to a training image than all but 1 % of the test images do."""
+    found = memorization(samples.images, reference.data.train.images, reference.split.images)
+    n, text = found.searched, f"{found.identical} to the bit"
+    values = {
+        "memorized": Metric(found.share, error=found.share_error, n=n, text=text),
+        "memorized_relative": Metric(found.relative_share, error=found.relative_share_error, n=n),
+        "real_memorized": Metric(found.expected, n=found.n_test),
+        "real_memorized_relative": Metric(found.expected, n=found.n_test),
+    }
+    details = {
+        **asdict(found),
+        "samples": found.samples._asdict(),
+        "test": found.test._asdict(),
+        "pairs": [pair._asdict() for pair in found.pairs],
+    }
+    return Found(values, found.notes, {"memorization": details})
 
 
 def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 16) -> Memorization:
