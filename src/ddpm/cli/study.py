@@ -26,8 +26,8 @@ from ddpm.sample import sampler_file
 if TYPE_CHECKING:
     from ddpm.checkpoint.header import Meta
     from ddpm.data.dataset import Dataset
-    from ddpm.evaluate.evaluator import Reference
     from ddpm.evaluate.record import Evaluation
+    from ddpm.evaluate.reference import Reference
     from ddpm.sample.model import Model
 
 SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
@@ -157,10 +157,10 @@ def _all_measured(plan: Plan, path: Path, out: Path, model: "Model", meta: "Meta
     judging.say(ALONE, data.notice)
     with judging.shown_parts(plan.common, ALONE, clock):
         bench = judging.make_bench(plan.common, data, plan.common.n, model.device, clock)
-    assert bench.eyes is not None  # as distances are measured
+    assert bench.embedder is not None  # as distances are measured
     done = []
     for number, (setting, found) in enumerate(zip(plan.settings, kept, strict=True), start=1):
-        there = found is not None and _features(found) == bench.eyes.features.sha256
+        there = found is not None and _features(found) == bench.embedder.features.sha256
         evaluation = found if there and found else _measured(setting, path, out, model, meta, bench)
         done.append(evaluation)
         tell(f"{number}/{len(kept)}: {_line(evaluation, plan)}{', as it was there' if there else ''}")

@@ -17,7 +17,9 @@ from ddpm.config.schema import EvalConfig
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator, page, record, samples, table
+from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
 from ddpm.evaluate.provenance import Clock
+from ddpm.evaluate.reference import Reference
 from ddpm.runs import output_dirs
 from ddpm.runtime.console import of_steps, tell
 from ddpm.runtime.device import slow_in_bf16
@@ -51,13 +53,17 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
             world=own,
             **watched,
         )
-    odds = None
     with shown_parts(config, own, clock):
-        if "likelihood" in config.measure:
-            with clock("likelihood"):
-                odds = evaluator.likelihood(
-                    model, data, n=config.n, seed=config.seed, batch_size=config.batch_size, world=own
-                )
+        of_model = evaluator.ask_model(
+            model,
+            data,
+            config.measure,
+            n=config.n,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            world=own,
+            clock=clock,
+        )
         with raise_on_all_ranks(own):
             if bench is None:
                 return
@@ -67,7 +73,7 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
                 drawn.labels,
                 subject=subject(path),
                 seed=config.seed,
-                odds=odds,
+                of_model=of_model,
                 about=origin(config, drawn, path, meta),
                 clock=clock,
             )
@@ -137,10 +143,8 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(
-    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
-) -> evaluator.Reference:
-    parts = tuple(part for part in evaluator.PARTS if part in config.measure)
+def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> Reference:
+    parts = tuple(name for name in (*METRICS, *OF_MODEL) if name in config.measure)
     return evaluator.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
     )
