@@ -34,7 +34,11 @@ def test_the_batch_that_fits_is_found_from_two_small_ones() -> None:
         return GIB + n * 10 * 2**20
 
     assert memory.largest_batch(peak, 11 * GIB, 10_000) == pytest.approx(911, abs=1)
-    assert memory.largest_batch(peak, 11 * GIB, 64) == 64
+    assert memory.largest_batch(peak, 11 * GIB, 64) == 32  # the line is wrong: 64 has just failed
+    assert (
+        memory.largest_batch(peak, 11 * GIB, 911) == 455 and memory.largest_batch(peak, 11 * GIB, 912) == 911
+    )
+    assert memory.largest_batch(peak, 11 * GIB, 2) == 1 and memory.largest_batch(peak, 11 * GIB, 1) is None
     assert memory.largest_batch(peak, GIB // 2, 64) == 1
 
 

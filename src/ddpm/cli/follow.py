@@ -91,6 +91,7 @@ def _out_of_memory(run: "TrainState") -> UserError:
     import torch
 
     from ddpm.runtime import memory
+    from ddpm.train import compile as compiling
     from ddpm.train import loop
 
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
@@ -101,11 +102,11 @@ def _out_of_memory(run: "TrainState") -> UserError:
     if run.device.type != "cuda":
         return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
     run.network.zero_grad()
-    run.network._compiled_call_impl = None  # batches of other sizes would be compiled anew
+    compiling.undo(run.network)  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
     peak = memory.peak_on_gpu(lambda n: loop.trial(run, n), run.device)
-    fits = memory.largest_batch(peak, free, batch)
+    fits = memory.largest_batch(peak, free, -(-batch // parts))
     if fits is None:
         return UserError(f"{text}; not even 1 image fits: take a smaller model, or free the GPU")
     return UserError(
