@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm.cli import follow, sample
+from ddpm.cli import sample
 from ddpm.config.choices import Component, choose_sampler
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
@@ -20,6 +20,7 @@ from ddpm.errors import UserError
 from ddpm.runtime import memory
 from ddpm.sample import sampling
 from ddpm.sample.model import Guidance, Model, denoiser
+from ddpm.train import interruptible
 from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config, tiny_data
 
@@ -77,7 +78,7 @@ def test_training_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken[-1] * 2**20)
-    assert str(follow._out_of_memory(run)) == (
+    assert str(interruptible._out_of_memory(run)) == (
         "out of memory on cuda with trainer.batch_size=64 trainer.accumulate=1; about 18 images fit at once: "
         "trainer.accumulate=4 keeps the batch, trainer.batch_size=18 makes a smaller one"
     )
