@@ -135,9 +135,11 @@ def works(session: Session) -> None:
     session.put("works/noise", gpu_steps.noise_beside_cpu(session.device))
     session.put("works/attention_gradients", gpu_steps.attention_beside_cpu(session.device))
     session.put("works/group_norm", gpu_steps.group_norm_beside_cpu(session.device))
-    for recipe in (["experiment=mnist_gpu", "trainer.batch_size=64"], ["dataset=mnist", "model.dropout=0.1"]):
+    recipes = {"mnist_gpu": ["experiment=mnist_gpu", "trainer.batch_size=64"]}
+    recipes |= {"dropout": ["dataset=mnist", "model.dropout=0.1"]}
+    for name, recipe in {"tiny": ["dataset=mnist", *TINY[1:]]}.items() if session.quick else recipes.items():
         same = gpu_steps.captured_beside_eager(session.device, recipe)
-        session.put(f"works/captured beside eager/{recipe[0]}", same)
+        session.put(f"works/captured beside eager/{name}", same)
     for precision in ("fp32", "bf16") if session.quick else ("fp32", "tf32", "bf16", "fp16"):
         session.put(f"works/step/{precision}", gpu_steps.step_beside_cpu(session.device, precision))
     folder, own = Path(session.options.runs), TINY if session.quick else ["dataset=mnist", "schedule=cosine"]

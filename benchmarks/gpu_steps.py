@@ -25,7 +25,7 @@ from ddpm.data.info import DatasetInfo
 from ddpm.networks.kernels.group_norm import normed
 from ddpm.networks.unet import Attention
 from ddpm.runtime.randomness import normal, uniform
-from ddpm.train.captured import CapturedSteps
+from ddpm.train.cuda_graph import CapturedSteps
 from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import train_step
 

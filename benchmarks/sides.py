@@ -23,7 +23,7 @@ from ddpm.data.digits import digits
 from ddpm.data.info import DatasetInfo
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
 from ddpm.io.images import normalise
-from ddpm.train.captured import CapturedSteps
+from ddpm.train.cuda_graph import CapturedSteps
 from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import _draw, learning_rate, train_step
 

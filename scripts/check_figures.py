@@ -18,6 +18,7 @@ from ddpm.data.dataset import Split
 from ddpm.data.datasets import DATASETS
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator
+from ddpm.evaluate.reference import Reference
 from ddpm.runtime.randomness import normal, permutation
 
 DRAWS = 5  # of real images
@@ -73,7 +74,7 @@ def spoiled(train: Split, n: int) -> dict[str, Tensor]:
     }
 
 
-def figures(bench: evaluator.Reference, images: Tensor) -> dict[str, float]:
+def figures(bench: Reference, images: Tensor) -> dict[str, float]:
     evaluation, _ = evaluator.measure(bench, images, subject="check")
     return {name: evaluation.figures[name].value for name in FIGURES if name in evaluation.figures}
 

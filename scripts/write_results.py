@@ -55,6 +55,13 @@ class Seed:
         return self.evaluation.figures
 
 
+# Of recipes that ran where their evaluation could not be stored.
+UNSTORED = {
+    "mnist_gpu": "One seed ran on an H200: see [performance.md](performance.md#on-a-gpu). "
+    "Its evaluation is not stored here yet.\n"
+}
+
+
 def page(stored: Path, recipes: Path, place: Path) -> str:
     """The page, with links as seen from the folder `place`."""
     parts = [HEAD]
@@ -63,7 +70,7 @@ def page(stored: Path, recipes: Path, place: Path) -> str:
             _read(folder) for folder in sorted((stored / recipe.stem).glob("*/"), key=lambda path: path.name)
         ]
         parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe.stem, seeds)}")
-        parts += list(_measured(seeds, place)) if seeds else ["Not run yet.\n"]
+        parts += list(_measured(seeds, place)) if seeds else [UNSTORED.get(recipe.stem, "Not run yet.\n")]
     return "\n".join(parts)
 
 

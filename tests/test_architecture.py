@@ -1,29 +1,21 @@
-"""The house stays in order: imports run one way, only cli prints or knows Hydra, no file grows out of its room."""
+"""The layout holds: imports run downwards, no circles, only cli prints or knows Hydra, no size grows."""
 
 import ast
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import ddpm
 
 PACKAGE = Path(ddpm.__file__).parent
-# Lower layers first; a module may import from its own layer's folder and from lower ones.
-LAYERS = [
-    {"errors", "old_names"},
-    {"io"},
-    {"runtime", "networks"},
-    {"diffusion", "config", "data"},
-    {"build", "register"},
-    {"checkpoint"},
-    {"sample"},
-    {"api"},
-    {"train"},
-    {"runs", "export"},
-    {"evaluate"},
-    {"report"},
-    {"sweep"},
-    {"cli"},
-]
-# Beside cli, these know Hydra, print, exit or start processes. Nothing may be added.
+SCRIPT = Path(__file__).parents[1] / "scripts" / "budgets.py"
+BUDGETS: dict[str, Any] = runpy.run_path(str(SCRIPT))
+FOUND = BUDGETS["measure"](PACKAGE)
+# Beside cli and sweep, these know Hydra, print, exit or start processes. Nothing may be added.
 LIKE_CLI = {
     "config/hydra.py",
     "config/load_plugins.py",
@@ -36,11 +28,6 @@ LIKE_CLI = {
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
-
-
-def layer(name: str) -> int:
-    (number,) = [i for i, layer in enumerate(LAYERS) if name in layer]
-    return number
 
 
 def imports(file: Path) -> set[str]:
@@ -56,14 +43,48 @@ def imports(file: Path) -> set[str]:
 
 
 def test_imports_run_downwards() -> None:
+    """Those inside functions and those for types, too. The list of exceptions may only shrink."""
     for file in modules():
-        own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-        if own == "__init__":
-            continue
-        for name in imports(file):
-            if name.startswith("ddpm.") and name != "ddpm.__version__":
-                other = name.split(".")[1]
-                assert other == own or layer(other) <= layer(own), f"{file} imports {name}"
+        assert BUDGETS["layer"](file.relative_to(PACKAGE).as_posix()) >= 0, f"{file} has no layer"
+    assert [line for line in BUDGETS["upward"](FOUND) if line not in BUDGETS["KNOWN_UPWARD"]] == []
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    known = [set(files) for files in BUDGETS["KNOWN_CIRCLES"]]
+    assert [files for files in BUDGETS["circles"](FOUND) if not any(set(files) <= k for k in known)] == []
+
+
+def test_no_figure_is_above_its_ceiling() -> None:
+    assert BUDGETS["too_much"](FOUND) == [], "python scripts/budgets.py says more"
+
+
+def test_budgets_are_printed_beside_their_aims() -> None:
+    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name, aim in BUDGETS["AIMS"].items():
+        assert any(line.startswith(name) and str(aim) in line.split() for line in result.stdout.splitlines())
+    assert sum(aim for name, aim in list(BUDGETS["AIMS"].items())[:17]) == BUDGETS["AIMS"][BUDGETS["ALL"]]
+
+
+def test_budgets_find_circles_private_names_and_imports_upwards(tmp_path: Path) -> None:
+    for name, text in {
+        "io/a.py": "from ddpm.io import b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ddpm.api",
+        "io/b.py": "def f():\n    from ddpm.io.c import x\n    import torch._dynamo\n    x._hidden, x._own\n_own = 1",
+        "io/c.py": "import ddpm.io.a\nfrom ddpm import __version__, cli\nx = 1\n",
+        "cli/__init__.py": "",
+        "api.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = BUDGETS["measure"](tmp_path)
+    assert BUDGETS["circles"](found) == [["io/a.py", "io/b.py", "io/c.py"]]
+    assert BUDGETS["upward"](found) == ["io/a.py → api.py", "io/c.py → cli/__init__.py"]
+    assert found["io/b.py"].private == {"torch._dynamo", "x._hidden"} and found["io/b.py"].inside == 2
+    figures = BUDGETS["figures"](found)
+    assert figures["io"] == figures[BUDGETS["ALL"]] == 12 and figures["cli"] == figures["sample, api"] == 0
+    assert figures[BUDGETS["CIRCULAR"]] == 3 and figures[BUDGETS["PRIVATE"]] == 1
+    with pytest.raises(StopIteration):
+        BUDGETS["layer"]("elsewhere/x.py")
 
 
 def test_only_cli_knows_hydra_prints_or_exits() -> None:

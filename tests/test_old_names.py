@@ -39,7 +39,7 @@ def test_old_names_of_packages_are_forwarded(old: str) -> None:
 
 
 def test_one_warning_names_the_new_place_and_the_users_line(tmp_path: Path) -> None:
-    """The imports of docs/extending.md as it was."""
+    """The imports of docs/extending.md, of the notebook and of exported model cards as they were."""
     (tmp_path / "plugin.py").write_text(
         "import ddpm\n"
         "from ddpm.datasets.types import Dataset, Facts, Split, hold_out\n"
@@ -47,7 +47,8 @@ def test_one_warning_names_the_new_place_and_the_users_line(tmp_path: Path) -> N
         "from ddpm.schedules import Level, NoiseSchedule\n"
         "from ddpm.diffusion import Denoiser\n"
         "from ddpm.config import choose_sampler\n"
-        "from ddpm import sampling\n"
+        "from ddpm import build, config, sampling\n"
+        "assert config.check and config.TrainConfig and build.facts and build.network and sampling.Model.sample\n"
         "print(sampling.Model.__module__)\n"
     )
     result = subprocess.run([sys.executable, "plugin.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -35,11 +35,11 @@ MODULES = {
     "ddpm.evaluation.feature_network": "ddpm.evaluate.features.network",
     "ddpm.evaluation.feature_training": "ddpm.evaluate.features.training",
     "ddpm.evaluation.features": "ddpm.evaluate.features.extractor",
-    "ddpm.evaluation.figures": "ddpm.evaluate.figures",
+    "ddpm.evaluation.figures": "ddpm.evaluate.reference ddpm.evaluate.metrics.distance",
     "ddpm.evaluation.frechet": "ddpm.evaluate.metrics.frechet",
     "ddpm.evaluation.inception": "ddpm.evaluate.features.inception",
     "ddpm.evaluation.intervals": "ddpm.evaluate.metrics.frechet",
-    "ddpm.evaluation.judge": "ddpm.evaluate.evaluator",
+    "ddpm.evaluation.judge": "ddpm.evaluate.evaluator ddpm.evaluate.reference",
     "ddpm.evaluation.likelihood": "ddpm.evaluate.metrics.likelihood",
     "ddpm.evaluation.memorization": "ddpm.evaluate.metrics.memorization",
     "ddpm.evaluation.neighbours": "ddpm.evaluate.metrics.prdc",
@@ -130,6 +130,7 @@ RENAMED = {  # old name: what it is called today
     "Choice": "Component",
     "DECIDES_BITS": "BITWISE_FACTORS",
     "Facts": "DatasetInfo",
+    "Figure": "Metric",
     "Run": "TrainState",
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm.cli.progress import estimate
+from ddpm.cli.train_progress import estimate
 from ddpm.config.choices import CONFIG_DIR
 from tests.conftest import run_script
 

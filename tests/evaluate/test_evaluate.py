@@ -26,8 +26,12 @@ from ddpm.config.choices import Component, choices
 from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError
-from ddpm.evaluate import evaluator, page, record, samples, table
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate import evaluator, page, record, reference, samples, table
+from ddpm.evaluate.metrics import cas
+from ddpm.evaluate.metrics.likelihood import likelihood
+from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
+from ddpm.evaluate.record import Evaluation, Metric
+from ddpm.evaluate.reference import Reference, Samples
 from ddpm.io import npz
 from ddpm.sample.model import load
 
@@ -43,7 +47,7 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def bench(digits: Dataset) -> evaluator.Reference:
+def bench(digits: Dataset) -> Reference:
     return evaluator.prepare(digits, n=600, parts=("distance", "neighbours", "memorization"), device=CPU)
 
 
@@ -71,9 +75,7 @@ def ddpm_eval(*arguments: str) -> None:
     command.evaluate(config)
 
 
-def measured(
-    bench: evaluator.Reference, images: torch.Tensor, labels: torch.Tensor | None = None
-) -> Evaluation:
+def measured(bench: Reference, images: torch.Tensor, labels: torch.Tensor | None = None) -> Evaluation:
     return evaluator.measure(bench, images, labels, subject="these")[0]
 
 
@@ -115,7 +117,7 @@ def _sampler(name: str) -> dict[str, Any]:
     return {key: value for key, value in choices("sampler")[name].items() if key != "name"}
 
 
-def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Reference, digits: Dataset) -> None:
+def test_test_images_lie_at_distance_0_and_are_found_out(bench: Reference, digits: Dataset) -> None:
     found = measured(bench, digits.test.images, digits.test.labels)
     assert found.figures["fd"].value < 1e-8
     assert found.figures["fd_excess"].value < 0  # the floor is taken off where there is none
@@ -124,7 +126,7 @@ def test_test_images_lie_at_distance_0_and_are_found_out(bench: evaluator.Refere
 
 
 @pytest.mark.slow
-def test_training_images_score_as_the_row_of_real_images(bench: evaluator.Reference, digits: Dataset) -> None:
+def test_training_images_score_as_the_row_of_real_images(bench: Reference, digits: Dataset) -> None:
     """Others than those that the row is of."""
     found = measured(bench, digits.train.images[-500:]).figures
     excess, real = found["fd_excess"], found["real_fd_excess"]
@@ -136,7 +138,7 @@ def test_training_images_score_as_the_row_of_real_images(bench: evaluator.Refere
 
 
 def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -> None:
-    small = evaluator.prepare(digits, n=20, parts=evaluator.PARTS, device=CPU)
+    small = evaluator.prepare(digits, n=20, parts=(*METRICS, *OF_MODEL), device=CPU)
     found = measured(small, digits.train.images[:20], digits.train.labels[:20])  # type: ignore[index]
     text = " ".join(found.notes)
     for name in ("fd", "fd_excess", "pixel_fd", "kid", "precision", "class_fd_excess", "cas", "bits_per_dim"):
@@ -146,13 +148,11 @@ def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -
 
 
 def test_accuracy_scores_are_of_guidance_1(
-    digits: Dataset, bench: evaluator.Reference, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, bench: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*_: object) -> dict[str, Figure]:
-        return {"cas": Figure(0.5)}
-
-    monkeypatch.setattr(evaluator.of, "classification", asked)
-    only = dataclasses.replace(bench, parts=("cas",), eyes=None, test=None)
+    monkeypatch.setattr(cas, "PER_CLASS", 0)
+    monkeypatch.setattr(cas, "accuracy_score", lambda *_: Metric(0.5))
+    only = dataclasses.replace(bench, parts=("cas",))
     train = digits.train
     for scale, there in ((1.0, True), (3.0, False)):
         about = {"guidance_scale": scale}
@@ -161,15 +161,13 @@ def test_accuracy_scores_are_of_guidance_1(
         assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
 
 
-def test_features_without_classes_are_said(bench: evaluator.Reference, digits: Dataset) -> None:
-    assert bench.eyes is not None and bench.test is not None
+def test_features_without_classes_are_said(bench: Reference, digits: Dataset) -> None:
+    class Classless(reference.Embedder):
+        def embed(self, images: torch.Tensor) -> reference.Embedded:
+            return super().embed(images)._replace(probabilities=None)
 
-    class Classless(evaluator.Embedder):
-        def see(self, images: torch.Tensor) -> evaluator.of.Seen:
-            return super().see(images)._replace(probabilities=None)
-
-    eyes, test = Classless(*bench.eyes), bench.test._replace(probabilities=None)
-    blind = dataclasses.replace(bench, parts=("distance",), eyes=eyes, test=test)
+    blind = dataclasses.replace(bench, parts=("distance",))
+    vars(blind)["embedder"] = Classless(*bench.embedder)
     found = measured(blind, digits.train.images[:300])
     assert "fd" in found.figures and "confident" not in found.figures and not found.histogram
     assert [note for note in found.notes if "no figures of classes: the features digits" in note]
@@ -178,24 +176,36 @@ def test_features_without_classes_are_said(bench: evaluator.Reference, digits: D
 def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
     train, test = digits.train.images, digits.test.images
     own = torch.cat([train[:3], test[:2], train[:1], 255 - train[:1].roll(1, 3)])
-    notes = evaluator.of.copies(own, evaluator.of.known(digits))
+    notes = reference.copies(own, Reference(digits, (), 9, CPU))
     assert [note.split(" image")[0] for note in notes] == ["2 of 7", "4 of 7", "1 of 7"]
 
 
 def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
     model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
-    odds = evaluator.likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
-    assert odds.figures.keys() == {"eps_loss", "eps_loss_train"} and odds.curves.keys() == {"test", "train"}
-    assert odds.notes == ("no bits_per_dim: levels = 2: the images have greys between these levels",)
+    odds = likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
+    assert odds.values.keys() == {"eps_loss", "eps_loss_train"}
+    assert odds.details["curves"].keys() == {"test", "train"}
+    assert odds.notes == ["no bits_per_dim: levels = 2: the images have greys between these levels"]
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
-    odds = evaluator.likelihood(model, digits, n=40, seed=0)
-    assert not odds.figures and not odds.curves and len(odds.notes) == 3
+    odds = likelihood(model, digits, n=40, seed=0)
+    assert not odds.values and not odds.details["curves"] and len(odds.notes) == 3
     assert all("are not finite" in note for note in odds.notes)
 
 
-def test_images_of_another_kind_are_refused(bench: evaluator.Reference) -> None:
+def test_a_metric_of_ones_own_is_measured_and_shown(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ink(samples: Samples, reference: Reference) -> float:
+        return samples.images.double().mean().item() / 255
+
+    monkeypatch.setitem(METRICS, "ink", ink)
+    found = measured(evaluator.prepare(digits, n=20, parts=("ink",), device=CPU), digits.train.images[:20])
+    assert found.figures["ink"].value == digits.train.images[:20].double().mean().item() / 255
+    assert found.protocol["measure"] == ["ink"] and "feature_network" not in found.protocol
+    assert "ink" in table.table([found]) and f"{found.figures['ink'].value:.3f}" in table.table([found])
+
+
+def test_images_of_another_kind_are_refused(bench: Reference) -> None:
     for images in (torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 9, 8).byte(), torch.zeros(0, 1, 8, 8).byte()):
         with pytest.raises(ValueError, match="do not fit those of digits"):
             measured(bench, images)
@@ -224,7 +234,7 @@ def _noisy(x: torch.Tensor) -> torch.Tensor:
     "name",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in list(CORRUPTIONS)[1:]), "blur"],
 )
-def test_what_is_wrong_with_images_shows(bench: evaluator.Reference, digits: Dataset, name: str) -> None:
+def test_what_is_wrong_with_images_shows(bench: Reference, digits: Dataset, name: str) -> None:
     corrupt, figure, direction = CORRUPTIONS[name]
     images, labels = digits.train.images[-600:], digits.train.labels
     assert labels is not None
@@ -504,9 +514,9 @@ def evaluation(**changes: Any) -> Evaluation:
         "seed": 0,
     }
     figures = {
-        "fd": Figure(1.25, floor=0.5, n=180),
-        "fd_excess": Figure(0.75, low=0.5, high=1.0, n=180),
-        "real_fd": Figure(0.5, floor=0.5, n=180),
+        "fd": Metric(1.25, floor=0.5, n=180),
+        "fd_excess": Metric(0.75, low=0.5, high=1.0, n=180),
+        "real_fd": Metric(0.5, floor=0.5, n=180),
     }
     return dataclasses.replace(Evaluation("runs/a", figures, protocol, notes=("a doubt",)), **changes)
 
@@ -516,7 +526,7 @@ def test_evaluation_json_is_read_back(tmp_path: Path) -> None:
     record.write(tmp_path / "evaluation.json", made)
     assert record.read(str(tmp_path)) == record.read(str(tmp_path / "evaluation.json")) == made
     with pytest.raises(ValueError):
-        record.write(tmp_path / "evaluation.json", evaluation(figures={"fd": Figure(float("nan"))}))
+        record.write(tmp_path / "evaluation.json", evaluation(figures={"fd": Metric(float("nan"))}))
     assert record.read(str(tmp_path)) == made  # as it was
 
 
@@ -560,7 +570,7 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
     drawn = {**evaluation().protocol, "sampler": {"name": "ddim"}, "guidance_scale": 1.0, "ema": True}
     assert "guidance" not in table.table([evaluation(protocol={**drawn, "precision": "fp32"})])
     unusual = {**drawn, "guidance_scale": 2.5, "ema": False, "precision": "bf16"}
-    copied = {"memorized": Figure(0.0, error=0.0, text="7 to the bit")}
+    copied = {"memorized": Metric(0.0, error=0.0, text="7 to the bit")}
     text = table.table([evaluation(protocol=unusual, figures=copied)])
     assert (
         "guidance_scale=2.5, ema=false, precision=bf16, seed 0" in text
@@ -570,7 +580,7 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
 
 def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
     long = "x" * 100_000
-    figures = {"rarest_class": Figure(0.1, text=long[:4000])}
+    figures = {"rarest_class": Metric(0.1, text=long[:4000])}
     made = evaluation(protocol={**evaluation().protocol, "image_size": long}, figures=figures, notes=(long,))
     record.write(tmp_path / "evaluation.json", made)
     lines = table.table([record.read(str(tmp_path))]).splitlines()

@@ -348,13 +348,6 @@ def test_what_t_alone_explains_is_no_error() -> None:
     assert root_of_squares(additions) == pytest.approx(within, rel=0.05)
 
 
-def test_a_trial_without_any_error_teaches_nothing() -> None:
-    terms = Terms(linear(50), 256)
-    first = terms.proposal()
-    trial = stratified(0, "any", 64, torch.arange(64), first)
-    assert torch.equal(terms.refined(first, trial, torch.zeros(64).double()), first)
-
-
 def test_the_curve_and_its_mean_are_of_the_same_draws() -> None:
     m, data = model(linear(200), bayes(17)), split(500, 17, 0)
     test = eps_loss(m, data, n_draws=4000, seed=0)

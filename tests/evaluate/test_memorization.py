@@ -1,4 +1,4 @@
-"""Copies are found, moved or not; images of the same kind that were never seen are not."""
+"""Copies are found; images of the same kind that were never seen are not."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm.evaluate.metrics.memorization import Memorization, memorization, nearest, turn
+from ddpm.evaluate.metrics.memorization import Memorization, memorization, nearest
 
 slow = pytest.mark.slow
 
@@ -42,49 +42,8 @@ def test_held_out_images_pass_and_copies_do_not(size: int, channels: int) -> Non
     assert 0.4 <= copied.share < 0.45 and 0.4 <= copied.relative_share < 0.45
     assert copied.share_error == pytest.approx((copied.share * (1 - copied.share) / 100) ** 0.5)
     for pair in copied.pairs:
-        assert pair.sample - 60 == pair.train and pair[2:] == (0, 0, 0, 0, 0)
-    assert copied.samples.nearest == 0 < copied.test.nearest
-
-
-@pytest.mark.parametrize(
-    ("down", "right"),
-    [pytest.param(1, 0, marks=slow), pytest.param(-1, 1, marks=slow), pytest.param(2, -2, marks=slow)],
-)
-def test_shifted_copies_are_found(down: int, right: int) -> None:
-    train, test, _ = digits(28)
-    result = memorization(train[:60].roll((down, right), (2, 3)), train, test, num_pairs=60)
-    assert result.relative_share > 0.95 and result.share > 0.9
-    assert sum(pair.train == pair.sample for pair in result.pairs) >= 58
-    assert sum(pair[4:] == (down, right, 0.0) for pair in result.pairs) >= 58
-    assert result.identical == 0 and result.samples.nearest > result.samples.searched
-
-
-@pytest.mark.parametrize(
-    "degrees", [pytest.param(5.0, marks=slow), pytest.param(-7.5, marks=slow), pytest.param(10.0, marks=slow)]
-)
-def test_turned_copies_are_found(degrees: float) -> None:
-    train, test, _ = digits(28)
-    turned = turn(train[:60].float(), degrees).round().to(torch.uint8)
-    result = memorization(turned, train, test, num_pairs=60)
-    assert result.relative_share > 0.9
-    right = [pair for pair in result.pairs if pair.train == pair.sample]
-    assert len(right) >= 55
-    assert sum(abs(pair.degrees - degrees) <= 2.5 for pair in right) >= 50
-
-
-def test_small_images_are_shifted_by_one() -> None:
-    train, test, _ = digits(8)
-    result = memorization(F.pad(train[:60], (1, 0))[..., :8], train, test, num_pairs=60)
-    assert result.relative_share > 0.5
-    assert max(max(abs(pair.down), abs(pair.right)) for pair in result.pairs) == 1
-    assert all(pair.degrees == 0 for pair in result.pairs)
-
-
-@slow
-def test_held_out_images_off_centre_are_no_copies() -> None:
-    train, test, held = digits(28)
-    result = memorization(held.roll((1, -1), (2, 3)), train, test)
-    check_fair(result)
+        assert pair.sample - 60 == pair.train and pair[2:] == (0, 0)
+    assert copied.samples["nearest"] == 0 < copied.test["nearest"]
 
 
 def test_nearest_is_exact_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +53,7 @@ def test_nearest_is_exact_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     squared, index = nearest(x, y, 2)
     expected = torch.cdist(x.double() / 255, y.double() / 255).square().sort(1)
     assert torch.equal(index, expected.indices[:, :2])
-    assert torch.allclose(squared.double(), expected.values[:, :2], atol=1e-5)
+    assert torch.allclose(squared, expected.values[:, :2], rtol=1e-12)
 
 
 def test_copies_show_though_test_images_are_training_images_too() -> None:
@@ -102,7 +61,7 @@ def test_copies_show_though_test_images_are_training_images_too() -> None:
     train, test, held = digits(8)
     mixed = torch.cat([test[:190], train[500:510]])
     copied, fair = (memorization(x, train[:600], mixed) for x in (train[:100], held[:100]))
-    assert copied.test.searched == 0 and copied.expected == fair.expected == 0.05
+    assert copied.test["nearest"] == 0 and copied.expected == fair.expected == 0.05
     assert copied.share == copied.relative_share == 1 and copied.identical == 100
     assert fair.share == fair.relative_share == 0 and fair.identical == 0
     assert any("5.0 % of the test images equal a training image" in note for note in copied.notes)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm.cli import follow, sample
+from ddpm.cli import sample
 from ddpm.config.choices import Component, choose_sampler
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
@@ -20,6 +20,7 @@ from ddpm.errors import UserError
 from ddpm.runtime import memory
 from ddpm.sample import sampling
 from ddpm.sample.model import Guidance, Model, denoiser
+from ddpm.train import interruptible
 from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config, tiny_data
 
@@ -34,7 +35,11 @@ def test_the_batch_that_fits_is_found_from_two_small_ones() -> None:
         return GIB + n * 10 * 2**20
 
     assert memory.largest_batch(peak, 11 * GIB, 10_000) == pytest.approx(911, abs=1)
-    assert memory.largest_batch(peak, 11 * GIB, 64) == 64
+    assert memory.largest_batch(peak, 11 * GIB, 64) == 32  # the line is wrong: 64 has just failed
+    assert (
+        memory.largest_batch(peak, 11 * GIB, 911) == 455 and memory.largest_batch(peak, 11 * GIB, 912) == 911
+    )
+    assert memory.largest_batch(peak, 11 * GIB, 2) == 1 and memory.largest_batch(peak, 11 * GIB, 1) is None
     assert memory.largest_batch(peak, GIB // 2, 64) == 1
 
 
@@ -73,7 +78,7 @@ def test_training_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken[-1] * 2**20)
-    assert str(follow._out_of_memory(run)) == (
+    assert str(interruptible._out_of_memory(run)) == (
         "out of memory on cuda with trainer.batch_size=64 trainer.accumulate=1; about 18 images fit at once: "
         "trainer.accumulate=4 keeps the batch, trainer.batch_size=18 makes a smaller one"
     )

@@ -106,7 +106,7 @@ GOOD = "name: dpmpp_2m\nnum_steps: 9\nspacing: logsnr\nrho: 7.0\nclip: clip\ndyn
         (GOOD.replace("clip: clip", "clip: &a clip") + "x: *a\n", "unknown key 'sampler.x'"),
         ("a: &a [x]\nb: &b [*a, *a]\n<<: {c: 1}", "plain values"),
         ("name: " + "[" * 5000, "no YAML"),
-        ("#" * 70_000, "more than 65536 bytes"),
+        ("#" * 70_000, "more than the 65536 allowed"),
         ("{" + "x" * 900 + ": 1, name: ddim}", "unknown key"),
     ],
 )

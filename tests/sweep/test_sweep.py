@@ -14,7 +14,8 @@ import pytest
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.runs import run_dir
-from ddpm.sweep import gpu_locks, job
+from ddpm.runtime import gpu_locks
+from ddpm.sweep import job
 from ddpm.sweep import sweep as sweeps
 from ddpm.sweep.job import MAX_NAME, name
 from tests.conftest import run_script
@@ -36,7 +37,7 @@ import os, time
 from pathlib import Path
 import torch
 from ddpm.runtime import device as runtime_device
-from ddpm.sweep import gpu_locks as leases
+from ddpm.runtime import gpu_locks as leases
 
 leases.visible = lambda: ["0", "1"]
 real = runtime_device.device
@@ -339,6 +340,11 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_locks.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
+def take(say: Callable[[str], None], **changes: object) -> gpu_locks.Lease | None:
+    own = config(**changes)
+    return gpu_locks.take(own.gpus, own.device, own.jobs_per_gpu, say)
+
+
 def taken(**changes: object) -> gpu_locks.Lease | None:
     """None where it would have to wait."""
 
@@ -349,7 +355,7 @@ def taken(**changes: object) -> gpu_locks.Lease | None:
         raise Waits
 
     try:
-        return gpu_locks.take(config(**changes), say)
+        return take(say, **changes)
     except Waits:
         return None
 
@@ -378,10 +384,10 @@ def test_only_gpus_that_are_named_and_there_are_taken(two_gpus: None) -> None:
     lease.release()
     pinned = taken(gpus="auto", device="'cuda:1'")
     assert pinned and pinned.device == "cuda:1"
-    assert gpu_locks.take(config(gpus="auto", device="cpu"), print) is None
-    assert gpu_locks.take(config(), print) is None
+    assert take(print, gpus="auto", device="cpu") is None
+    assert take(print) is None
     with pytest.raises(UserError, match="gpus=0,2: this machine has 2 CUDA devices"):
-        gpu_locks.take(config(gpus="'0,2'"), print)
+        take(print, gpus="'0,2'")
 
 
 def test_locks_are_not_put_into_a_folder_of_somebody_else(two_gpus: None, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ddpm.data.batches import Batches
 from ddpm.networks.kernels import group_norm_triton
 from ddpm.sample import sampling
 from ddpm.sample.model import Guidance, Model, denoiser, levels
-from ddpm.train import captured, optimizers
+from ddpm.train import cuda_graph, optimizers
 from ddpm.train.optimizers import OPTIMIZERS
 from ddpm.train.state import TrainState, prepare
 from tests.train.test_training import CPU, config, tiny_data
@@ -140,7 +140,7 @@ def test_no_training_step_waits(monkeypatch: pytest.MonkeyPatch, overrides: list
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_gpu(run)
         batches = Batches(data.train, 12, 0, GPU)
-        steps = captured.CapturedSteps(run, batches)
+        steps = cuda_graph.CapturedSteps(run, batches)
         steps.obstacle = "no GPU to capture on"
         monkeypatch.setattr(steps, "_in_side_stream", steps._step)
         with Waits():

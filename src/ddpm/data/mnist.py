@@ -1,19 +1,20 @@
-"""MNIST and the sets that copy its form: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
+"""MNIST and the datasets of its form: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
 
-Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent ones are downloaded once; present
-ones are verified. To add such a set, describe it as a `_Variant` and write its three-line function.
+Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent ones are downloaded once; present ones are
+verified. To add such a dataset, describe it as a `_Variant` and write its three-line function.
 """
 
 import hashlib
 import http.client
 import math
 import os
+import struct
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -27,7 +28,7 @@ from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
 from ddpm.io.cache import kept
-from ddpm.io.files import leftovers, read_bounded, reason, write_atomically
+from ddpm.io.files import leftovers, read_bounded, read_regular, reason, write_atomically
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the training images
@@ -47,52 +48,32 @@ CHUNK = 4_096  # images resized at a time, so that their float copy stays small
 class _Variant:
     folder: str  # also the name of the torchvision class that knows the mirrors
     class_names: tuple[str, ...]
-    md5: tuple[
-        str, ...
-    ]  # of the packed files, in the order of SHAPES: published, and the same as torchvision's
-    sha256: tuple[str, ...] | None  # of the unpacked files, where known
+    md5: tuple[str, ...]  # of the packed files, in the order of SHAPES; the same as torchvision's
+    sha256: tuple[str, ...] | None = None  # of the unpacked files, where known
 
 
 _MNIST = _Variant(
-    folder="MNIST",
-    class_names=tuple("0123456789"),
-    md5=(
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
-    sha256=(
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-)
+    "MNIST",
+    tuple("0123456789"),
+    ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+     "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
+    ("ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+     "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+)  # fmt: skip
 _FASHION_MNIST = _Variant(
-    folder="FashionMNIST",
-    class_names=(
-        "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ),
-    md5=(
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
-    ),
-    sha256=None,
+    "FashionMNIST",
+    ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+     "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
 )  # fmt: skip
 _KMNIST = _Variant(
-    folder="KMNIST",
-    class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-    md5=(
-        "bdb82020997e1d708af4cf47b453dcf7",
-        "e144d726b3acfaa3e44228e80efcd344",
-        "5c965bf0a639b31b8f53240b1b52f4d7",
-        "7320c461ea6c1c855c0b718fb2a4b134",
-    ),
-    sha256=None,
-)
+    "KMNIST",
+    ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    ("bdb82020997e1d708af4cf47b453dcf7", "e144d726b3acfaa3e44228e80efcd344",
+     "5c965bf0a639b31b8f53240b1b52f4d7", "7320c461ea6c1c855c0b718fb2a4b134"),
+)  # fmt: skip
 
 
 def mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
@@ -120,17 +101,12 @@ def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dat
     raw = data_root / variant.folder / "raw"
     if not all(os.path.exists(raw / file) for file in SHAPES):
         _download(variant, raw)
-    train_images, train_labels, test_images, test_labels = (_read(variant, raw, i) for i in range(4))
-    train, val = hold_out(_split(f"{name}-train", train_images, train_labels, image_size), HELD_OUT)
-    test = _split(f"{name}-test", test_images, test_labels, image_size)
+    arrays = [torch.from_numpy(_read(variant, raw, index)) for index in range(len(SHAPES))]
+    rest = Split(_resize(f"{name}-train", arrays[0][:, None], image_size), arrays[1].long())
+    test = Split(_resize(f"{name}-test", arrays[2][:, None], image_size), arrays[3].long())
+    train, val = hold_out(rest, HELD_OUT)
     facts = DatasetInfo(name, 1, image_size, len(variant.class_names), variant.class_names, levels=256)
     return Dataset(facts, train, val, test)
-
-
-def _split(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], image_size: int) -> Split:
-    return Split(
-        _resize(name, torch.from_numpy(images)[:, None], image_size), torch.from_numpy(labels).long()
-    )
 
 
 def _resize(name: str, images: Tensor, size: int) -> Tensor:
@@ -151,8 +127,12 @@ def _scale(images: Tensor, size: int) -> Tensor:
 
 
 def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
-    file = list(SHAPES)[index]
-    path, packed = raw / file, raw / f"{file}.gz"
+    """Read and verify one file. Where its SHA-256 is not known, compare it with the packed file, by that file's MD5.
+
+    A note beside the file keeps the SHA-256 of one that has passed, so that the packed file is read once only.
+    """
+    file, shape = list(SHAPES.items())[index]
+    path, packed, note = raw / file, raw / f"{file}.gz", raw / f"{file}.sha256"
     data = read_bounded(path, MAX_BYTES)
     sha256 = hashlib.sha256(data).hexdigest()
     if variant.sha256 is not None:
@@ -160,63 +140,62 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
             raise DataError(
                 f"{path}: its SHA-256 is not that of the published file; delete it and start again"
             )
-    elif os.path.exists(packed) and sha256 != _noted(path):
+    elif os.path.exists(packed) and not _says(note, sha256):
         source = read_bounded(packed, MAX_BYTES)
-        if _md5(source) != variant.md5[index] or _unpack(source, packed, SHAPES[file]) != data:
+        if _md5(source) != variant.md5[index] or _unpack(source, packed, shape) != data:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
-        with suppress(OSError):  # then the packed file is read at each start
-            write_atomically(_note(path), sha256.encode())
-    array = parse_idx(data, str(path), SHAPES[file])
+        with suppress(OSError):  # without a note the packed file is read at each start
+            write_atomically(note, sha256.encode())
+    array = parse_idx(data, str(path), shape)
     if array.ndim == 1 and array.max() >= len(variant.class_names):
         record = int((array >= len(variant.class_names)).argmax())
         raise DataError(f"{path}: label {array[record]} at byte {8 + record}; allowed: 0 to 9")
     return array
 
 
-def _note(path: Path) -> Path:
-    """Where the SHA-256 stands of a file that was the same as its packed one, which need not be read again."""
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _noted(path: Path) -> str | None:
-    try:
-        return read_bounded(_note(path), 64).decode("ascii", "replace")
-    except DataError:
-        return None
+def _says(note: Path, sha256: str) -> bool:
+    with suppress(OSError):
+        return read_regular(note, 64) == sha256.encode()
+    return False
 
 
 def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The unsigned bytes of an IDX file (LeCun's format: magic, then sizes, big-endian) as a writable array.
+    """Read the unsigned bytes of an IDX file (LeCun's format: magic, then sizes, big-endian) as a writable array.
 
     Raises DataError, beginning with `name`, unless the file holds exactly this shape and ends there.
     """
-    header = 4 + 4 * len(shape)
+    header, magic = 4 + 4 * len(shape), bytes([0, 0, 8, len(shape)])
     if len(data) < header:
         raise DataError(f"{name}: ends at byte {len(data)}, inside the header of {header} bytes")
-    if data[:4] != bytes([0, 0, 8, len(shape)]):
-        expected = bytes([0, 0, 8, len(shape)]).hex()
+    if data[:4] != magic:
         raise DataError(
-            f"{name}: magic number {data[:4].hex()} at byte 0 is not {expected}; not such an IDX file"
+            f"{name}: magic number {data[:4].hex()} at byte 0 is not {magic.hex()}; not such an IDX file"
         )
-    found = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
+    found = struct.unpack_from(f">{len(shape)}I", data, 4)
     if found != shape:
-        raise DataError(f"{name}: sizes {_times(found)} at byte 4 are not {_times(shape)}")
+        said, wanted = ("×".join(map(str, sizes)) for sizes in (found, shape))
+        raise DataError(f"{name}: sizes {said} at byte 4 are not {wanted}")
     if len(data) != header + math.prod(shape):
         raise DataError(f"{name}: has {len(data)} bytes, not {header + math.prod(shape)}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
 
 
 def _download(variant: _Variant, raw: Path) -> None:
-    """Fill in the absent files. Of several processes one downloads, the others wait for it."""
+    """Download and unpack the absent files, in one process at a time; the others wait for the lock."""
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / "download.lock"):
             for left_by_a_killed_process in leftovers(raw):
                 left_by_a_killed_process.unlink()
-            for file, md5 in zip(SHAPES, variant.md5, strict=True):
-                # Asked again: another process may have written it meanwhile.
-                if not os.path.exists(raw / file):
-                    _fetch(variant, raw / file, md5)
+            for (file, shape), md5 in zip(SHAPES.items(), variant.md5, strict=True):
+                packed = raw / f"{file}.gz"
+                if os.path.exists(
+                    raw / file
+                ):  # looked up under the lock: another process may have written it
+                    continue
+                if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
+                    write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
+                write_atomically(raw / file, _unpack(read_bounded(packed, MAX_BYTES), packed, shape))
     except (OSError, DataError) as error:
         text = str(error) if isinstance(error, DataError) else reason(error)
         raise DataError(
@@ -225,36 +204,32 @@ def _download(variant: _Variant, raw: Path) -> None:
         ) from error
 
 
-def _fetch(variant: _Variant, path: Path, md5: str) -> None:
-    packed = path.with_name(f"{path.name}.gz")
-    if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
-        write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
-    write_atomically(path, _unpack(read_bounded(packed, MAX_BYTES), packed, SHAPES[path.name]))
-
-
 def _mirrors(variant: _Variant) -> list[str]:
-    import torchvision.datasets
+    import torchvision.datasets  # takes seconds, and is needed for a download only
 
-    mirrors: Any = getattr(torchvision.datasets, variant.folder).mirrors
-    return list(mirrors)
+    return list(getattr(torchvision.datasets, variant.folder).mirrors)
 
 
-def _from_mirrors(mirrors: list[str], file: str, md5: str) -> bytes:
+def _from_mirrors(mirrors: Sequence[str], file: str, md5: str) -> bytes:
+    """Download a file from the first mirror that has it. Raises DataError with what each mirror said."""
     reasons = []
-    for mirror in mirrors:
+    for address in (mirror + file for mirror in mirrors):
         try:
-            data = _get(mirror + file)
+            data = _get(address)
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a bad redirect
-            reasons.append(f"{mirror}{file}: {reason(error)}")
+            reasons.append(f"{address}: {reason(error)}")
             continue
         if _md5(data) == md5:
             return data
-        reasons.append(f"{mirror}{file}: wrong MD5 of {len(data)} bytes")
+        reasons.append(f"{address}: wrong MD5 of {len(data)} bytes")
     raise DataError("; ".join(reasons))
 
 
 def _get(address: str) -> bytes:
-    """At most MAX_BYTES, within DEADLINE. Raises OSError and others."""
+    """Download at most MAX_BYTES within DEADLINE. Raises OSError and others.
+
+    torchvision's own download has neither limit, and prints its progress.
+    """
     data, end = bytearray(), time.monotonic() + DEADLINE
     with urlopen(Request(address, headers={"User-Agent": "ddpm"}), timeout=TIMEOUT) as answer:
         while len(data) < MAX_BYTES and (part := answer.read1(1 << 16)):
@@ -265,7 +240,7 @@ def _get(address: str) -> bytes:
 
 
 def _unpack(packed: bytes, path: Path, shape: tuple[int, ...]) -> bytes:
-    """At most one byte more than the file should have, so that a wrong file cannot fill the memory."""
+    """Unpack at most one byte more than the file should have, so that a wrong file cannot fill the memory."""
     limit = 4 + 4 * len(shape) + math.prod(shape)
     try:
         return zlib.decompressobj(wbits=31).decompress(packed, limit + 1)
@@ -275,7 +250,3 @@ def _unpack(packed: bytes, path: Path, shape: tuple[int, ...]) -> bytes:
 
 def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

@@ -18,7 +18,7 @@ MAX_TEXT = 4096  # characters
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A value, and what is known of its accuracy: an interval or a standard error; the floor that was taken off;
     n, the images (or draws) it is from.
     """
@@ -35,6 +35,9 @@ class Figure:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
+Figure = Metric  # as it was called
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All of evaluation.json. `figures` that could not be measured are absent, and `notes` say why.
@@ -44,7 +47,7 @@ class Evaluation:
     """
 
     subject: str
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Metric]
     protocol: Mapping[str, Any]
     histogram: Mapping[str, list[Any]] = field(default_factory=dict)
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -82,13 +85,13 @@ def _checked(raw: Any) -> Evaluation:
     parts = {key: raw[key] for key in ("figures", "protocol", "histogram", "curves", "memorization")}
     if not all(isinstance(part, dict) for part in parts.values()) or len(parts["figures"]) > MAX_FIGURES:
         raise ValueError("no sets of keys")
-    parts["figures"] = {name: _figure(figure) for name, figure in parts["figures"].items()}
+    parts["figures"] = {name: _metric(figure) for name, figure in parts["figures"].items()}
     notes = tuple(note[:MAX_TEXT] for note in raw["notes"] if isinstance(note, str))
     return Evaluation(subject=raw["subject"], notes=notes, **parts)
 
 
-def _figure(raw: Mapping[str, Any]) -> Figure:
-    if unknown := raw.keys() - {each.name for each in fields(Figure)}:
+def _metric(raw: Mapping[str, Any]) -> Metric:
+    if unknown := raw.keys() - {each.name for each in fields(Metric)}:
         raise ValueError(f"unknown: {unknown}")
     for key, value in raw.items():
         if key == "text":
@@ -97,7 +100,7 @@ def _figure(raw: Mapping[str, Any]) -> Figure:
             right = type(value) in (int, float) and math.isfinite(value)
         if not right:
             raise ValueError(key)
-    figure = Figure(**raw)
+    figure = Metric(**raw)
     low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
     if not low <= figure.value <= high:
         raise ValueError("an interval without its value")

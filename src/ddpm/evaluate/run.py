@@ -1,7 +1,7 @@
 """Run ddpm-eval for one checked config: load, draw, measure, write, print."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from ddpm.config.schema import EvalConfig
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator, page, record, samples, table
+from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
 from ddpm.evaluate.provenance import Clock
+from ddpm.evaluate.reference import Found, Reference
 from ddpm.runs import output_dirs
 from ddpm.runtime import device as runtime_device
 from ddpm.runtime import memory
@@ -60,18 +62,24 @@ def start(config: EvalConfig) -> torch.device:
 
 
 def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> None:
-    opened, clock, odds = open_model(config, own, device), Clock(), None
+    opened, clock = open_model(config, own, device), Clock()
     with raise_on_all_ranks(own), shown_parts(own, clock):
         bench = make_bench(config, opened.data, config.n, device, clock) if own.first else None
     drawn = draw(config, own, opened.model, clock)
     with shown_parts(own, clock):
-        if "likelihood" in config.measure:
-            common = {"n": config.n, "seed": config.seed, "batch_size": config.batch_size}
-            with clock("likelihood"):
-                odds = evaluator.likelihood(opened.model, opened.data, **common, world=own)
+        of_model = evaluator.ask_model(
+            opened.model,
+            opened.data,
+            config.measure,
+            n=config.n,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            world=own,
+            clock=clock,
+        )
         with raise_on_all_ranks(own):
             if bench is not None:
-                judged = measure(config, opened, bench, drawn, clock, odds=odds)
+                judged = measure(config, opened, bench, drawn, clock, of_model=of_model)
                 _finish(config, judged, _stem(opened.path))
 
 
@@ -140,11 +148,11 @@ def draw(config: EvalConfig, own: World, model: Model, clock: Clock) -> evaluato
 def measure(
     config: EvalConfig,
     opened: Opened,
-    bench: evaluator.Reference,
+    bench: Reference,
     drawn: evaluator.Drawn,
     clock: Clock,
     *,
-    odds: evaluator.Likelihood | None = None,
+    of_model: Sequence[Found] = (),
     **more: Any,
 ) -> Judged:
     """Measure a model's images, on rank 0. `more` goes into the evaluation's protocol."""
@@ -168,7 +176,7 @@ def measure(
         drawn.labels,
         subject=str(output_dirs.of_run(opened.path) if of_run else opened.path),
         seed=config.seed,
-        odds=odds,
+        of_model=of_model,
         about={**about, **more},
         clock=clock,
     )
@@ -205,11 +213,9 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(
-    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
-) -> evaluator.Reference:
+def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> Reference:
     """Prepare the reference images once for any number of measurements."""
-    parts = tuple(part for part in evaluator.PARTS if part in config.measure)
+    parts = tuple(name for name in (*METRICS, *OF_MODEL) if name in config.measure)
     return evaluator.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ddpm.errors import printable
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 
 REAL = "real images"
 MAX_HEAD = 34  # characters of a subject's name
@@ -20,11 +20,11 @@ class Row(NamedTuple):
 
     name: str
     title: str
-    show: Callable[[Figure], str]
+    show: Callable[[Metric], str]
     better: int = 0
 
 
-def _number(figure: Figure) -> str:
+def _number(figure: Metric) -> str:
     """With its interval or error, in as many digits as that bears."""
     if figure.low is not None and figure.high is not None:
         return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
@@ -33,16 +33,16 @@ def _number(figure: Figure) -> str:
     return f"{figure.value:.3f}"
 
 
-def _with_floor(figure: Figure) -> str:
+def _with_floor(figure: Metric) -> str:
     return f"{figure.value:.3f}" + (f" (floor {figure.floor:.3f})" if figure.floor is not None else "")
 
 
-def _share(figure: Figure) -> str:
+def _share(figure: Metric) -> str:
     error = f" ± {100 * figure.error:.1f}" if figure.error is not None else ""
     return f"{100 * figure.value:.1f}{error} %"
 
 
-def _named_share(figure: Figure) -> str:
+def _named_share(figure: Metric) -> str:
     return _share(figure) + (f" ({_short(figure.text)})" if figure.text else "")
 
 
@@ -76,7 +76,9 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         real = {name[5:]: each for name, each in evaluations[0].figures.items() if name.startswith("real_")}
         columns += [(REAL, real)] if real else []
     lines = [["", *(head for head, _ in columns)]]
-    for row in ROWS:
+    names = {name: None for each in evaluations for name in each.figures if not name.startswith("real_")}
+    users = [Row(name, _short(name), _number) for name in names if name not in {row.name for row in ROWS}]
+    for row in (*ROWS, *users):
         cells = [row.show(figures[row.name]) if row.name in figures else "–" for _, figures in columns]
         if set(cells) != {"–"}:
             mark = {-1: " ↓", 0: "", 1: " ↑"}[row.better]

@@ -1,153 +1,74 @@
 """The model card: README.md of an exported folder, in the form that the Hugging Face Hub reads."""
 
+from pathlib import Path
+from string import Template
+
 from ddpm.data.persian import NOTICE as PERSIAN
-from ddpm.export.formats import ddim_as_exported, ddim_steps
+from ddpm.export.formats import ddim_as_exported
 from ddpm.sample.model import Model
 from ddpm.train.metrics_file import VALIDATED
 
+TEMPLATES = Path(__file__).with_name("templates")
 NOTICES = {"persian": PERSIAN}
 SCALE = 2.0  # of guidance, in the example
 
 
 def card(model: Model, form: str, ema: bool, checkpoint_sha256: str, command: str) -> str:
-    """Markdown. `form` is a key of `export.FORMATS`, `command` what trains such a model. Names from the checkpoint
-    are shown as code, so that none of them is taken for markup.
+    """Return the card in Markdown, from the files in `templates/`.
+
+    `form` is a key of `export.FORMATS`, `command` what trains such a model. Names from the checkpoint are shown as
+    code, so that none of them is taken for markup.
     """
-    facts, config = model.facts, model.config
-    size, kind = (
-        f"{facts.image_size}×{facts.image_size}×{facts.channels}",
-        "averaged (EMA)" if ema else "last",
-    )
-    parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    parts = [
-        _header(model, form),
-        f"# A diffusion model of {_code(facts.name)}",
-        f"{config.model.name} with {parameters:,} parameters, {'' if model.conditional else 'un'}conditional, for "
-        f"images of {size}, trained with ddpm: {kind} weights of step {model.step:,}.",
-        "## Sample",
-        _diffusers(model) if form == "diffusers" else _rebuild(),
-        "With ddpm, from the checkpoint that this was made of:",
-        _block("sh", _ddpm_command(model)),
-        "## Data",
-        _data(model),
-        "## Recipe",
-        _table(_recipe(model)),
-        "To train one like it:",
-        _block("sh", command),
-        "## Figures",
-        _table({_code(key): f"{model.figures[key]:.5g}" for key in VALIDATED if key in model.figures}),
-        f"Checkpoint: SHA-256 {_code(checkpoint_sha256)}.",
-        "## Upload",
-        "In this folder, with your own names: `hf upload your-name/your-model . .`",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _header(model: Model, form: str) -> str:
-    """YAML, of fixed texts only."""
-    restricted = model.config.dataset.name in NOTICES
-    licence = (
-        "license: other\nlicense_name: research-only  # of the images it was trained on"
+    facts, config, sampler = model.facts, model.config, ddim_as_exported(model).params
+    guided = model.conditional and config.objective.label_dropout > 0
+    restricted = config.dataset.name in NOTICES
+    values = {
+        "license": "license: other\nlicense_name: research-only  # of the images it was trained on"
         if restricted
-        else "# license: yours to choose, with an eye on that of the images it was trained on"
-    )
-    library = "diffusers" if form == "diffusers" else "ddpm"
-    task = "" if model.conditional else "pipeline_tag: unconditional-image-generation\n"
-    return (
-        f"---\n{licence}\nlibrary_name: {library}\n{task}tags:\n- diffusion\n- ddpm\n- image-generation\n---"
-    )
+        else "# license: yours to choose, with an eye on that of the images it was trained on",
+        "library": "diffusers" if form == "diffusers" else "ddpm",
+        "task": "" if model.conditional else "pipeline_tag: unconditional-image-generation\n",
+        "name": _code(facts.name),
+        "network": config.model.name,
+        "parameters": f"{sum(parameter.numel() for parameter in model.network.parameters()):,}",
+        "conditional": "conditional" if model.conditional else "unconditional",
+        "shape": f"{facts.image_size}×{facts.image_size}×{facts.channels}",
+        "size": facts.image_size,
+        "channels": facts.channels,
+        "levels": facts.levels,
+        "classes": facts.num_classes or "no",
+        "last_class": facts.num_classes - 1,
+        "labels": _labels(facts.class_names),
+        "weights": "averaged (EMA)" if ema else "last",
+        "step": f"{model.step:,}",
+        "steps": sampler["num_steps"],
+        "timesteps": model.schedule.num_timesteps,
+        "all_steps": f"{model.schedule.num_timesteps:,}",
+        "clip": sampler["clip"],
+        "clipped": ", use_clipped_model_output=True" if sampler["clip"] == "clip" else "",
+        "scale": SCALE,
+        "label": " label=all guidance_scale=2" if guided else "",
+        "notice": NOTICES.get(config.dataset.name, "The licence of the images is that of their publishers."),
+        "recipe": _table(_recipe(model)),
+        "command": command,
+        "figures": _table(
+            {_code(key): f"{model.figures[key]:.5g}" for key in VALIDATED if key in model.figures}
+        ),
+        "sha256": _code(checkpoint_sha256),
+    }
+    kind = "" if form != "diffusers" or not model.conditional else "_guided" if guided else "_conditional"
+    values["sample"] = _fill(f"{form}{kind}.md", values).rstrip("\n")
+    return _fill("card.md", values)
 
 
-def _diffusers(model: Model) -> str:
-    steps, T = ddim_steps(model.schedule.num_timesteps), model.schedule.num_timesteps
-    clipped = ", use_clipped_model_output=True" if ddim_as_exported(model).params["clip"] == "clip" else ""
-    if model.conditional:
-        return "\n\n".join([*_conditional(model, steps, clipped), _SAME])
-    code = f"""import torch
-from diffusers import DDIMPipeline, DDPMPipeline
-
-pipeline = DDIMPipeline.from_pretrained(".")
-seed = torch.Generator().manual_seed(0)
-images = pipeline(batch_size=4, generator=seed, num_inference_steps={steps}{clipped}).images
-
-pipeline = DDPMPipeline.from_pretrained(".")  # all {T:,} steps, with fresh noise in each
-images += pipeline(batch_size=1, generator=seed, num_inference_steps={T}).images"""
-    return "\n\n".join(["With diffusers, in this folder:", _block("python", code), _SAME])
+def _fill(template: str, values: dict[str, object]) -> str:
+    return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
 
 
-_SAME = (
-    "DDIM as written here gives the images of ddpm's `sampler=ddim sampler.spacing=trailing` from the same noise. "
-    "Take a number of steps that divides the number of timesteps."
-)
-
-
-def _conditional(model: Model, steps: int, clipped: str) -> list[str]:
-    channels, size, _ = model.shape
-    classes = model.facts.num_classes
-    guided = model.config.objective.label_dropout > 0
-    output = "unet(x, t, label).sample"
-    if guided:
-        output = "none + scale * (unet(x, t, label).sample - none)"
-    code = f"""import torch
-from diffusers import DDIMScheduler, UNet2DModel
-
-unet = UNet2DModel.from_pretrained("unet")
-scheduler = DDIMScheduler.from_pretrained("scheduler")
-label = torch.arange({classes})  # 0 to {classes - 1}; {classes} is no label
-{f"scale = {SCALE}  # of guidance; 1 is off" if guided else "# trained with a label always: no guidance"}
-x = torch.randn(len(label), {channels}, {size}, {size}, generator=torch.Generator().manual_seed(0))
-scheduler.set_timesteps({steps})
-with torch.no_grad():
-    for t in scheduler.timesteps:
-"""
-    if guided:
-        code += f"        none = unet(x, t, torch.full_like(label, {classes})).sample\n"
-    code += f"""        output = {output}
-        x = scheduler.step(output, t, x{clipped}).prev_sample
-images = (x.clamp(-1, 1) + 1) / 2"""
-    names = ", ".join(f"{i} {_code(name)}" for i, name in enumerate(model.facts.class_names[:100]))
-    words = "No pipeline of diffusers hands labels on, so in this folder, step by step:"
-    return [words, _block("python", code), *([f"Labels: {names}."] if names else [])]
-
-
-def _rebuild() -> str:
-    code = """import json
-import torch
-from safetensors.torch import load_file
-from ddpm import build
-from ddpm.config import schema as config
-from ddpm.sample import sampling
-
-about = json.load(open("config.json"))
-trained, facts = config.check(config.TrainConfig, about["config"]), build.facts(about["facts"])
-network = build.network(trained.model, trained.objective, facts).eval()
-network.load_state_dict(load_file("model.safetensors"))
-model = sampling.Model(network, build.schedule(trained.schedule), trained, facts, torch.device("cpu"))
-images = model.sample(16, seed=0)  # (16, C, H, W) in [-1, 1]"""
-    return "\n\n".join(["With ddpm, in this folder:", _block("python", code)])
-
-
-def _ddpm_command(model: Model) -> str:
-    sampler = ddim_as_exported(model).params
-    label = (
-        " label=all guidance_scale=2"
-        if model.conditional and model.config.objective.label_dropout > 0
-        else ""
-    )
-    return (
-        f"ddpm-sample ckpt=<checkpoint> n=16{label} sampler=ddim sampler.spacing=trailing "
-        f"sampler.num_steps={sampler['num_steps']} sampler.clip={sampler['clip']}"
-    )
-
-
-def _data(model: Model) -> str:
-    facts = model.facts
-    text = (
-        f"{_code(facts.name)}: {facts.image_size}×{facts.image_size}×{facts.channels}, {facts.levels} levels a "
-        f"channel, {facts.num_classes or 'no'} classes."
-    )
-    notice = NOTICES.get(model.config.dataset.name, "The licence of the images is that of their publishers.")
-    return f"{text} {notice}"
+def _labels(names: tuple[str, ...]) -> str:
+    """Return a paragraph with the first hundred names, or nothing."""
+    listed = ", ".join(f"{i} {_code(name)}" for i, name in enumerate(names[:100]))
+    return f"Labels: {listed}.\n\n" if listed else ""
 
 
 def _recipe(model: Model) -> dict[str, str]:
@@ -186,7 +107,3 @@ def _table(rows: dict[str, str]) -> str:
 
 def _code(text: str) -> str:
     return "`" + text.replace("`", "'").replace("|", "/") + "`"
-
-
-def _block(language: str, code: str) -> str:
-    return f"```{language}\n{code}\n```"

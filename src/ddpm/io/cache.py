@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ddpm.errors import DataError
-from ddpm.io.files import open_bounded, reason, user_path, write_atomically
+from ddpm.io.files import open_regular, reason, user_path, write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
@@ -46,7 +46,7 @@ def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
 def load_arrays(path: Path, limit: int) -> Arrays:
     """What `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
     try:
-        with open_bounded(path, limit) as file:
+        with open_regular(path, limit) as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
             raise DataError(f"{path}: has a header of {header} bytes; allowed: {MAX_HEADER}")

@@ -1,5 +1,6 @@
-"""Files that are either whole or not there, and nothing but files."""
+"""Write files atomically, and read regular files of bounded size."""
 
+import errno
 import os
 import re
 import secrets
@@ -9,15 +10,16 @@ from typing import BinaryIO
 
 from ddpm.errors import DataError, printable
 
+MAX_REASON = 300  # characters of an error's reason
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
-    """After a crash at any moment `path` holds what it held before, or all of data. Raises OSError.
+    """Replace a file in one step: after a crash it holds its old content or all of `data`. Raises OSError.
 
-    A temporary file in the same folder, flushed to the disk and renamed; then the folder's own entry is flushed.
-    Not durable: without flushing, for what can be made again and comes in thousands; only a crash of the machine,
-    not of the process, can then leave an empty file. Permissions follow the umask.
+    Write a temporary file in the same folder, flush it (fsync) and rename it; then flush the folder's entry.
+    `durable=False` skips the flushes, for files that can be made again: a crash of the machine, not of the process,
+    may then leave an empty file. Permissions follow the umask.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -39,55 +41,63 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of `write_atomically` in a folder, which a killed process could not take away."""
+    """Return temporary files that killed processes left behind in `write_atomically`."""
     return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError, also for what is no regular file: a pipe or device may never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes for reading. Raises OSError.
+
+    Pipes and devices are refused, as reading them may never end.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a null byte in the path
+        raise OSError(errno.EINVAL, str(error)) from None
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
-        raise OSError(0, "it is not a regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if limit is not None and about.st_size > limit:
+        os.close(descriptor)
+        raise OSError(errno.EFBIG, f"{path.name} has {about.st_size} bytes, more than the {limit} allowed")
     return os.fdopen(descriptor, "rb")
 
 
-MAX_REASON = 300  # characters
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The whole file. Raises DataError if it is absent, no regular file, or has more than `limit` bytes."""
-    try:
-        with open_bounded(path, limit) as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
-    if len(data) > limit:  # it grew meanwhile, or the system does not know its size, as in /proc
-        raise DataError(f"{path}: has more than the {limit} bytes allowed")
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a whole regular file. Raises OSError, also for more than `limit` bytes."""
+    with open_regular(path, limit) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:  # it has grown, or the system does not know its size, as in /proc
+        raise OSError(errno.EFBIG, f"{path.name} has more than the {limit} bytes allowed")
     return data
 
 
 def open_bounded(path: Path, limit: int) -> BinaryIO:
-    """Like `read_bounded`, for those who read by themselves."""
+    """Like `open_regular`, but raise DataError that names the file."""
     try:
-        file = open_regular(path)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        return open_regular(path, limit)
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error
-    size = os.fstat(file.fileno()).st_size
-    if size > limit:
-        file.close()
-        raise DataError(f"{path}: has {size} bytes, more than the {limit} allowed")
-    return file
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Like `read_regular`, but raise DataError that names the file."""
+    try:
+        return read_regular(path, limit)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one short line that a terminal can show."""
+    """Return an error's text as one short line that is safe to print on a terminal."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(" ".join(text.split()))[:MAX_REASON]
 
 
 def user_path(text: str) -> Path:
-    """A path as typed, with ~ for a home folder. Raises DataError if there is no such home."""
+    """Expand ~ in a path that a user typed. Raises DataError if there is no such home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -19,7 +19,7 @@ from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import brought_up_to_date
 from ddpm.config.schema import TrainConfig, check, settings_of
 from ddpm.errors import UserError, printable
-from ddpm.io.files import open_regular, reason
+from ddpm.io.files import read_regular, reason
 from ddpm.runs.run_dir import FAILED
 from ddpm.train import metrics_file
 
@@ -230,12 +230,8 @@ def _failed(path: Path) -> str | None:
 
 
 def _read_text(path: Path) -> str:
-    """Raises OSError, and ValueError for what is no text or too long."""
-    with open_regular(path) as file:
-        data = file.read(MAX_TEXT + 1)
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"more than {MAX_TEXT} bytes")
-    return data.decode()
+    """Raises OSError, also for a text that is too long, and ValueError for what is no text."""
+    return read_regular(path, MAX_TEXT).decode()
 
 
 def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float] | None) -> None:

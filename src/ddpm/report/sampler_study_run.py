@@ -18,9 +18,9 @@ from ddpm.config.schema import EvalConfig
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import provenance, record
 from ddpm.evaluate import run as evaluation_run
-from ddpm.evaluate.evaluator import Reference
 from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation
+from ddpm.evaluate.reference import Reference
 from ddpm.evaluate.run import Opened
 from ddpm.io.files import reason, write_atomically
 from ddpm.report import sampler_study, sampler_study_plot
@@ -74,9 +74,8 @@ def _evaluations(
     with evaluation_run.shown_parts(ALONE, clock):
         common = (settings[0].n, opened.model.device, clock)
         bench = evaluation_run.make_bench(settings[0], opened.data, *common)
-    assert bench.eyes is not None  # as distances are measured
     for setting, identity, found in zip(settings, identities, kept, strict=True):
-        there = found is not None and _features(found) == bench.eyes.features.sha256
+        there = found is not None and _features(found) == bench.embedder.features.sha256
         evaluation = found if there and found else _measured(setting, identity, opened, bench, out)
         done.append(evaluation)
         one = sampler_study.gather([evaluation], varied)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpm.checkpoint import locate
 from ddpm.config.schema import TrainConfig
-from ddpm.io.files import open_regular
+from ddpm.io.files import read_regular
 from ddpm.runs import resume
 
 KEY = "launch"  # in environment.json
@@ -66,7 +66,7 @@ def _of_launch(name: str) -> Path | None:
 
 def _launch_of(folder: Path) -> str | None:
     """None where the file is absent or somebody else's."""
-    with suppress(OSError, ValueError, RecursionError), open_regular(folder / "environment.json") as file:
-        about = json.loads(file.read(MAX_BYTES))
+    with suppress(OSError, ValueError, RecursionError):
+        about = json.loads(read_regular(folder / "environment.json", MAX_BYTES))
         return about.get(KEY) if isinstance(about, dict) else None
     return None

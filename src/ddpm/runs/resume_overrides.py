@@ -1,15 +1,10 @@
 """Overrides of a resumed run: its own config first, then what is typed."""
 
-from typing import TYPE_CHECKING
-
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.config import hydra
 from ddpm.config.schema import to_dict
 from ddpm.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def before_typed(overrides: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.errors import UserError
-from ddpm.io.files import leftovers, open_regular, reason
+from ddpm.io.files import leftovers, open_regular, read_regular, reason
 from ddpm.runs import output_dirs
 
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
@@ -133,8 +133,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
 def read_result(folder: Path) -> dict[str, float] | None:
     """result.json of a finished run; None if it is absent or makes no sense."""
     try:
-        with open_regular(folder / "result.json") as file:
-            result = json.loads(file.read(1 << 16))
+        result = json.loads(read_regular(folder / "result.json", 1 << 16))
         return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm import tqdm
+
 from ddpm.errors import printable
 from ddpm.runtime.world import World
 
 
 class Log:
-    """Lines for the screen and for train.log; above the progress bar, if there is one."""
+    """Lines for the screen, above a progress bar, and for train.log."""
 
     def __init__(self, path: Path | None) -> None:
         """None: of a process that has nothing to say, as rank 0 says it.
@@ -36,36 +38,12 @@ class Log:
     def _open(self, path: Path) -> IO[str]:
         return open(path, "a", encoding="utf-8", opener=_no_link)
 
-    def bar(self, max_steps: int, step: int) -> Any:
-        """On a terminal; elsewhere it shows nothing."""
-        from tqdm import tqdm
-
-        hidden = self.path is None or not sys.stderr.isatty()
-        return tqdm(
-            total=max_steps,
-            initial=step,
-            unit="step",
-            disable=hidden,
-            dynamic_ncols=True,
-            leave=False,
-        )
-
-    def record(self, record: dict[str, float], max_steps: int, bar: Any) -> None:
-        """A line of metrics.jsonl, on the bar or, where that is hidden or there is a validation, as text."""
-        short = f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s"
-        bar.set_postfix_str(short)
-        if bar.disable or "val_loss" in record:
-            line = f"step {record['step']:>6}/{max_steps}  {short.replace(',', ' ')}"
-            self.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
-
 
 @contextmanager
 def of_steps(
     own: World, num_steps: int, n: int, batch_size: int, leave: bool
 ) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
     """On a terminal a bar over the steps of all batches; with it what is to be called when batches get smaller."""
-    from tqdm import tqdm
-
     hidden = not (own.first and sys.stderr.isatty())
     with tqdm(unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
 
@@ -82,8 +60,6 @@ def of_steps(
 
 def tell(text: str) -> None:
     """A line for the screen; a screen that has gone (`| head`, a closed terminal) is no reason to stop."""
-    from tqdm import tqdm
-
     try:
         tqdm.write(text)
         sys.stdout.flush()

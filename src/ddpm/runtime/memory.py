@@ -24,11 +24,14 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
-def largest_batch(peak: Callable[[int], int], free: int, limit: int) -> int | None:
-    """How many images fit into `free` bytes, from the peak that two small batches need; None if not even one.
+def largest_batch(peak: Callable[[int], int], free: int, failed: int) -> int | None:
+    """Estimate how many images fit into `free` bytes: fewer than the `failed` that did not. None if not even one.
 
-    `peak(n)` runs n images and returns the bytes they took at most. The need is taken for a straight line in n.
+    `peak(n)` runs n images and returns the bytes they took at most. The need is taken for a straight line through
+    n = 1 and n = 4. Where that line says that what failed would have fitted, the answer is half of it.
     """
+    if failed <= 1:
+        return None
     try:
         one, four = peak(1), peak(4)
     except (RuntimeError, MemoryError) as error:
@@ -36,7 +39,8 @@ def largest_batch(peak: Callable[[int], int], free: int, limit: int) -> int | No
             return None
         raise
     each = max((four - one) / 3, 1)
-    return max(1, min(limit, int(1 + (SPARE * free - one) / each)))
+    fits = max(1, int(1 + (SPARE * free - one) / each))
+    return fits if fits < failed else failed // 2
 
 
 def peak_on_gpu(step: Callable[[int], object], device: torch.device) -> Callable[[int], int]:

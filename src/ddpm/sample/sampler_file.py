@@ -12,7 +12,7 @@ import yaml
 from ddpm.config.choices import Component, check_choice
 from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError, printable
-from ddpm.io.files import open_regular, reason, write_atomically
+from ddpm.io.files import read_regular, reason, write_atomically
 
 NAME = "sampler.yaml"
 MAX_BYTES = 64 * 2**10  # a list of 4,096 times needs 40 thousand
@@ -35,14 +35,11 @@ def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path |
 def read(path: Path) -> Component | None:
     """The sampler in a file, a name and all of its keys; None where there is no file. Raises UserError."""
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _wrong(path, f"it cannot be read: {reason(error)}") from None
-    if len(data) > MAX_BYTES:
-        raise _wrong(path, f"it has more than {MAX_BYTES} bytes")
     try:
         return check_choice("sampler", _parsed(data))
     except UserError as error:

@@ -16,7 +16,7 @@ from ddpm.config.hydra import quote_path, typed_value
 from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
-from ddpm.io.files import open_regular
+from ddpm.io.files import read_regular
 from ddpm.runs import run_dir
 from ddpm.runs.resume import same_run
 from ddpm.runs.run_dir import FAILED
@@ -176,8 +176,8 @@ def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> bool:
 
 def _orphaned(sweep: Path) -> bool:
     """Whether whoever started the sweep is gone; another one may hold the folder by now."""
-    with suppress(OSError), open_regular(sweep / OWNER) as file:
-        if file.read(64).decode(errors="replace") != os.environ.get(TOKEN):
+    with suppress(OSError):
+        if read_regular(sweep / OWNER, MAX_ERROR).decode(errors="replace") != os.environ.get(TOKEN):
             return True
     return not run_dir.is_running(sweep)
 
@@ -193,8 +193,8 @@ def _why(folder: Path, status: int, stopped: bool) -> str:
     if stopped or status - 128 in signals.STOPPING:
         return "stopped"
     why = ""
-    with suppress(OSError, UnicodeDecodeError), open_regular(folder / FAILED) as file:
-        why = file.read(4096).decode()
+    with suppress(OSError, UnicodeDecodeError):
+        why = read_regular(folder / FAILED, MAX_ERROR).decode()[:4096]
     if not why:
         why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
         with suppress(OSError):

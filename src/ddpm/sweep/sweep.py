@@ -23,9 +23,9 @@ from ddpm.io.files import write_atomically
 from ddpm.report import runs, table
 from ddpm.runs import output_dirs, resume_overrides
 from ddpm.runs import run_dir as run_folder
-from ddpm.runtime import signals
+from ddpm.runtime import gpu_locks, signals
 from ddpm.runtime.console import tell, typed
-from ddpm.sweep import gpu_locks, job
+from ddpm.sweep import job
 from ddpm.train import tensorboard
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine

@@ -11,7 +11,7 @@ import ddpm
 from ddpm import __version__
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
-from ddpm.io.files import open_regular
+from ddpm.io.files import read_regular
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
@@ -102,5 +102,4 @@ def _line(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    with open_regular(path) as file:
-        return file.read(MAX_BYTES).decode()
+    return read_regular(path, MAX_BYTES).decode()

@@ -26,8 +26,8 @@ from ddpm.runtime.device import without_cudnn_benchmark
 from ddpm.sample.model import Guidance, Model, denoiser, labels
 from ddpm.sample.sampling import draw, finite, last
 from ddpm.train import metrics_file
-from ddpm.train.captured import CapturedSteps
 from ddpm.train.checkpointing import save
+from ddpm.train.cuda_graph import CapturedSteps
 from ddpm.train.state import TrainState
 from ddpm.train.step import autocast, in_layout, learning_rate, train_step
 from ddpm.train.validation import Validation

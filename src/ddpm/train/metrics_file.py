@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
-from ddpm.io.files import open_regular, write_atomically
+from ddpm.io.files import open_regular, read_regular, write_atomically
 
 VALIDATED = ("val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")  # in a line together
 MAX_BYTES = 1 << 28  # a million lines
@@ -27,12 +27,7 @@ def cut(path: Path, step: int) -> None:
 
     A killed process may have left half a line. Raises OSError, also for a file of more than MAX_BYTES.
     """
-    data = b""
-    if path.exists():
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"{path.name} has more than {MAX_BYTES} bytes")
+    data = read_regular(path, MAX_BYTES) if path.exists() else b""
     kept = b""
     for line in data.splitlines(keepends=True):
         try:

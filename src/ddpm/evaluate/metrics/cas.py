@@ -1,28 +1,40 @@
 """Classification accuracy score: how well a classifier that saw only these images knows the real ones."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ddpm.evaluate.features.network import FeatureNetwork
 from ddpm.evaluate.features.training import Recipe, fit, run
+from ddpm.evaluate.record import Metric
+from ddpm.evaluate.reference import Found, Reference, Samples, choose, proportion
 
 RECIPE = Recipe(steps=600, lr=4e-3)  # 7 or 8 passes over 10,000 images
 
 
-class Proportion(NamedTuple):
-    """A share of n, with its binomial standard error."""
-
-    value: float
-    error: float
-    n: int
+PER_CLASS = 10  # images of each class to train a classifier with
 
 
-def proportion(hits: Tensor) -> Proportion:
-    """Of a bool tensor (N,), N ≥ 1."""
-    n, value = len(hits), hits.double().mean().item()
-    return Proportion(value, (value * (1 - value) / n) ** 0.5, n)
+def cas(samples: Samples, reference: Reference) -> Found:
+    """Compute the classification accuracy score on all test images, and that of as many real training images."""
+    train, test, k = reference.data.train, reference.data.test, reference.data.facts.num_classes
+    if samples.guidance_scale != 1:
+        note = f"no cas: it is asked at guidance_scale=1, these are drawn at {samples.guidance_scale:g}"
+        return Found({}, [note])
+    if samples.labels is None:
+        return Found({}, ["no cas: it needs images with labels, of a conditional model or in an .npz file"])
+    n = min(len(samples.images), len(train))
+    if n < PER_CLASS * k:
+        return Found({}, [f"no cas: it needs {PER_CLASS * k} images with labels, there are {n}"])
+    real = choose(train, "cas", n)
+    assert real.labels is not None and test.labels is not None
+    values = dict[str, Metric]()
+    for name, x, y in (
+        ("cas", samples.images[:n], samples.labels[:n]),
+        ("real_cas", real.images, real.labels),
+    ):
+        score = accuracy_score(x, y, test.images, test.labels, k, samples.seed, reference.device)
+        values[name] = Metric(score.value, error=score.error, n=n)
+    return Found(values)
 
 
 def accuracy_score(
@@ -33,7 +45,7 @@ def accuracy_score(
     num_classes: int,
     seed: int,
     device: torch.device,
-) -> Proportion:
+) -> Metric:
     """Accuracy on the test images of a classifier trained on the others (Ravuri & Vinyals 2019, *CAS*).
 
     Images uint8 (N, C, S, S), labels int64 (N,). Given synthetic images to train on, with the labels they were sampled

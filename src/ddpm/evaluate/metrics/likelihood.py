@@ -1,26 +1,68 @@
 """How likely a model holds images: bits per dimension, and the error in eps over the noise levels."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from ddpm.data.dataset import Split
+from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.monte_carlo import GROUP, Draws, evaluate, mean_of, root_of_squares, stratified
 from ddpm.evaluate.metrics.vlb import Terms, grey_levels
+from ddpm.evaluate.record import Metric
+from ddpm.evaluate.reference import Found
 from ddpm.io.images import normalise
 from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
 from ddpm.sample.model import Model
 
-DRAWS = 3072  # network evaluations for all terms between the ends
-PILOT = 512  # and those that find out where they are large
+DRAWS = 3584  # network evaluations for all terms between the ends
 BINS = 20  # of t
 EPS_DRAWS = 10_000
+ENOUGH = 2500  # images for an error of about half a per cent in bits per dimension
+
+
+class _Common(TypedDict):
+    seed: int
+    batch_size: int
+    world: World
+
+
+def likelihood(
+    model: Model | None, data: Dataset, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
+) -> Found:
+    """Compute bits per dimension of test images, and the error in eps on n test images (or all) and training images.
+
+    Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what an evaluation
+    costs. What cannot be had is left out, with a note that says why.
+    """
+    if model is None:
+        return Found({}, ["no bits_per_dim, no eps_loss: they are asked of a model, not of images"])
+    if min(n, len(data.test), len(data.train)) < 2:
+        return Found({}, ["no bits_per_dim, no eps_loss: they need 2 images"])
+    common = _Common(seed=seed, batch_size=batch_size, world=world)
+    values, curves, notes = dict[str, Metric](), dict[str, Mapping[str, Any]](), list[str]()
+    try:
+        bits = bits_per_dimension(model, data.test, data.facts.levels, n=min(n, ENOUGH), **common)
+        values["bits_per_dim"] = Metric(bits.value, error=bits.error, n=bits.n)
+    except (UserError, ValueError) as error:
+        notes.append(f"no bits_per_dim: {error}")
+    for name, split, key, k in (
+        ("test", data.test, "eps_loss", n),
+        ("train", data.train, "eps_loss_train", min(n, ENOUGH)),
+    ):
+        try:
+            loss = eps_loss(model, split, n=min(k, len(split)), n_draws=k, **common)
+        except UserError as error:
+            notes.append(f"no {key}: {error}")
+            continue
+        values[key] = Metric(loss.mean, error=loss.error, n=loss.draws)
+        curves[name] = loss.curve.to_dict()
+    return Found(values, notes, {"curves": curves})
 
 
 class Bits(NamedTuple):
@@ -49,9 +91,9 @@ def bits_per_dimension(
 ) -> Bits:
     """The variational bound of the model's chain over all T steps on n of the images (all, if there are fewer).
 
-    Ho et al. 2020, eq. 5: the distance of q(x_T | x_0) from the noise that sampling starts with, in closed form; that
-    of each posterior q(x_{t-1} | x_t, x_0) from the model's step, by importance sampling over t (Nichol & Dhariwal
-    2021, section 3.3) in strata; and the code length of the grey `levels` at t = 0 (`decoder_bits`), for every image.
+    Ho et al. 2020, eq. 5: the KL divergence of q(x_T | x_0) from the noise that sampling starts with, in closed form;
+    that of each posterior q(x_{t-1} | x_t, x_0) from the model's step, by stratified sampling of t; and the code length
+    of the grey `levels` at t = 0, for every image.
     The estimate of x_0 is clipped to [-1, 1]: the bound of the chain that clips. The variance of a step is the
     posterior's, or the learned one. Conditional models get the labels.
     Raises ValueError for n < 2 and images not of these levels, UserError where the network's answers are not finite.
@@ -68,25 +110,20 @@ def bits_per_dimension(
     additions = torch.zeros(len(data)).double()
     off = prior + decoder - (prior + decoder).mean()
     additions[images] = off / math.sqrt(len(images) * (len(images) - 1))
-    diffusion, pilot = 0.0, PILOT
+    diffusion, evaluations = 0.0, len(images)
     if model.schedule.num_timesteps > 1:
-        first = terms.proposal()
-        trial = stratified(seed, "bits/pilot", pilot, images, first)
-        (found,) = evaluate(
-            model, data, trial, terms.middle, labelled=labelled, batch_size=batch_size, world=world
-        )
-        middle = stratified(seed, "bits/middle", draws, images, terms.refined(first, trial, found))
+        middle = stratified(seed, "bits/middle", draws, images, terms.proposal())
         (values,) = evaluate(
             model, data, middle, terms.middle, labelled=labelled, batch_size=batch_size, world=world
         )
         diffusion, more = mean_of(middle, values * middle.weight, len(data))
         additions += more
-    else:
-        pilot = draws = 0
+        evaluations += draws
     unit = 1 / (math.log(2) * math.prod(model.shape))
-    parts = [unit * part for part in (prior.mean().item(), decoder.mean().item(), diffusion)]
-    error, evaluations = unit * root_of_squares(additions), len(images) + pilot + draws
-    return Bits(sum(parts), error, parts[0], parts[1], parts[2], len(images), labelled, evaluations)
+    error = unit * root_of_squares(additions)
+    first, last, diffusion = unit * prior.mean().item(), unit * decoder.mean().item(), unit * diffusion
+    total = first + last + diffusion
+    return Bits(total, error, first, last, diffusion, len(images), labelled, evaluations)
 
 
 class Curve(NamedTuple):

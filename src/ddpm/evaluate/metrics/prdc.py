@@ -8,6 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm.evaluate.record import Metric
+from ddpm.evaluate.reference import Embedded, Found, Reference, Samples, choose_rows
+
+NEIGHBOURS = 5  # k
+FEWEST = 50  # images
 CHUNK = 1000  # rows of a table of distances held at a time
 
 
@@ -20,6 +25,27 @@ class Prdc(NamedTuple):
     coverage: float
     n: int
     k: int
+
+
+def neighbours(samples: Samples, reference: Reference) -> Found:
+    """Compute the four of the samples."""
+    return _compare(samples.embedded, reference.test)
+
+
+def of_real(reference: Reference) -> Found:
+    """Compute the four of training images."""
+    return _compare(reference.train, reference.test)
+
+
+def _compare(x: Embedded, test: Embedded) -> Found:
+    """Take as many of x as there are test images, drawn at random where they differ."""
+    n = min(len(x.features), len(test.features))
+    if n < FEWEST:
+        note = f"no precision, recall, density, coverage: they need {FEWEST} images on either side, there are {n}"
+        return Found({}, [note])
+    found = prdc(choose_rows(test.features, n), choose_rows(x.features, n), NEIGHBOURS)
+    shares = {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
+    return Found({name: Metric(value, n=n, text=f"k={found.k}") for name, value in shares.items()})
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:

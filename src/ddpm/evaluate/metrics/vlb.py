@@ -3,13 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.process import posterior
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.evaluate.metrics.monte_carlo import Draws
 
 
 class Terms:
@@ -24,7 +22,7 @@ class Terms:
         # snr_{t-1} - snr_t, no digits lost between close levels
         self.gap = torch.cat([zero, -torch.expm1(2 * lambda_.diff()) * snr[:-1]])
         self.log_range = torch.cat([zero, 2 * schedule.sigma.log().diff()])
-        self.ideal = 0.5 * self.gap / (1 + snr)
+        self.ideal = 0.5 * self.gap / (1 + snr)  # the terms of the ideal denoiser of pixels N(0, 1)
 
     def prior(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, sigma_T^2)), the noise that sampling starts with."""
@@ -47,28 +45,13 @@ class Terms:
         return -log_p.sum(dim=(1, 2, 3))[None]
 
     def proposal(self) -> Tensor:
-        """(T,) float64: half as the terms of the ideal denoiser would be for pixels N(0, 1), half uniform; 0 at 0."""
-        q = 0.5 * self.ideal / self.ideal.sum() + 0.5 / (len(self.ideal) - 1)
+        """Return the probability to draw each t with, (T,) float64; 0 at 0.
+
+        Three quarters are in proportion to the terms of the ideal denoiser of pixels N(0, 1), one is uniform.
+        """
+        q = 0.75 * self.ideal / self.ideal.sum() + 0.25 / (len(self.ideal) - 1)
         q[0] = 0
         return q
-
-    def refined(self, q: Tensor, trial: Draws, values: Tensor, bins: int = 16) -> Tensor:
-        """(T,) float64: the probability of t that makes the sum known best, by what a trial from q has found.
-
-        In proportion to the root of the mean square of the terms; beside what varies with t by the schedule, one
-        number for each bin and its neighbours, as a bin may have missed what is rare. A quarter stays with q, so that
-        no weight is above four times what it was.
-        """
-        bin_ = ((q.cumsum(0) - q / 2) / q.sum() * bins).long().clamp(0, bins - 1)
-        square = (values / self.ideal[trial.t]).square()
-        found = torch.zeros(2, bins, dtype=torch.float64)
-        found.index_add_(1, bin_[trial.t], torch.stack([square, torch.ones_like(square)]))
-        total, count = F.avg_pool1d(found, 3, stride=1, padding=1)
-        size = torch.where(count > 0, total / count, square.mean()).sqrt()
-        wanted = self.ideal * size[bin_]
-        if not wanted.sum() > 0:  # a model without error
-            return q
-        return 0.75 * wanted / wanted.sum() + 0.25 * q
 
 
 def decoder_variance(schedule: NoiseSchedule) -> float:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError
 from ddpm.io.files import reason
 
@@ -33,20 +32,20 @@ class Lease:
         self.held.clear()
 
 
-def take(config: TrainConfig, say: Callable[[str], None]) -> Lease | None:
-    """A free one of the GPUs that `gpus` allows, waited for while all are taken; None where none is asked for.
+def take(gpus: str | None, device: str, jobs_per_gpu: int, say: Callable[[str], None]) -> Lease | None:
+    """Lock a free one of the GPUs that `gpus` allows; wait while all are taken. None where none is asked for.
 
-    Raises UserError for GPUs that are not there.
+    The arguments are the values of the keys of those names. Raises UserError for GPUs that are not there.
     """
-    if config.gpus is None or config.device == "cpu":
+    if gpus is None or device == "cpu":
         return None
     names = visible()
-    numbers = allowed(config.gpus, config.device, len(names))
+    numbers = allowed(gpus, device, len(names))
     if not numbers:
         return None
     folder, waited = _folder(), False
     while True:
-        for number, files in _places(numbers, names, config.jobs_per_gpu):
+        for number, files in _places(numbers, names, jobs_per_gpu):
             if (held := _lock(folder, files)) is not None:
                 return Lease(f"cuda:{number}", held)
         if not waited:

@@ -6,8 +6,8 @@ import torch
 from ddpm.data.batches import Batches
 from ddpm.errors import UserError
 from ddpm.runtime.world import World
-from ddpm.train import captured
-from ddpm.train.captured import CapturedSteps
+from ddpm.train import cuda_graph
+from ddpm.train.cuda_graph import CapturedSteps
 from ddpm.train.state import TrainState, prepare
 from ddpm.train.step import train_step
 from tests.train.test_training import CPU, config, tiny_data
@@ -32,7 +32,7 @@ def trained(run: TrainState, *, tables: bool, steps: int = 8) -> list[float]:
 @pytest.mark.parametrize("overrides", SETTINGS, ids=str)
 def test_tables_train_as_the_host_does(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
     """The same images, noise, times and masks; rates and averages to the rounding of float32."""
-    monkeypatch.setattr(captured, "ROWS", 3)  # over the border of two tables, and of two epochs
+    monkeypatch.setattr(cuda_graph, "ROWS", 3)  # over the border of two tables, and of two epochs
     plain, other = (prepare(config(*overrides), tiny_data(), CPU) for _ in range(2))
     expected, found = trained(plain, tables=False), trained(other, tables=True)
     assert found[0] == expected[0] and found == pytest.approx(expected, rel=1e-4)
@@ -62,6 +62,12 @@ def test_what_cannot_be_captured() -> None:
             run.config = config(*overrides, "trainer.cuda_graph=true")
             with pytest.raises(UserError, match=r"trainer.cuda_graph=true: steps cannot be captured: "):
                 CapturedSteps(run, batches)
+    run = prepare(config("trainer.compile=true"), tiny_data(), torch.device("cpu"))
+    run.device = torch.device("cuda")
+    assert cuda_graph._obstacle(run) == "the network is compiled (trainer.compile=true)"
+    run.config = config("trainer.compile=true", "trainer.cuda_graph=true")
+    with pytest.raises(UserError, match=r"^trainer.cuda_graph=true: .*: the network is compiled"):
+        cuda_graph._obstacle(run)
     run = prepare(config(), tiny_data(), torch.device("cpu"))
     run.world = World(0, 2)
     assert "several processes" in CapturedSteps(run, batches).obstacle
@@ -85,7 +91,7 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, setting: str) -> 
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Graph)
-    for run.step in range(captured.WARM_UP):
+    for run.step in range(cuda_graph.WARM_UP):
         steps.step()
     run.step += 1
     if setting == "true":

@@ -139,6 +139,8 @@ def _obstacle(run: TrainState) -> str:
         "fp16 scales the loss by a number of the host": run.scaler.is_enabled(),
         "several processes train together": run.world.size > 1,
         "there is no GPU": run.device.type != "cuda",
+        "the network is compiled (trainer.compile=true)": trainer.compile
+        == "true",  # measured: illegal memory access
     }
     obstacle = next((reason for reason, holds in reasons.items() if holds), "")
     if obstacle and setting == "true":

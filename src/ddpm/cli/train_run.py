@@ -1,0 +1,138 @@
+"""What ddpm-train does with a checked config: open the run, set up the training, train, and write what came out."""
+
+import json
+import math
+import time
+
+from omegaconf import OmegaConf
+
+from ddpm import build
+from ddpm.checkpoint.file import read_meta
+from ddpm.checkpoint.locate import of_run
+from ddpm.cli.train_progress import show_progress
+from ddpm.config.schema import TrainConfig, to_dict
+from ddpm.data.dataset import Dataset
+from ddpm.diffusion.schedules import is_noise
+from ddpm.errors import UserError
+from ddpm.io.files import write_atomically
+from ddpm.runs import elastic, resume
+from ddpm.runs.open_run import OpenRun, open_run
+from ddpm.runs.run_dir import RUN_FILES
+from ddpm.runtime import signals
+from ddpm.runtime.console import Log, duration, figures, typed
+from ddpm.runtime.session import open_session
+from ddpm.runtime.world import World, world
+from ddpm.train import interruptible, plots, tensorboard
+from ddpm.train.metrics_file import VALIDATED
+from ddpm.train.setup import set_up
+from ddpm.train.state import TrainState
+
+
+def train(config: TrainConfig) -> float:
+    """Train by one checked config, in one of several processes (torchrun) or alone. Returns the last val_eps_mse.
+
+    Rank 0 chooses the folder and the checkpoint to go on from, and writes; the others return nan.
+    """
+    started, own, trainer = time.perf_counter(), world(), config.trainer
+    tensorboard.check(config)
+    _check_size(config, own)
+    with (
+        open_session(
+            own,
+            config.device,
+            gpus=config.gpus,
+            jobs_per_gpu=config.jobs_per_gpu,
+            deterministic=trainer.deterministic,
+            tf32=trainer.precision == "tf32",
+        ) as session,
+        open_run(config, own) as run,
+    ):
+        data = session.rank_zero_first(lambda: build.dataset(config.dataset, config.data_root))
+        state = set_up(config, data, session, run.source.path if run.source else None)
+        if (figure := run.settle(state)) is not None:
+            return figure
+        with run.name_last_checkpoint(), signals.defer_signals():
+            log = _start(run, state, data)
+            show_progress(interruptible.fit(state, data, run.path), state, log)
+            figure = _finish(run, state, log, time.perf_counter() - started) if own.first else math.nan
+        if own.first and (number := signals.stop_requested()) is not None:
+            log.say(
+                f"{signals.name(number)} came when all was done"
+            )  # too late for this run, but a sweep must end
+            raise signals.Stopped(number, said=True)
+        return figure
+
+
+def _check_size(config: TrainConfig, own: World) -> None:
+    """Raises UserError where not every process would have an image in every part of every batch, or a GPU."""
+    if own.size > 1 and config.gpus is not None:
+        raise UserError(
+            f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"
+        )
+    batch, parts = config.trainer.batch_size, config.trainer.accumulate
+    if own.size > 1 and batch < own.size * parts:
+        raise UserError(
+            f"trainer.batch_size={batch}: it is shared by {own.size} processes with trainer.accumulate={parts} parts "
+            f"each, and must be at least {own.size * parts}"
+        )
+
+
+def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
+    """Write config.yaml, environment.json and forward.png, and say what begins. Rank 0 alone writes and speaks."""
+    if not state.world.first:
+        return Log(None)
+    run.clear()
+    log = Log(run.path / "train.log")
+    write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(to_dict(state.config)).encode())
+    about = {**state.environment, "seed": state.config.seed, **elastic.recorded()}
+    write_atomically(run.path / "environment.json", json.dumps(about, indent=2).encode())
+    plots.draw_forward(data.train.images[:8], state.schedule, run.path / "forward.png")
+    for line in [
+        *_describe(state, data),
+        *state.notes,
+        *(resume.notes(run.source, state) if run.source else []),
+    ]:
+        log.say(line)
+    for line in run.set_aside(state.step):
+        log.say(line)
+    return log
+
+
+def _describe(state: TrainState, data: Dataset) -> list[str]:
+    """Say what is trained on what; warn where the schedule does not end in noise."""
+    facts, parameters = state.facts, sum(p.numel() for p in state.network.parameters())
+    lines = [data.notice] if data.notice else []
+    lines.append(
+        f"{facts.name}: {len(data.train.images):,} training and {len(data.val.images):,} validation images, "
+        f"{facts.image_size}×{facts.image_size}×{facts.channels}; "
+        f"{state.config.model.name} with {parameters:,} parameters; "
+        f"{state.config.schedule.name} schedule; {state.device}, {state.environment['precision']}"
+        + (f", {state.world.size} processes" if state.world.size > 1 else "")
+    )
+    noisiest = state.schedule.at(state.schedule.num_timesteps - 1)
+    if not is_noise(noisiest):
+        lines.append(
+            f"warning: alpha_T is {noisiest.alpha:.2f}: the noisiest images still show the data, so sampling "
+            "from pure noise will be off; raise schedule.num_timesteps or take another schedule"
+        )
+    return lines
+
+
+def _finish(run: OpenRun, state: TrainState, log: Log, seconds: float) -> float:
+    """Write the plots and result.json, and return val_eps_mse.
+
+    The figures are the last checkpoint's: a run killed just before this needs only this again.
+    """
+    plots.plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
+    plots.plot_schedule(state.schedule, run.path / "schedule.png")
+    final = of_run(run.path)[0]
+    last = read_meta(final)[0].figures
+    if not last.keys() >= set(VALIDATED):
+        raise UserError(f"{final} holds no figures of its last step: give trainer.max_steps a larger number")
+    result = {"step": state.step, **{key: last[key] for key in VALIDATED}, "seconds": seconds}
+    write_atomically(run.path / "result.json", json.dumps(result).encode())
+    log.say(f"done in {duration(seconds)}: {figures(last)}")
+    written = [name for name in RUN_FILES if (run.path / name).exists()]
+    log.say(f"{run.path}: {' '.join(written)} samples/ checkpoints/")
+    log.say(f"next: ddpm-sample ckpt={typed(run.path)}")
+    return last["val_eps_mse"]

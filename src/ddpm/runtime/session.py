@@ -1,0 +1,58 @@
+"""What a program computes with: a device of its own, several processes as one, arithmetic that repeats."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from ddpm.runtime import device as devices
+from ddpm.runtime import distributed, gpu_locks, memory
+from ddpm.runtime.console import tell
+from ddpm.runtime.world import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """This process: which of how many it is, and its device."""
+
+    world: World
+    device: torch.device
+
+    def rank_zero_first(self, make: Callable[[], T]) -> T:
+        """Call `make` in one process on each machine, then in the others. Raises UserError in all."""
+        return distributed.rank_zero_first(self.world, make)
+
+    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
+        """Raise the same UserError in all processes where the block goes wrong in one of them."""
+        return distributed.raise_on_all_ranks(self.world)
+
+
+@contextmanager
+def open_session(
+    world: World, device: str, *, gpus: str | None, jobs_per_gpu: int, deterministic: bool, tf32: bool
+) -> Iterator[Session]:
+    """Set up torch, lock a GPU if `gpus` names some, and join the other processes. Raises UserError.
+
+    The lock is held until the process ends, when its memory on the GPU is free.
+    """
+    memory.keep_freed()
+    _set_up_torch(deterministic, tf32)
+    lock = gpu_locks.take(gpus, device, jobs_per_gpu, tell)
+    chosen = devices.device(lock.device if lock else device, world)
+    with distributed.process_group(world, chosen):
+        yield Session(world, chosen)
+
+
+def _set_up_torch(deterministic: bool, tf32: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    devices.set_up_cuda(tf32=tf32)
+    # only where it is a change: to set it imports the compiler, which takes a second
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
