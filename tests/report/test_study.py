@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm import build
 from ddpm.cli import evaluate as command
-from ddpm.cli import study
+from ddpm.cli import study, study_run
 from ddpm.config import hydra, schema
 from ddpm.config.choices import Component, choose_sampler
 from ddpm.config.schema import check
@@ -20,7 +20,7 @@ from ddpm.errors import UserError
 from ddpm.evaluate import evaluator, record
 from ddpm.evaluate import run as evaluation_run
 from ddpm.evaluate.record import Evaluation, Figure
-from ddpm.report import sampler_study, sampler_study_plot, sampler_study_run
+from ddpm.report import sampler_study, sampler_study_plot
 from ddpm.runtime import signals
 from ddpm.sample import sampler_file
 from ddpm.train.checkpointing import save
@@ -103,7 +103,7 @@ def concluded(
     ]
     varied = ["sampler", "guidance_scale"]
     (folder / "sampler.yaml").unlink(missing_ok=True)
-    sampler_study_run.conclude(configs, varied, folder / "a.safetensors", folder, list(evaluations))
+    study_run.conclude(configs, varied, folder / "a.safetensors", folder, list(evaluations))
     return sampler_file.read(folder / "sampler.yaml")
 
 
@@ -137,13 +137,13 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
 @pytest.mark.parametrize("change", [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}])
 def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     identity = {"sampler": {"name": "ddim", "num_steps": 4}}
-    about = {**of("ddim", 4, 0.2).protocol, "setting": sampler_study_run.digest_of(identity)}
-    file = sampler_study_run.evaluation_file(tmp_path, identity)
+    about = {**of("ddim", 4, 0.2).protocol, "setting": study_run.digest_of(identity)}
+    file = study_run.evaluation_file(tmp_path, identity)
     file.parent.mkdir()
     for more, there in (({}, True), (change, False)):
         kept = dataclasses.replace(of("ddim", 4, 0.2), protocol={**about, **more}).to_dict()
         file.write_text(json.dumps(kept))
-        assert (sampler_study_run.read_kept(tmp_path, identity) is not None) is there
+        assert (study_run.read_kept(tmp_path, identity) is not None) is there
 
 
 # As users type it.
@@ -189,7 +189,7 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
         return draw(model, sampler, **options)
 
     monkeypatch.setattr(evaluator, "draw", draw_three)
-    monkeypatch.setattr(sampler_study_run, "FEWEST", 120)
+    monkeypatch.setattr(study_run, "FEWEST", 120)
     with pytest.raises(signals.Stopped) as stopped:  # Ctrl-C in the fourth
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert stopped.value.said and "the same command goes on" in capsys.readouterr().out

@@ -17,9 +17,9 @@ MAX_SETTINGS = 1000
 def study(typed: list[str]) -> None:
     """Run a multirun of ddpm-eval. Raises UserError before anything is drawn where one setting is wrong."""
     settings, varied = _settings(typed)
-    from ddpm.report import sampler_study_run
+    from ddpm.cli import study_run
 
-    sampler_study_run.run(settings, varied)
+    study_run.run(settings, varied)
 
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:

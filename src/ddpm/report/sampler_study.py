@@ -16,12 +16,7 @@ from ddpm.io.files import write_atomically
 
 FORMAT_VERSION = 1
 QUALITY = "fd_excess"  # the figure that decides; less is better
-SHOWN = {
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "confident": "sure of the class",
-}
+SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "sure of the class"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
 COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
