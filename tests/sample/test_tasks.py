@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm import build
-from ddpm.cli import sample as command
+from ddpm.cli import sample_run as command
 from ddpm.config import hydra
 from ddpm.config.choices import Component
 from ddpm.config.schema import SampleConfig, TrainConfig, check
@@ -180,7 +180,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def plan_and_draw(config: SampleConfig, model: Model) -> tuple[tasks.Plan, Tensor]:
     todo = tasks.make(config, model)
-    return todo, command._draw(config, model, todo).x
+    return todo, command.draw(config, model, todo).x
 
 
 @pytest.mark.parametrize("task", TASKS)

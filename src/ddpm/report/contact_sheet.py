@@ -1,5 +1,6 @@
 """The contact sheet: the same noise through every run of a report, one run in a row."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from ddpm.checkpoint import locate
 from ddpm.config.choices import Component
 from ddpm.errors import CheckpointError, UserError
-from ddpm.io.images import Pixels, to_uint8
+from ddpm.io.images import Pixels, save_png, to_uint8
+from ddpm.report.runs import RunRow, brief
+from ddpm.report.table import label, measured, varying
+from ddpm.runtime import device as runtime_device
 from ddpm.runtime import memory
 from ddpm.sample.model import Guidance, Model, denoiser, labels, load
 from ddpm.sample.sampling import draw, finite, last
 
 CELL = 64  # pixels of an image in the sheet, about: small ones are enlarged by whole factors
 LARGEST = 192  # larger ones are reduced to this
+MAX_ROWS = 100
+MAX_NAME = 28  # characters of a run's name
 GAP = 4
 LABEL = 330  # pixels: the column of labels
 FONT = 13
@@ -34,6 +42,42 @@ class Strip:
     text: str  # may be broken into two
     foot: str  # one line
     images: Pixels  # (n, H, W, C)
+
+
+def write(
+    picture: Path,
+    rows: Sequence[RunRow],
+    n: int,
+    seed: int,
+    sampler: Component | None,
+    figure: str,
+    device: str,
+) -> list[str]:
+    """Draw n images from every run, with a bar on a terminal, and write the sheet.
+
+    Returns lines that say what was written and why a run was left out. Raises UserError, OSError.
+    """
+    found, keys = runtime_device.device(device), varying(rows)
+    strips, lines = list[Strip](), list[str]()
+    for row in tqdm(rows, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+        if len(strips) == MAX_ROWS:
+            lines.append(f"{picture.name} shows the first {MAX_ROWS} runs of {len(rows)}")
+            break
+        try:
+            if not locate.of_run(row.path):  # the table says what is the matter
+                continue
+            images, step = drawn(row.path, n, seed, sampler, found)
+        except (UserError, OSError) as error:
+            lines.append(f"no images of {row.name}: {brief(str(error), row.path)}")
+            continue
+        name = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name repeats its settings
+        head = measured(row, figure) or f"no {figure}"
+        strips.append(Strip(head, label(row, keys), f"{row.status}, step {step}{name}", images))
+    if not strips:
+        return [*lines, f"nothing to draw from: no {picture.name}"]
+    of = "each run's own sampler" if sampler is None else sampler.name
+    save_png(picture, sheet(f"{n} images of seed {seed}, {of}, best {figure} first", strips))
+    return [*lines, str(picture)]
 
 
 def drawn(
@@ -114,8 +158,6 @@ def _scaled(image: Pixels) -> Any:
 
 def _font(bold: bool = False) -> Any:
     """DejaVu, which matplotlib brings along; it knows ± and most of the world's letters."""
-    from matplotlib import get_data_path
-
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / name, FONT)
 

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from ddpm.io.files import write_atomically
 from ddpm.report.runs import RunRow
 from ddpm.report.table import label, measured, shortened, text, varying
@@ -26,8 +30,6 @@ Curve = Sequence[tuple[int, float]]
 
 def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
     """`rows` best first, at least one of them with the figure. Raises OSError."""
-    from matplotlib.figure import Figure
-
     compared = [row for row in rows if row.best(figure)]
     keys = sorted(varying(compared), key=lambda key: key == "seed")[:PANELS]
     named = [row for row in rows if row.loss or row.figures[figure]][:NAMED]
@@ -73,8 +75,6 @@ def _plain(name: str) -> str:
 
 def _styles(count: int) -> list[dict[str, Any]]:
     """Few runs: a colour each; many: from dark, the best, to light, and neighbours by their dashes."""
-    from matplotlib import colormaps
-
     if count <= len(COLOURS):
         return [{"color": colour, "lw": 1.4} for colour in COLOURS[:count]]
     dashes = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
@@ -170,8 +170,6 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 def _value_axis(axes: Any, values: Sequence[float]) -> None:
     """Logarithmic for a wide spread, with plain numbers at the ticks."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low > 0 and high / low > LOGARITHMIC / 4:
         axes.set_yscale("log")

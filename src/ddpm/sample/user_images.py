@@ -22,7 +22,6 @@ from ddpm.errors import DataError, UserError
 from ddpm.io.files import reason, user_path
 from ddpm.io.images import Pixels, normalise
 from ddpm.runtime.randomness import uniform
-from ddpm.sample import user_images as inputs
 from ddpm.sample.model import Guidance, Model, labels
 
 MAX_INPUTS = 4_096
@@ -195,7 +194,7 @@ RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many 
 class Brought:
     """What the user brought, and which of it the results start from."""
 
-    inputs: inputs.Inputs
+    inputs: Inputs
     numbers: Tensor  # (rows,) of the inputs in use
     pixels: Tensor  # uint8 (rows, C, H, W)
     y: Tensor | None  # (rows,)
@@ -222,7 +221,7 @@ class Brought:
 def bring(config: SampleConfig, model: Model, each: int) -> Brought:
     """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
     assert config.input is not None
-    brought = inputs.read(config.input, model.facts, model.config.dataset, config.data_root)
+    brought = read(config.input, model.facts, model.config.dataset, config.data_root)
     numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
     if numbers.max() >= len(brought.images):
         raise UserError(

@@ -1,0 +1,178 @@
+"""What ddpm-sample does for a checked config: load a model, make a task, draw its images, gather, write."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.checkpoint import locate, verify
+from ddpm.config.schema import SampleConfig, to_dict
+from ddpm.diffusion.samplers import Step
+from ddpm.errors import printable
+from ddpm.io.files import write_atomically
+from ddpm.io.images import Pixels, grid, rows, save_gif, save_png, to_uint8
+from ddpm.runs import output_dirs
+from ddpm.runtime import console, memory
+from ddpm.runtime import device as runtime_device
+from ddpm.runtime.distributed import (
+    broadcast_object,
+    gather_to_rank_zero,
+    process_group,
+    raise_on_all_ranks,
+)
+from ddpm.runtime.world import ALONE, World, world
+from ddpm.sample import tasks
+from ddpm.sample.model import Model, load
+from ddpm.sample.sampling import draw_all
+from ddpm.sample.tasks import Plan
+from ddpm.sample.user_images import guidance
+
+FILM_IMAGES = 16
+FILM_FRAMES = 40
+STRIP_COLUMNS = 10
+
+
+class Drawn(NamedTuple):
+    x: Tensor  # (n, C, H, W)
+    film: Tensor  # (k, steps, C, H, W), the first images after each step; no steps where it is not wanted
+    evaluations: float  # of the network, for each image
+
+
+def run(config: SampleConfig, started: float) -> None:
+    """Run the whole command, begun at `started` (perf_counter). Raises UserError.
+
+    Under torchrun each process draws its share of the images; rank 0 chooses the checkpoint, and writes.
+    """
+    own = world()
+    memory.keep_freed()
+    device = runtime_device.device(config.device, own)
+    with process_group(own, device):
+        path, notes = Path(), list[str]()
+        with raise_on_all_ranks(own):
+            if own.first:
+                path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
+        path = broadcast_object(own, path)
+        with raise_on_all_ranks(own):
+            model, meta = load(path, device, config.ema, config.precision)
+            todo = tasks.make(config, model)
+        slow = runtime_device.slow_in_bf16("precision", config.precision, device)
+        for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
+            print(printable(note), flush=True)
+        with raise_on_all_ranks(own):
+            drawn = draw(config, model, todo, own)
+        drawn = _gathered(config, drawn, todo.n, own)
+        with raise_on_all_ranks(own):
+            if own.first:
+                checkpoint = {"checkpoint": str(path), "checkpoint_sha256": meta.sha256, "step": meta.step}
+                _finish(config, todo, drawn, path, checkpoint, started)
+
+
+def draw(config: SampleConfig, model: Model, todo: Plan, own: World = ALONE) -> Drawn:
+    """Draw this process's images, with a bar on a terminal."""
+    share, filmed = own.share(todo.n), _filmed(config, todo.n)
+    film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
+    number = share.stop - share.start
+    with console.of_steps(own, todo.num_steps, number, config.batch_size, leave=True) as (bar, smaller):
+
+        def watch(places: Tensor, step: Step) -> None:
+            bar.update()
+            if places[0] < filmed:
+                film.setdefault(int(places[0]), []).append(step.x[: filmed - int(places[0])].cpu())
+
+        def halved(left: int, size: int) -> None:
+            film.pop(share.stop - left, None)
+            smaller(left, size)
+
+        places, size = torch.arange(share.start, share.stop), config.batch_size
+        of_model = (model, todo.sampler, guidance(config), todo.y)
+        x, evaluations = draw_all(*of_model, places, todo.steps, size, watch, halved)
+    frames = [torch.stack(steps, dim=1) for steps in film.values()]
+    return Drawn(x, torch.cat(frames) if frames else torch.empty(0, 0, *model.shape), evaluations)
+
+
+def _filmed(config: SampleConfig, n: int) -> int:
+    """How many of the first images are kept after each step."""
+    return min(FILM_IMAGES, config.batch_size, n) if "trajectory" in config.save else 0
+
+
+def _gathered(config: SampleConfig, drawn: Drawn, n: int, own: World) -> Drawn:
+    """On rank 0 the images and the film of all processes."""
+    filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
+    lengths = [max(0, min(share.stop, filmed) - share.start) for share in shares]
+    x = gather_to_rank_zero(own, drawn.x, own.lengths(n))
+    return drawn._replace(x=x, film=gather_to_rank_zero(own, drawn.film, lengths))
+
+
+def _finish(
+    config: SampleConfig,
+    todo: Plan,
+    drawn: Drawn,
+    path: Path,
+    checkpoint: dict[str, object],
+    started: float,
+) -> None:
+    """Write and print all that is said of the images."""
+    measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
+    about = {
+        **checkpoint,
+        **to_dict(config),
+        "sampler": todo.sampler.to_dict(),
+        "images": todo.n,
+        **todo.about,
+        **figures,
+        "evaluations_per_image": drawn.evaluations,
+    }
+    with output_dirs.results(config.out, output_dirs.of_run(path) / "samples" / "drawn") as out:
+        files = _write(config, todo, drawn, out)
+        about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
+        write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
+    if measured:
+        print(measured)
+    for file in [*files, "sample.json"]:
+        print(out / file)
+
+
+def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[str]:
+    """Write what `save` asks for; return the names of the files."""
+    pixels, files = to_uint8(drawn.x), []
+    classes = None if todo.y is None else todo.y.cpu().numpy()
+    if "grid" in config.save:
+        by_class = classes is not None and config.nrow is None and len(np.unique(classes)) > 1
+        table, columns = pixels, config.nrow
+        if todo.rows is not None:
+            table, columns = todo.table(pixels)
+        elif classes is not None and by_class:
+            table, columns = rows(pixels, classes)
+        save_png(out / "grid.png", grid(table, columns))
+        files.append("grid.png")
+    if "images" in config.save:
+        digits = max(5, len(str(len(pixels) - 1)))
+        (out / "images").mkdir(exist_ok=True)
+        for i, image in enumerate(pixels):
+            save_png(out / "images" / f"{i:0{digits}d}.png", image)
+        files.append("images")
+    if "npz" in config.save:
+        arrays = {"images": pixels[..., 0] if pixels.shape[-1] == 1 else pixels}
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays if classes is None else {**arrays, "labels": classes})
+        write_atomically(out / "samples.npz", packed.getvalue(), durable=False)
+        files.append("samples.npz")
+    if film := drawn.film.unbind(1):
+        _write_film(film, out)
+        files += ["trajectory.gif", "trajectory.png"]
+    return files
+
+
+def _write_film(film: tuple[Tensor, ...], out: Path) -> None:
+    """Write images (k, C, H, W) after each step as a film, and a few of them as a strip."""
+    frames = [film[round(i * (len(film) - 1) / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]
+    save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
+    columns = min(STRIP_COLUMNS, len(film))
+    chosen = [film[round((i + 1) * len(film) / columns) - 1][:8] for i in range(columns)]
+    strip: Pixels = np.stack([to_uint8(frame) for frame in chosen], axis=1)
+    save_png(out / "trajectory.png", grid(strip.reshape(-1, *strip.shape[2:]), nrow=columns))
