@@ -1,6 +1,6 @@
 """One file that holds everything a run is: tensors by name and, as JSON, the config, the data's facts and figures.
 
-The format is safetensors, so that no file can run code; `meta.py` says what its header holds and checks it. A file
+The format is safetensors, so that no file can run code; header.py says what its header holds and checks it. A file
 is either whole or not there, and a SHA-256 over all tensors, verified on load, finds every flipped bit.
 """
 

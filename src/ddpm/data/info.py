@@ -48,5 +48,5 @@ def _is_name(name: object) -> bool:
 
 
 def facts(stored: Mapping[str, Any]) -> DatasetInfo:
-    """The facts of the data a checkpoint was trained on, as `meta.py` has checked them."""
+    """Rebuild the facts of the data a checkpoint was trained on, as checkpoint/header.py has checked them."""
     return DatasetInfo(**{**stored, "class_names": tuple(stored["class_names"])})

@@ -16,7 +16,7 @@ CLIPS = ("none", "clip", "dynamic")
 
 
 class Estimate(NamedTuple):
-    """What a denoiser makes of x_t. `fraction` is that of `split`, None where the variance is not learned."""
+    """A denoiser's estimate of x_0 and eps (N, C, H, W). `fraction` is that of `split`, or None."""
 
     x_0: Tensor
     eps: Tensor
@@ -25,7 +25,10 @@ class Estimate(NamedTuple):
 
 @dataclass(eq=False)
 class Denoiser:
-    """A network with what it was trained on: gives the estimate of (x_0, eps) that samplers work with."""
+    """A trained network, its schedule and its guidance: estimate (x_0, eps) for samplers.
+
+    Raises ValueError for an option out of its range.
+    """
 
     network: nn.Module
     schedule: NoiseSchedule
@@ -52,7 +55,7 @@ class Denoiser:
             raise ValueError(f"guidance_scale = {self.guidance_scale}: needs labels and a null label; else 1")
 
     def __call__(self, x_t: Tensor, level: Level, last: bool = False) -> Estimate:
-        """x_t (N, C, H, W) at one noise level; `last` says that x_0 will be the image itself.
+        """Estimate x_0 and eps from x_t (N, C, H, W) at one noise level; `last`: x_0 will be the image itself.
 
         Where x_0 is clipped, eps follows from the clipped x_0; the old one would leave a grey residue.
         """
@@ -65,7 +68,7 @@ class Denoiser:
         return Estimate(x_0, eps, fraction)
 
     def _output(self, x_t: Tensor, level: Level) -> Tensor:
-        """Guided inside the interval of noise levels (Kynkäänniemi et al. 2024), conditional outside."""
+        """Evaluate the network, guided inside the interval of noise levels (Kynkäänniemi et al. 2024)."""
         t = torch.full((len(x_t),), level.t, device=x_t.device)
         low, high = self.guidance_interval
         scale = self.guidance_scale if low <= math.exp(-level.lambda_) <= high else 1.0
@@ -89,10 +92,10 @@ class Denoiser:
 
 
 def guide(cond: Tensor, uncond: Tensor, channels: int, scale: float, rescale: float) -> Tensor:
-    """uncond + scale (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w), of two network outputs.
+    """Return uncond + scale (cond - uncond) of two network outputs (Ho & Salimans 2022, eq. 6, scale = 1 + w).
 
-    Then taken by the part `rescale` to the standard deviation of cond (Lin et al. 2023, section 3.4).
-    Channels beyond the first `channels` say the variance and stay those of cond.
+    `rescale` in [0, 1] moves the standard deviation towards that of cond (Lin et al. 2024, section 3.4).
+    Channels beyond the first `channels` hold the variance and stay those of cond.
     """
     mean, uncond_mean = cond[:, :channels], uncond[:, :channels]
     guided = uncond_mean + scale * (mean - uncond_mean)
@@ -103,8 +106,9 @@ def guide(cond: Tensor, uncond: Tensor, channels: int, scale: float, rescale: fl
 
 
 def threshold(x_0: Tensor, percentile: float | None) -> Tensor:
-    """x_0 within [-1, 1]: clipped, or with a percentile clipped at that percentile of the image's |x_0|, if
-    above 1, and divided by it (Saharia et al. 2022, section 2.3: dynamic thresholding).
+    """Bring x_0 (N, C, H, W) into [-1, 1]: clip it, or threshold it dynamically (Saharia et al. 2022, section 2.3).
+
+    Dynamic thresholding clips at a percentile (in [0, 1]) of each image's |x_0|, if above 1, and divides by it.
     """
     if percentile is None:
         return x_0.clamp(-1, 1)

@@ -28,14 +28,14 @@ def repaint(
     jump_length: int = 3,
     jump_n_sample: int = 4,
 ) -> Iterator[Step]:
-    """RePaint (Lugmayr et al. 2022, algorithm 1): draws the pixels where `mask` (N, 1, H, W) is true.
+    """Draw the pixels by RePaint (Lugmayr et al. 2022, algorithm 1) where `mask` (N, 1, H, W) is true.
 
-    Each step is ancestral for the unknown pixels, while the known ones are those of `known` (N, C, H, W) with
-    noise of the next level (ibid. eq. 8). The two do not match yet, so every stretch of `jump_length` levels is
-    walked `jump_n_sample` times, with a jump back by q(x_t | x_s) in between (ibid. section 4.2). Here the last
-    stretch too, from the clean image, so that the cost is jump_n_sample evaluations for each level. The paper
-    jumps 10 of 250 levels; with 50, long jumps forget what was agreed on (the test on a known Gaussian), short
-    ones make the draws too alike, so the default is 3. The known pixels come out as they went in, bit by bit.
+    Each step is ancestral for the unknown pixels, while the known ones are those of `known` (N, C, H, W) with noise of
+    the next level (ibid. eq. 8, which prints alpha_bar_t for t-1). The two do not match yet, so every stretch of
+    `jump_length` levels is walked `jump_n_sample` times, with a jump back by q(x_t | x_s) in between (ibid. section
+    4.2). Here the last stretch is repeated too, from the clean image, so that the cost is jump_n_sample evaluations
+    for each level. The paper jumps 10 of 250 levels; with 50, long jumps forget what was agreed on (the test on a
+    known Gaussian), short ones make the draws too alike, so the default is 3. Known pixels come out bit by bit.
     """
     within("jump_length", jump_length, 1, math.inf)
     within("jump_n_sample", jump_n_sample, 1, math.inf)
@@ -65,8 +65,9 @@ def _jump_back(x: Tensor, s: Level, t: Level, eps: Tensor) -> Tensor:
 def sdedit(
     levels: Sequence[Level], x_0: Tensor, eps: Tensor, strength: float
 ) -> tuple[Tensor, Sequence[Level]]:
-    """SDEdit's start (Meng et al. 2022, section 3): x_0 with the noise of the level at this share of the steps
-    from the end, and the levels from there on, for any sampler.
+    """Return SDEdit's start (Meng et al. 2022, section 3) and the levels from there on, for any sampler.
+
+    The start is x_0 with the noise of the level at the share `strength`, in [0, 1], of the steps from the end.
 
     strength = 0 is x_0 itself with no step to go; strength = 1 is generation, with nothing of x_0 left.
     """
@@ -78,7 +79,7 @@ def sdedit(
 
 
 def slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
-    """Spherical interpolation (Shoemake 1985) of noise, as in Song et al. 2021 (*DDIM*), appendix D.5.
+    """Interpolate noise spherically (Shoemake 1985), as in Song et al. 2021 (*DDIM*), appendix D.5.
 
     From a (N, C, H, W) at part (N,) = 0 to b at 1, both exact. On a straight line the middle would have too
     small a norm to be noise; the straight line is taken only where the two (nearly) agree or are opposite.
@@ -94,7 +95,7 @@ def slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
 
 
 def reconstruct(denoiser: Denoise, levels: Sequence[Level], x_0: Tensor) -> Iterator[Step]:
-    """From images to noise by `ddim_inverse`, and back by `ddim` with eta = 0. Clip neither way."""
+    """Go from images to noise by `ddim_inverse`, and back by `ddim` with eta = 0. The denoiser must not clip."""
     x = x_0
     for step in ddim_inverse(denoiser, levels, x_0):
         yield step
@@ -107,15 +108,16 @@ def _no_noise(k: int) -> Tensor:
 
 
 def encode(denoiser: Denoise, levels: Sequence[Level], x_0: Tensor) -> Tensor:
-    """The noise that `ddim` with eta = 0 makes the images from."""
+    """Return the noise (N, C, H, W) that `ddim` with eta = 0 makes the images from."""
     for step in ddim_inverse(denoiser, levels, x_0):
         x = step.x
     return x
 
 
 def grey_level_errors(images: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean squared error, largest difference) of each x (N, C, H, W) in [-1, 1] from uint8 images, in levels of
-    0 … 255.
+    """Return each image's (mean squared error, largest difference) in grey levels of 0 … 255, (N,) each.
+
+    x is (N, C, H, W) in [-1, 1], `images` uint8 of the same shape.
     """
     difference = ((x + 1) * 127.5 - images).flatten(1)
     return difference.square().mean(1), difference.abs().amax(1)

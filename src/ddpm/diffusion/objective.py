@@ -11,27 +11,31 @@ from ddpm.diffusion.process import PREDICTIONS, add_noise, split, target
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import one_of, positive
 
+# Loss weights w on the squared error of x_0: tables (T,) over t, from snr = alpha^2 / sigma^2. Each takes its own
+# parameter and ignores the others, so that an objective can pass all it has to any of them.
+
 
 def uniform(snr: Tensor, **_: float) -> Tensor:
-    """Every error in eps counts the same: L_simple (Ho et al. 2020, eq. 14)."""
+    """Weigh every squared error of eps the same: L_simple (Ho et al. 2020, eq. 14)."""
     return snr
 
 
 def min_snr(snr: Tensor, *, min_snr_gamma: float = 5.0, **_: float) -> Tensor:
-    """min(snr, gamma) (Hang et al. 2023, section 3.4)."""
+    """Return min(snr, gamma) (Hang et al. 2023, section 3.4). gamma must be above 0."""
     positive("min_snr_gamma", min_snr_gamma)
     return snr.clamp(max=min_snr_gamma)
 
 
 def p2(snr: Tensor, *, p2_gamma: float = 1.0, **_: float) -> Tensor:
-    """1 / (k + snr)^gamma on the error of eps, with k = 1 (Choi et al. 2022, eq. 8)."""
+    """Weigh the error of eps by 1 / (k + snr)^gamma, k = 1 (Choi et al. 2022, eq. 8). gamma must be above 0."""
     positive("p2_gamma", p2_gamma)
     return snr / (1 + snr) ** p2_gamma
 
 
 def sigmoid(snr: Tensor, *, sigmoid_bias: float = 2.0, **_: float) -> Tensor:
-    """L_w = 1/2 E[w (-d log snr / dt) |error of eps|^2], w = sigmoid(bias - log snr), t in [0, 1] (Kingma &
-    Gao 2023). The slope makes it the same weighting of noise levels whatever the schedule.
+    """Weigh noise levels by w = sigmoid(bias - log snr), whatever the schedule (Kingma & Gao 2023).
+
+    L_w = 1/2 E[w (-d log snr / dt) |error of eps|^2], t in [0, 1]. Raises ValueError for fewer than two timesteps.
     """
     if len(snr) < 2:
         raise ValueError("weight = sigmoid: takes the slope of log snr, so num_timesteps must be at least 2")
@@ -71,8 +75,10 @@ def make_objective(
     vlb_weight: float = 0.001,
     **weight_parameters: float,
 ) -> Objective:
-    """Tables in float64, cast at the end. Refuses, with the reason, what could not be trained.
+    """Compute an objective's tables in float64 and cast them to float32 on `device`.
 
+    Raises ValueError, with the reason, for what could not be trained. `vlb_weight` is a factor on a bound in nats;
+    that of Nichol & Dhariwal (2021) is on bits, times T / 1000.
     A weight w on the error of x_0 becomes one on the prediction's by the chain rule: `invert` says
     x_0 = ... - (sigma / determinant) output, so it is w (sigma / determinant)^2.
     """
@@ -124,9 +130,9 @@ def _vlb_tables(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 def losses(
     network: nn.Module, objective: Objective, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None
 ) -> Tensor:
-    """The loss of each image, (N,), for times t (N,) int64 and noise eps (N, C, H, W).
+    """Return the loss of each image, (N,), for x_0 (N, C, H, W) in [-1, 1], times t (N,) int64 and noise eps like x_0.
 
-    With a learned variance L_hybrid (Nichol & Dhariwal 2021, eq. 16): see `vlb_terms`.
+    With a learned variance: L_hybrid (Nichol & Dhariwal 2021, eq. 16): see `vlb_terms`.
     """
     tables = (objective.alpha, objective.sigma, objective.weight)
     alpha, sigma, weight = (table[t].view(-1, 1, 1, 1) for table in tables)
@@ -140,9 +146,9 @@ def losses(
 
 
 def vlb_terms(objective: Objective, error: Tensor, fraction: Tensor, t: Tensor) -> Tensor:
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel, in nats, from the squared `error`.
+    """Return KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each pixel, in nats, from the squared `error`.
 
-    Both are normal (Ho et al. 2020, eq. 5). The log variance of p stands at `fraction` between those of the
+    Both are normal (Ho et al. 2020, eq. 1 and 6). The log variance of p stands at `fraction` between those of the
     posterior and the transition (Nichol & Dhariwal 2021, eq. 15), whose ratio is sigma_t^2 / sigma_{t-1}^2.
     The squared distance of the means over the posterior's variance is (snr_{t-1} - snr_t) |error of x_0|^2
     (Kingma et al. 2021, eq. 13).

@@ -1,4 +1,4 @@
-"""The algebra of diffusion: noising, posterior, what a network predicts, the training loss and the denoiser.
+"""The algebra of diffusion: noising, the posterior, and what a network may predict.
 
 Everything holds for any pair (alpha, sigma), variance-preserving or not.
 """
@@ -16,7 +16,7 @@ Scale = float | Tensor  # alpha or sigma: a number, or one for each image (N, 1,
 
 
 def add_noise(x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
-    """A sample of q(x_t | x_0) (Ho et al. 2020, eq. 4): x_t = alpha x_0 + sigma eps."""
+    """Return x_t = alpha x_0 + sigma eps, a draw from q(x_t | x_0) (Ho et al. 2020, eq. 4), for eps ~ N(0, I)."""
     return alpha * x_0 + sigma * eps
 
 
@@ -31,7 +31,10 @@ class Posterior:
 
 
 def posterior(t: Level, s: Level) -> Posterior:
-    """Kingma et al. 2021 (*Variational Diffusion Models*), appendix A.2; Ho et al. 2020, eq. 7."""
+    """Compute q(x_s | x_t, x_0) for s cleaner than t.
+
+    Kingma et al. 2021 (*Variational Diffusion Models*), appendix A.2; Ho et al. 2020, eq. 7.
+    """
     alpha_ts = t.alpha / s.alpha
     variance_ts = -math.expm1(2 * (t.lambda_ - s.lambda_)) * t.sigma**2  # no digits lost between close levels
     return Posterior(
@@ -52,13 +55,13 @@ PREDICTIONS: dict[str, Callable[[Any, Any], tuple[Scale, Scale]]] = {
 
 
 def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
-    """What the network should have said."""
+    """Return what the network is trained to predict, shaped like x_0 (N, C, H, W)."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     return a * x_0 + b * eps
 
 
 def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
+    """Return (x_0, eps), by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)
     determinant = alpha * b - sigma * a  # on the factors, as numbers cost less than images
     if isinstance(determinant, float) and determinant == 0:  # eps where alpha = 0 says nothing of x_0
@@ -67,13 +70,11 @@ def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Sc
     return x_0, alpha / determinant * output - a / determinant * x_t
 
 
-# Loss weights w on the squared error of x_0: tables over t, from that of snr = alpha^2 / sigma^2. Each takes
-# its own parameter and lets the others pass, so that an objective can hand all it has to any of them.
-
-
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """(prediction, fraction): a network with twice the channels also says where in its range the log variance
-    lies, -1 at the smallest and 1 at the largest; `fraction` has these at 0 and 1.
+    """Split a network's output (N, C or 2 C, H, W) into (prediction, fraction).
+
+    The second C channels, if any, say where in its range the log variance lies: -1 is the smallest, 1 the largest.
+    `fraction` has these at 0 and 1; it is None where there are only C channels.
     """
     if output.shape[1] == channels:
         return output, None

@@ -48,9 +48,10 @@ class Step(NamedTuple):
 def sample_levels(
     schedule: NoiseSchedule, num_steps: int, spacing: str | Sequence[float] = "linspace", rho: float = 7.0
 ) -> list[Level]:
-    """num_steps noise levels from the noisiest, then the clean image: num_steps + 1 in all.
+    """Return num_steps noise levels from the noisiest, then the clean image: num_steps + 1 in all.
 
-    `spacing` names one of `SPACINGS`, or is itself the list of times; then num_steps has no say.
+    `spacing` names one of `SPACINGS`, or is itself the list of falling times in [0, T-1]; then num_steps is ignored.
+    Raises ValueError for an unknown spacing or a number out of its range.
     """
     last = schedule.num_timesteps - 1
     if isinstance(spacing, str):
@@ -68,7 +69,7 @@ def sample_levels(
 def ddpm(
     denoiser: Denoise, levels: Sequence[Level], x: Tensor, noise: Noise, *, variance: str = "small"
 ) -> Iterator[Step]:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) between any two levels: a draw from q(x_s | x_t, x_0).
+    """Sample ancestrally (Ho et al. 2020, algorithm 2): each step draws from q(x_s | x_t, x_0).
 
     variance "small" is the posterior's own (beta tilde), "large" that of q(x_t | x_s) (beta), ibid. section
     3.2; "learned" lies where the network says between their logarithms (Nichol & Dhariwal 2021, eq. 15).
@@ -91,7 +92,7 @@ def ddpm(
 def ddim(
     denoiser: Denoise, levels: Sequence[Level], x: Tensor, noise: Noise, *, eta: float = 0.0
 ) -> Iterator[Step]:
-    """Song et al. 2021 (*DDIM*), eq. 12 and 16: eta = 0 is deterministic, eta = 1 is ancestral sampling."""
+    """Sample by DDIM (Song et al. 2021, eq. 12 and 16): eta = 0 is deterministic, eta = 1 ancestral sampling."""
     within("eta", eta, 0, 1)
     for k, (t, s) in enumerate(pairwise(levels)):
         x_0, eps, _ = denoiser(x, t, last=s.sigma == 0)
@@ -105,7 +106,7 @@ def ddim(
 def ddim_inverse(
     denoiser: Denoise, levels: Sequence[Level], x: Tensor, *, iterations: int = 15
 ) -> Iterator[Step]:
-    """From images to the noise that `ddim` with eta = 0 makes them from; `levels` as there, noisiest first.
+    """Go from images to the noise that `ddim` with eta = 0 makes them from; `levels` as there, noisiest first.
 
     The step from s up to t wants the x_t that ddim takes to x_s, for which the denoiser must see x_t itself:
     a fixed point, found by iteration from the usual guess (Pan et al. 2023, *AIDI*). Solved for x_t with x_0
@@ -142,10 +143,11 @@ def heun(
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
 ) -> Iterator[Step]:
-    """Second order, two evaluations a step (Karras et al. 2022, algorithm 2; without churn algorithm 1).
+    """Sample at second order, two evaluations a step (Karras et al. 2022, algorithm 2; without churn algorithm 1).
 
     Their trapezoid rule for dx = eps d(sigma / alpha) puts e^h / 2 of the weight on the x_0 of the later end.
-    Over a long step, where that exceeds 1, it would run far past both ends; there the weight is 1.
+    Over a long step, where that exceeds 1 (h > ln 2), it would run far past both ends; there the weight is 1. This
+    cap is ours; it acts on 5 of the 17 steps of EDM's own schedule.
     """
     within("churn", churn, 0, math.inf)
     within("churn_min", churn_min, 0, churn_max)
@@ -176,14 +178,14 @@ LONGEST_STRIDE = 1.5  # steps that are longer, relative to the one before, must 
 
 
 def dpmpp_2m(denoiser: Denoise, levels: Sequence[Level], x: Tensor, noise: Noise) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2022, *DPM-Solver++*, algorithm 2): second order, from two steps' x_0."""
+    """Sample by DPM-Solver++(2M) (Lu et al. 2022, *DPM-Solver++*): second order, from two steps' x_0."""
     return dpmpp_2m_sde(denoiser, levels, x, noise, eta=0.0)
 
 
 def dpmpp_2m_sde(
     denoiser: Denoise, levels: Sequence[Level], x: Tensor, noise: Noise, *, eta: float = 1.0
 ) -> Iterator[Step]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, *DPM-Solver++*, section 5), with fresh noise of strength eta.
+    """Sample by SDE-DPM-Solver++(2M) (Lu et al. 2022, *DPM-Solver++*), with fresh noise of strength eta in [0, 1].
 
     Written in e^-h = alpha_t sigma_s / (sigma_t alpha_s), which is 0 where h is infinite.
     """
@@ -204,8 +206,9 @@ def dpmpp_2m_sde(
 def unipc(
     denoiser: Denoise, levels: Sequence[Level], x: Tensor, noise: Noise, *, order: int = 2
 ) -> Iterator[Step]:
-    """UniPC-p on x_0 with B_2(h) = e^h - 1 (Zhao et al. 2023, section 3.4): each x_0 first corrects the step
-    that led to it, then serves the next one.
+    """Sample by UniPC-p on x_0 with B(h) = 1 - e^-h (Zhao et al. 2023).
+
+    Each x_0 first corrects the step that led to it, then serves the next one. `order` is 2 or 3.
     """
     within("order", order, 2, 3)
     known: Known = []  # the x_0 of the last levels, newest first

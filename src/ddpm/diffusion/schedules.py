@@ -68,7 +68,7 @@ class NoiseSchedule:
         return (self.alpha / self.sigma).log()
 
     def at(self, t: float) -> Level:
-        """The level at time t in [-1, T-1]."""
+        """Return the level at time t in [-1, T-1], interpolated between the integers."""
         i = min(max(int(t + 1), 0), self.num_timesteps - 1)
         if t == i - 1:
             return self._exact(i - 1)
@@ -85,7 +85,7 @@ class NoiseSchedule:
         return Level(float(i), self.alpha[i].item(), self.sigma[i].item())
 
     def at_lambda(self, lambda_: float) -> Level:
-        """The level with this lambda, the nearest end of 0 … T-1 where the schedule does not reach it."""
+        """Return the level with this lambda, or the nearest end of 0 … T-1 where the schedule does not reach it."""
         angle = math.atan2(1.0, math.exp(min(lambda_, 700.0)))
         i = bisect_left(self._angle, angle)
         if i <= 1:
@@ -102,10 +102,10 @@ def is_noise(level: Level) -> bool:
 
 
 def from_betas(beta: Tensor, zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """Variance-preserving: alpha_bar_t = prod (1 - beta_s), alpha = sqrt(alpha_bar) (Ho et al. 2020, eq. 4).
+    """Make a variance-preserving schedule from betas (T,): alpha_bar_t = prod (1 - beta_s) (Ho et al. 2020, eq. 4).
 
-    `zero_terminal_snr` shifts and scales alpha so that the last is 0 and the first stays (Lin et al. 2023,
-    algorithm 1). By way of log alpha and 1 - alpha, so that sigma keeps all its digits near t = 0.
+    `zero_terminal_snr` shifts and scales alpha so that the last is 0 and the first stays (Lin et al. 2024,
+    algorithm 1). Computed by way of log alpha and 1 - alpha, so that sigma keeps all its digits near t = 0.
     """
     log_alpha = 0.5 * torch.log1p(-beta.double()).cumsum(0)
     alpha, lost = log_alpha.exp(), -torch.expm1(log_alpha)
@@ -119,7 +119,7 @@ def from_betas(beta: Tensor, zero_terminal_snr: bool = False) -> NoiseSchedule:
 
 
 def from_alpha_bar(alpha_bar: Tensor, zero_terminal_snr: bool) -> NoiseSchedule:
-    """From alpha_bar at the T + 1 borders of the time steps, the first being the clean image."""
+    """Make a schedule from alpha_bar at the T + 1 borders of the time steps, the first being the clean image."""
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
     return from_betas(beta.clamp(max=MAX_BETA), zero_terminal_snr)
 
@@ -127,7 +127,7 @@ def from_alpha_bar(alpha_bar: Tensor, zero_terminal_snr: bool) -> NoiseSchedule:
 def linear(
     num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
 ) -> NoiseSchedule:
-    """Betas rise linearly (Ho et al. 2020, section 4). Defined for T = 1000, else scaled by 1000 / T."""
+    """Let betas rise linearly (Ho et al. 2020, section 4). Defined for T = 1000, else scaled by 1000 / T."""
     within("num_timesteps", num_timesteps, 1, math.inf)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"beta_start = {beta_start}, beta_end = {beta_end}: need 0 < start <= end < 1")
@@ -136,7 +136,10 @@ def linear(
 
 
 def cosine(num_timesteps: int, s: float = 0.008, zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """alpha_bar(t) = cos^2((t + s) / (1 + s) pi / 2), betas clipped (Nichol & Dhariwal 2021, eq. 17)."""
+    """Let alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi / 2) (Nichol & Dhariwal 2021, eq. 17).
+
+    Only ratios of alpha_bar enter, so that f(0) cancels. Betas are clipped at 0.999.
+    """
     within("num_timesteps", num_timesteps, 1, math.inf)
     within("s", s, 0, 1)
     t = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
@@ -150,7 +153,9 @@ def sigmoid(
     tau: float = 1.0,
     zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """alpha_bar(t) = (S(end) - S(x)) / (S(end) - S(start)), S = sigmoid(. / tau), x from start to end.
+    """Let alpha_bar(t) = (S(end) - S(x)) / (S(end) - S(start)), S = sigmoid(. / tau), x from start to end.
+
+    tau below 1 makes the schedule cleaner at the clean end and noisier at the noisy one.
 
     Jabri et al. 2022 (*Scalable Adaptive Computation for Iterative Generation*); written out in Chen 2023
     (*On the Importance of Noise Scheduling*), algorithm 1. Betas are clipped as for the cosine.
@@ -163,8 +168,10 @@ def sigmoid(
 
 
 def straight(num_timesteps: int) -> NoiseSchedule:
-    """alpha = 1 - t, sigma = t at the middles of T equal slices of [0, 1]: the straight line from image to
-    noise of flow matching (Lipman et al. 2023, section 4.1) and rectified flow (Liu et al. 2023).
+    """Let alpha = 1 - t, sigma = t at the middles of T equal slices of [0, 1].
+
+    The straight line from image to noise of flow matching (Lipman et al. 2023, section 4.1) and of rectified flow
+    (Liu et al. 2023).
     """
     within("num_timesteps", num_timesteps, 1, math.inf)
     t = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps

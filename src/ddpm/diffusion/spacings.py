@@ -13,14 +13,16 @@ LAMBDA_OF_NOISE = -5.0  # alpha / sigma = 0.007: no steps are spent where it is 
 
 
 def linspace(schedule: NoiseSchedule, num_steps: int, **_: float) -> list[float]:
-    """Equal steps of t from T-1 to 0, both included."""
+    """Take equal steps of t from T-1 to 0, both included."""
     last = schedule.num_timesteps - 1
     return _steps(last, 0, num_steps)
 
 
 def leading(schedule: NoiseSchedule, num_steps: int, **_: float) -> list[float]:
-    """The start of each of num_steps equal slices of 0 … T-1 (Song et al. 2021, *DDIM*). Begins before T-1,
-    where the image still shows (Lin et al. 2023, table 2): for few steps `trailing` is right.
+    """Take the start of each of num_steps equal slices of 0 … T-1 (Song et al. 2021, *DDIM*).
+
+    It begins before T-1, where the image still shows (Lin et al. 2024, table 2): for few steps take `trailing`.
+    Raises ValueError for a single step.
     """
     if num_steps == 1 < schedule.num_timesteps:
         raise ValueError("spacing = leading: would take its single step at the clean end; take trailing")
@@ -28,18 +30,18 @@ def leading(schedule: NoiseSchedule, num_steps: int, **_: float) -> list[float]:
 
 
 def trailing(schedule: NoiseSchedule, num_steps: int, **_: float) -> list[float]:
-    """The end of each of num_steps equal slices of 0 … T-1 (Lin et al. 2023, section 3.3)."""
+    """Take the end of each of num_steps equal slices of 0 … T-1 (Lin et al. 2024, section 3.3)."""
     return [schedule.num_timesteps * i / num_steps - 1 for i in range(num_steps, 0, -1)]
 
 
 def logsnr(schedule: NoiseSchedule, num_steps: int, **_: float) -> list[float]:
-    """Equal steps of lambda (Lu et al. 2022, *DPM-Solver*)."""
+    """Take equal steps of lambda (Lu et al. 2022, *DPM-Solver*)."""
     noisiest, cleanest = _lambda_ends(schedule)
     return _times(schedule, _steps(noisiest, cleanest, num_steps))
 
 
 def karras(schedule: NoiseSchedule, num_steps: int, *, rho: float) -> list[float]:
-    """Equal steps of (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5)."""
+    """Take equal steps of (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5)."""
     noisiest, cleanest = (math.exp(-lambda_ / rho) for lambda_ in _lambda_ends(schedule))
     return _times(schedule, [-rho * math.log(root) for root in _steps(noisiest, cleanest, num_steps)])
 

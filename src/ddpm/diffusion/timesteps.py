@@ -24,7 +24,7 @@ HISTORY = 10  # losses kept for each t (Nichol & Dhariwal 2021, section 3.3)
 def uniform(
     seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Each t alike, each image by itself (Ho et al. 2020, algorithm 1)."""
+    """Draw each t alike, each image by itself (Ho et al. 2020, algorithm 1)."""
     t = _bits(seed, step, index) * num_timesteps >> 24
     return t, torch.ones_like(t, dtype=torch.float32)
 
@@ -32,9 +32,9 @@ def uniform(
 def stratified(
     seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """One in each of batch_size equal slices of 0 … T-1, so that the loss varies less from batch to batch
-    (Kingma et al. 2021, appendix I.1, with one draw for each slice). In integers: no draw is rounded into the
-    next.
+    """Draw one t in each of batch_size equal slices of 0 … T-1: the loss varies less from batch to batch.
+
+    Kingma et al. 2021, appendix I.1, with one draw for each slice. In integers, so that none is rounded into the next.
     """
     t = ((index << 24) + _bits(seed, step, index)) * num_timesteps // (batch_size << 24)
     return t, torch.ones_like(t, dtype=torch.float32)
@@ -51,8 +51,9 @@ def logit_normal(
     logit_normal_std: float = 1.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """t / T = sigmoid(mean + std z), z ~ N(0, 1) (Esser et al. 2024, eq. 19): the middle more often, and
-    meant so, hence without a weight to undo it. A mean above 0 leans towards noise.
+    """Draw t / T = sigmoid(mean + std z), z ~ N(0, 1) (Esser et al. 2024, eq. 19): the middle more often.
+
+    The weight is 1: the preference is wanted. A mean above 0 leans towards noise.
     """
     positive("logit_normal_std", logit_normal_std)
     z = randomness.normal(seed, "timesteps", step, index, ())
@@ -64,8 +65,9 @@ def logit_normal(
 def loss_aware(
     seed: int, step: Step, index: Tensor, batch_size: int, num_timesteps: int, *, history: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """t in proportion to the root mean square of its last losses, weight 1 / (T p_t) (Nichol & Dhariwal 2021,
-    eq. 18); uniform until each t has 10 of them.
+    """Draw t in proportion to the root mean square of its last losses, with weight 1 / (T p_t).
+
+    Nichol & Dhariwal 2021, eq. 18; uniform until each t has 10 losses in `history` (T, 10).
     """
     importance = history.square().mean(dim=1).sqrt()
     share = importance / importance.sum()
@@ -78,12 +80,12 @@ def loss_aware(
 
 
 def empty_history(num_timesteps: int, device: torch.device | str) -> Tensor:
-    """The state of `loss_aware`, (T, 10) float32, oldest loss first, nan where there is none yet."""
+    """Make the state of `loss_aware`, (T, 10) float32, oldest loss first, nan where there is none yet."""
     return torch.full((num_timesteps, HISTORY), torch.nan, device=device)
 
 
 def updated_history(history: Tensor, t: Tensor, losses: Tensor) -> Tensor:
-    """The history after a whole batch, in the order of the batch; losses that are not finite leave no trace.
+    """Return the history after a whole batch, in the order of the batch, without losses that are not finite.
 
     Image j, the i-th of the n with its t, goes to column 10 - n + i after the old ones have moved n to the
     left.

@@ -1,4 +1,4 @@
-"""The user's cache folder, tensor files that carry their own hash, and what the second start need not make again."""
+"""The user's cache folder, and safetensors files that carry their own hash."""
 
 import hashlib
 import os
@@ -37,14 +37,14 @@ def cache_folder() -> Path:
 
 
 def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
-    """A safetensors file, written atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
+    """Write a safetensors file atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
     write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 
 
 def load_arrays(path: Path, limit: int) -> Arrays:
-    """What `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
+    """Read what `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
     try:
         with open_regular(path, limit) as file:
             header = int.from_bytes(file.read(8), "little")
@@ -64,7 +64,7 @@ def load_arrays(path: Path, limit: int) -> Arrays:
 
 
 def content_hash(arrays: Arrays) -> str:
-    """SHA-256 over names, types, shapes and values."""
+    """Return the SHA-256 over names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -75,10 +75,10 @@ def content_hash(arrays: Arrays) -> str:
 def kept(
     name: str, key: str, count: int, size: int, make: Callable[[], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    """Images uint8 (count, C, size, size) that `make` makes; where that takes long, at the first start alone.
+    """Return images uint8 (count, C, size, size) from the cache, or make them and, if that takes long, cache them.
 
-    `key` stands for all that they are made from. Under a name only the images of the last key are kept. Where nothing
-    can be kept they are made at each start.
+    `key` identifies all that they are made from. For a name only the images of the last key are cached. Where
+    nothing can be cached they are made at each start.
     """
     try:
         path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
@@ -105,10 +105,7 @@ def kept(
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """A hash of paths, sizes and times of change, which is the same as long as the files are: none of them is read.
-
-    Raises DataError where one has gone.
-    """
+    """Hash paths, sizes and modification times of files, without reading them. Raises DataError where one is gone."""
     digest = hashlib.sha256()
     for file in files:
         try:

@@ -17,17 +17,17 @@ Pixels = NDArray[np.uint8]
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 0 … 255 → float32 in [-1, 1]."""
+    """Convert uint8 in 0 … 255 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Pixels:
-    """(N, C, H, W) in [-1, 1] (clipped to it) → (N, H, W, C) uint8 0 … 255, to the nearest level."""
+    """Convert (N, C, H, W), clipped to [-1, 1], to uint8 (N, H, W, C) in 0 … 255, rounded to the nearest level."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images: Pixels, nrow: int | None = None, gap: int = 2) -> Pixels:
-    """(N, H, W, C) in one picture, `nrow` in a row (near-square if None), small ones enlarged to be seen."""
+    """Arrange (N, H, W, C) in one picture, `nrow` in a row (near-square if None), small images enlarged."""
     n, height, width, channels = images.shape
     nrow = min(nrow or math.ceil(math.sqrt(n)), n)
     scale = max(1, round(56 / max(height, width))) if n <= 1024 else 1
@@ -41,7 +41,7 @@ def grid(images: Pixels, nrow: int | None = None, gap: int = 2) -> Pixels:
 
 
 def rows(images: Pixels, classes: NDArray[np.int64]) -> tuple[Pixels, int]:
-    """Images and row length for a grid that shows one class in each row, short rows filled up in grey."""
+    """Return images and row length for a grid with one class in each row, short rows filled up in grey."""
     kinds, counts = np.unique(classes, return_counts=True)
     table = np.full((len(kinds), counts.max(), *images.shape[1:]), 96, dtype=np.uint8)
     for row, kind, count in zip(table, kinds, counts, strict=True):
@@ -50,19 +50,19 @@ def rows(images: Pixels, classes: NDArray[np.int64]) -> tuple[Pixels, int]:
 
 
 def save_png(path: Path, image: Pixels) -> None:
-    """(H, W, 1 or 3) → PNG, whole or not there. Raises OSError."""
+    """Write an image (H, W, 1 or 3) as PNG, atomically. Raises OSError."""
     data = io.BytesIO()
     _pillow(image).save(data, "PNG")
     write_atomically(path, data.getvalue(), durable=False)
 
 
 def save_grid(images: Tensor, path: str | Path, nrow: int | None = None) -> None:
-    """(N, C, H, W) in [-1, 1], C 1 or 3, as one PNG, `nrow` in a row; whole or not there. Raises OSError."""
+    """Write (N, C, H, W) in [-1, 1], C 1 or 3, as one PNG, `nrow` in a row, atomically. Raises OSError."""
     save_png(Path(path), grid(to_uint8(images), nrow))
 
 
 def save_gif(path: Path, frames: Sequence[Pixels], milliseconds: int = 60) -> None:
-    """Frames (H, W, C) as a looping film that rests on its last frame, whole or not there. Raises OSError."""
+    """Write frames (H, W, C) as a looping GIF that rests on its last frame, atomically. Raises OSError."""
     first, *rest = [_pillow(frame) for frame in frames]
     durations = [milliseconds] * len(rest) + [1500]
     data = io.BytesIO()

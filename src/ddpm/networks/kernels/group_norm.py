@@ -1,15 +1,13 @@
-"""GroupNorm (Wu & He 2018) with what comes before and after it in a U-Net: a bias of each image, and SiLU.
+"""GroupNorm (Wu & He 2018) with what surrounds it in a U-Net: a bias of each image before it, SiLU after it.
 
-In channels_last all of it is one kernel: in C on a CPU (group_norm.c, by native.py), in Triton on a GPU
-(group_norm_triton.py). PyTorch takes five passes over memory on a CPU, two more in bf16, and on a GPU it leaves
-channels_last besides. Elsewhere, and where a kernel cannot be had, PyTorch's own operations.
+In channels_last all of it is one kernel: in C on a CPU (group_norm_c.py), in Triton on a GPU (group_norm_triton.py).
+PyTorch takes five passes over memory on a CPU, two more in bf16, and on a GPU it leaves channels_last besides.
+Where no kernel fits, `plain` does the same with PyTorch's operations.
 """
 
-import ctypes
 import os
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ddpm.networks.kernels import native
+from ddpm.networks.kernels import group_norm_c
 
 
 def normed(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: bool = True) -> Tensor:
-    """SiLU (unless told not to) of `norm` of x (N, C, H, W) + extra (N, C), in the dtype of x.
+    """Return `norm` of x (N, C, H, W) + extra (N, C), with SiLU unless `silu` is false, in the dtype of x.
 
-    In float32 whatever x is: under autocast, x comes in bf16 and the weights of `norm` are float32.
+    Computed in float32 whatever x is: under autocast, x comes in bf16 and the weights of `norm` are float32.
     """
-    if _fits(norm, x, extra):
-        result: Tensor = _GroupNorm.apply(
-            x,
-            None if extra is None else extra.float().contiguous(),
-            norm.weight,
-            norm.bias,
-            norm.num_groups,
-            norm.eps,
-            silu,
-        )
-        return result
+    if not _fits(norm, x, extra):
+        return plain(norm, x, extra, silu=silu)
+    extra = None if extra is None else extra.float().contiguous()
+    result: Tensor = _GroupNorm.apply(x, extra, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return result
+
+
+def plain(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: bool = True) -> Tensor:
+    """Compute `normed` with PyTorch's own operations, on any device and in any memory layout."""
     if extra is not None:
         x = x + extra[:, :, None, None]
     h: Tensor = norm(x.to(norm.weight.dtype)).to(x.dtype)
@@ -43,11 +39,8 @@ def normed(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: 
 
 
 def missing(device_type: str = "cpu") -> str:
-    """Why `normed` takes PyTorch's operations on such a device; empty where a kernel of our own runs."""
-    if device_type == "cuda":
-        return _no_triton()
-    found = _functions()
-    return found if isinstance(found, str) else ""
+    """Return why `normed` takes PyTorch's operations on "cpu" or "cuda"; empty where a kernel runs."""
+    return _no_triton() if device_type == "cuda" else group_norm_c.missing()
 
 
 @cache
@@ -58,7 +51,7 @@ def _no_triton() -> str:
 
 
 def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
-    """Whether a kernel may see all of this: it takes every address and size at its word."""
+    """Whether a kernel may see these tensors: it takes every address and size at its word."""
     return (
         x.device.type in ("cpu", "cuda")
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -74,26 +67,6 @@ def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not missing(x.device.type)
     )
-
-
-@cache
-def _functions() -> tuple[Any, Any] | str:
-    """The two compiled functions, or why there are none."""
-    try:
-        library = native.library(Path(__file__).with_suffix(".c"))
-    except native.Unavailable as reason:
-        return str(reason)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    forward, backward = library.group_norm_forward, library.group_norm_backward
-    forward.argtypes = [pointer] * 7 + [size] * 4 + [ctypes.c_float] + [number] * 3
-    backward.argtypes = [pointer] * 11 + [size] * 4 + [number] * 3
-    return forward, backward
-
-
-def _call(function: Any, tensors: list[Tensor | None], *numbers: float) -> None:
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if function(*addresses, *numbers, torch.get_num_threads()):
-        raise MemoryError("not enough memory for GroupNorm")
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -124,55 +97,11 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _kernels(x: Tensor) -> Any:
-    """What has `forward` and `backward` for the device of x."""
+    """Return the module whose `forward` and `backward` run on the device of x."""
     if x.device.type == "cuda":
-        from ddpm.networks.kernels import group_norm_triton  # takes half a second, and is nowhere else needed
+        from ddpm.networks.kernels import (
+            group_norm_triton,
+        )  # takes half a second, and is needed on a GPU only
 
         return group_norm_triton
-    return _C
-
-
-class _C:
-    """The functions in group_norm.c, with the arguments and results of group_norm_triton.py."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, extra: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, c, h, w = x.shape
-        y = torch.empty_like(x)
-        mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
-        half = x.dtype == torch.bfloat16
-        _call(_functions()[0], [x, extra, weight, bias, y, mean, rstd], n, h * w, c, groups, eps, half, silu)
-        return y, mean, rstd
-
-    @staticmethod
-    def backward(
-        dy: Tensor,
-        x: Tensor,
-        extra: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        silu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, c, h, w = x.shape
-        dx = torch.empty_like(x)
-        dextra, dweight, dbias = (weight.new_empty(n, c) for _ in range(3))
-        tensors = [
-            dy,
-            x,
-            extra,
-            weight,
-            bias,
-            mean,
-            rstd,
-            dx,
-            None if extra is None else dextra,
-            dweight,
-            dbias,
-        ]
-        half = x.dtype == torch.bfloat16
-        _call(_functions()[1], tensors, n, h * w, c, mean.shape[1], half, silu)
-        return dx, dextra, dweight, dbias
+    return group_norm_c

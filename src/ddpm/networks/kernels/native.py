@@ -1,6 +1,6 @@
-"""C code of this package, compiled on the user's machine at its first use and kept in the cache folder.
+"""Compile this package's C code on the user's machine at its first use, and keep it in the cache folder.
 
-Where that cannot be (no gcc, no Linux, a PyTorch with other threads), callers take PyTorch's own operations.
+Where that is impossible (no gcc, no Linux, a PyTorch with another OpenMP), callers take PyTorch's own operations.
 """
 
 import ctypes
@@ -17,18 +17,17 @@ from ddpm.errors import DataError
 from ddpm.io.cache import cache_folder
 
 OFF = "DDPM_NATIVE"  # this environment variable, set to 0, switches all of it off
-# Exact arithmetic but for a multiplication and an addition in one; without the flags of errno and of traps, which
-# nobody asks for, loops become vectors.
+# Exact arithmetic, apart from fused multiply-add. Without errno and floating-point traps gcc vectorizes the loops.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-SECONDS = 60  # for a compiler that hangs; it takes about one
+TIMEOUT = 60  # seconds, for a compiler that hangs; it takes about one
 
 
 class Unavailable(Exception):
-    """Why there is no compiled code."""
+    """The compiled code cannot be had; says why."""
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The compiled `source`. Raises Unavailable."""
+    """Load the compiled `source`, and compile it if need be. Raises Unavailable."""
     if os.environ.get(OFF) == "0":
         raise Unavailable(f"{OFF}=0")
     if not sys.platform.startswith("linux"):
@@ -51,7 +50,7 @@ def library(source: Path) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """What cannot be loaded, as after a crash of the machine, is compiled anew by whoever comes next."""
+    """Load a library. Delete one that cannot be loaded, so that the next process compiles it anew."""
     try:
         return ctypes.CDLL(str(path))
     except OSError:
@@ -60,7 +59,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _gnu_threads() -> bool:
-    """Whether GNU OpenMP is the one that is loaded: code compiled with gcc then shares PyTorch's threads."""
+    """Whether PyTorch has loaded GNU OpenMP, whose threads code compiled with gcc then shares."""
     with open("/proc/self/maps", errors="replace") as maps:
         names = {line.rsplit("/", 1)[-1] for line in maps if "omp" in line}
     return any(name.startswith("libgomp.so.1") for name in names) and not any(
@@ -69,6 +68,7 @@ def _gnu_threads() -> bool:
 
 
 def _folder() -> Path:
+    """Create the cache folder for compiled code. Raises Unavailable if other users could write to it."""
     folder = cache_folder() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_own(folder)
@@ -81,25 +81,25 @@ def _folder() -> Path:
 
 
 def _check_own(path: Path) -> None:
-    """Code is loaded only from where nobody else can write, as ssh reads its keys."""
+    """Raise Unavailable unless only this user can write to the path, as ssh checks its keys."""
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise Unavailable(f"{path} must belong to you and be writable by nobody else")
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
-    """Of all that decides what comes out: text, flags, compiler and processor."""
+    """Hash all that decides the result: source, flags, compiler and processor."""
     file = os.stat(compiler)
     with open("/proc/cpuinfo") as lines:
         processor = sorted(
             {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
         )
-    told = [*FLAGS, compiler, str(file.st_size), str(file.st_mtime_ns), *processor]
-    return hashlib.sha256(source.read_bytes() + "\n".join(told).encode()).hexdigest()[:16]
+    parts = [*FLAGS, compiler, str(file.st_size), str(file.st_mtime_ns), *processor]
+    return hashlib.sha256(source.read_bytes() + "\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    """Into a folder of its own first, so that a file under the final name is always whole."""
+    """Compile in a temporary folder and rename: a file under the final name is always whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         line = [compiler, *FLAGS, "-o", str(made), str(source), "-lm"]
@@ -109,11 +109,11 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=SECONDS,
+                timeout=TIMEOUT,
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"{compiler} took longer than {SECONDS} s") from None
+            raise Unavailable(f"{compiler} took longer than {TIMEOUT} s") from None
         if done.returncode:
             said = done.stderr.strip().splitlines()
             raise Unavailable(f"{compiler} failed: {said[0] if said else done.returncode}")
