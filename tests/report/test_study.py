@@ -18,9 +18,9 @@ from ddpm.config.schema import check
 from ddpm.data.dataset import Dataset, Split
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator, record
-from ddpm.evaluate import run as judging
+from ddpm.evaluate import run as evaluation_run
 from ddpm.evaluate.record import Evaluation, Figure
-from ddpm.report import sampler_study, sampler_study_plot
+from ddpm.report import sampler_study, sampler_study_plot, sampler_study_run
 from ddpm.runtime import signals
 from ddpm.sample import sampler_file
 from ddpm.train.checkpointing import save
@@ -97,13 +97,13 @@ def concluded(
     """The sampler that a study of these evaluations leaves beside its checkpoint."""
     monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: None)
     usual = {"ema": True, "n": 1000, **settings}
-    configs = [
+    configs: list[Any] = [
         SimpleNamespace(sampler=choose_sampler(str(each.protocol["sampler"]["name"]), {}), **usual)
         for each in evaluations
     ]
-    plan: Any = study.Plan(configs, ["sampler", "guidance_scale"])  # type: ignore[arg-type]
+    varied = ["sampler", "guidance_scale"]
     (folder / "sampler.yaml").unlink(missing_ok=True)
-    study._conclude(plan, folder / "a.safetensors", folder, list(evaluations))
+    sampler_study_run.conclude(configs, varied, folder / "a.safetensors", folder, list(evaluations))
     return sampler_file.read(folder / "sampler.yaml")
 
 
@@ -137,13 +137,13 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
 @pytest.mark.parametrize("change", [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}])
 def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     identity = {"sampler": {"name": "ddim", "num_steps": 4}}
-    about = {**of("ddim", 4, 0.2).protocol, "setting": study._digest(identity)}
-    file = tmp_path / study._name(identity) / "evaluation.json"
+    about = {**of("ddim", 4, 0.2).protocol, "setting": sampler_study_run.digest_of(identity)}
+    file = sampler_study_run.evaluation_file(tmp_path, identity)
     file.parent.mkdir()
     for more, there in (({}, True), (change, False)):
         kept = dataclasses.replace(of("ddim", 4, 0.2), protocol={**about, **more}).to_dict()
         file.write_text(json.dumps(kept))
-        assert (study._kept(tmp_path, identity) is not None) is there
+        assert (sampler_study_run.read_kept(tmp_path, identity) is not None) is there
 
 
 # As users type it.
@@ -189,7 +189,7 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
         return draw(model, sampler, **options)
 
     monkeypatch.setattr(evaluator, "draw", draw_three)
-    monkeypatch.setattr(study, "FEWEST", 120)
+    monkeypatch.setattr(sampler_study_run, "FEWEST", 120)
     with pytest.raises(signals.Stopped) as stopped:  # Ctrl-C in the fourth
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
     assert stopped.value.said and "the same command goes on" in capsys.readouterr().out
@@ -228,8 +228,8 @@ def test_a_study_from_the_first_image_to_the_sampler_file(
     assert "all of them are there already" in capsys.readouterr().out
     with pytest.raises(TypeError):  # which nothing but new work does
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, "n=121", *QUICK[1:], "seed=3")
-    load = judging.dataset_of
-    monkeypatch.setattr(judging, "dataset_of", lambda *some: inverted(load(*some)))
+    load = evaluation_run.dataset_of
+    monkeypatch.setattr(evaluation_run, "dataset_of", lambda *some: inverted(load(*some)))
     with pytest.raises(TypeError):  # other test images of the same name
         ddpm_eval_m(f"ckpt={run}", *SETTINGS, *QUICK, "seed=3")
 

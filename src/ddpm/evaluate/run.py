@@ -1,10 +1,10 @@
-"""What ddpm-eval does once its keys are checked: load, draw, measure, write, print."""
+"""Run ddpm-eval for one checked config: load, draw, measure, write, print."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -19,18 +19,92 @@ from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator, page, record, samples, table
 from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
 from ddpm.evaluate.provenance import Clock
-from ddpm.evaluate.reference import Reference
+from ddpm.evaluate.reference import Found, Reference
 from ddpm.runs import output_dirs
+from ddpm.runtime import device as runtime_device
+from ddpm.runtime import memory
 from ddpm.runtime.console import of_steps, tell
-from ddpm.runtime.device import slow_in_bf16
-from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks, rank_zero_first
-from ddpm.runtime.world import ALONE, World
+from ddpm.runtime.distributed import broadcast_object, process_group, raise_on_all_ranks, rank_zero_first
+from ddpm.runtime.world import ALONE, World, world
 from ddpm.sample.model import Model, levels, load
 
+Evaluated = tuple[record.Evaluation, evaluator.Gallery]
 
-def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
+
+class Opened(NamedTuple):
+    """A checkpoint, and the dataset that its images are compared with."""
+
+    path: Path
+    model: Model
+    meta: Meta
+    data: Dataset
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Evaluate a checkpoint (`ckpt`) or given images (`samples`). Raises UserError.
+
+    Under torchrun each process draws its share of the images and computes its share of the likelihood; rank 0
+    measures the rest, and writes.
+    """
+    own, device = world(), start(config)
+    with process_group(own, device):
+        if config.ckpt is None:
+            _evaluate_images(config, own, device)
+        else:
+            _evaluate_model(config, own, device)
+
+
+def start(config: EvalConfig) -> torch.device:
+    """Set up memory and CUDA, and return the device. Raises UserError."""
+    memory.keep_freed()
+    runtime_device.set_up_cuda()
+    return runtime_device.device(config.device, world())
+
+
+def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> None:
+    opened, clock = open_model(config, own, device), Clock()
+    with raise_on_all_ranks(own), shown_parts(own, clock):
+        reference = make_reference(config, opened.data, config.n, device, clock) if own.first else None
+    drawn = draw(config, own, opened.model, clock)
+    with shown_parts(own, clock):
+        common = {"n": config.n, "seed": config.seed, "batch_size": config.batch_size}
+        of_model = evaluator.ask_model(
+            opened.model, opened.data, config.measure, **common, world=own, clock=clock
+        )
+        with raise_on_all_ranks(own):
+            if reference is not None:
+                evaluated = measure(config, opened, reference, drawn, clock, of_model=of_model)
+                _finish(config, evaluated, _stem(opened.path))
+
+
+def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> None:
+    """All of it on rank 0, as nothing is drawn."""
+    assert config.samples is not None and config.dataset is not None
+    stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
+    with raise_on_all_ranks(own), shown_parts(own, clock):
+        if not own.first:
+            return
+        output_dirs.check_results(config.out, stem)
+        data = build.dataset(config.dataset, config.data_root)
+        say(own, data.notice)
+        found = samples.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
+        evaluated = evaluator.measure(
+            make_reference(config, data, len(found.images), device, clock),
+            found.images,
+            found.labels,
+            subject=config.samples,
+            seed=config.seed,
+            about={"samples": config.samples, "seed": config.seed},
+            notes=found.notes,
+            clock=clock,
+        )
+        _finish(config, evaluated, stem)
+
+
+def open_model(config: EvalConfig, own: World, device: torch.device) -> Opened:
+    """Load the newest whole checkpoint and its dataset, and check that results can be written. Raises UserError."""
     assert config.ckpt is not None
-    path, notes, clock = Path(), list[str](), Clock()
+    path, notes = Path(), list[str]()
     with raise_on_all_ranks(own):
         if own.first:
             path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
@@ -39,11 +113,20 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
     with raise_on_all_ranks(own):
         model, meta = load(path, device, config.ema, config.precision)
     data = rank_zero_first(own, lambda: dataset_of(config, model))
-    say(own, *notes, data.notice, slow_in_bf16("precision", config.precision, device))
-    with raise_on_all_ranks(own), shown_parts(config, own, clock):
-        bench = make_bench(config, data, config.n, device, clock) if own.first else None
-    with shown_steps(config, own, model, clock) as watched:
-        drawn = evaluator.draw(
+    slow = runtime_device.slow_in_bf16("precision", config.precision, device)
+    say(own, *notes, data.notice, slow)
+    return Opened(path, model, meta, data)
+
+
+def draw(config: EvalConfig, own: World, model: Model, clock: Clock) -> evaluator.Drawn:
+    """Draw this process's share of the images, with a bar on a terminal."""
+    num_steps, share = len(levels(model, config.sampler)) - 1, own.share(config.n)
+    clock.begin = lambda part: None
+    with (
+        of_steps(own, num_steps, share.stop - share.start, config.batch_size, leave=False) as (bar, smaller),
+        clock("sampling"),
+    ):
+        return evaluator.draw(
             model,
             config.sampler,
             n=config.n,
@@ -51,65 +134,46 @@ def of_model(config: EvalConfig, own: World, device: torch.device) -> None:
             guidance_scale=config.guidance_scale,
             batch_size=config.batch_size,
             world=own,
-            **watched,
+            watch=lambda places, step: bar.update(),
+            halved=smaller,
         )
-    with shown_parts(config, own, clock):
-        of_model = evaluator.ask_model(
-            model,
-            data,
-            config.measure,
-            n=config.n,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            world=own,
-            clock=clock,
-        )
-        with raise_on_all_ranks(own):
-            if bench is None:
-                return
-            judged = evaluator.measure(
-                bench,
-                drawn.images,
-                drawn.labels,
-                subject=subject(path),
-                seed=config.seed,
-                of_model=of_model,
-                about=origin(config, drawn, path, meta),
-                clock=clock,
-            )
-            _finish(config, judged, _stem(path))
 
 
-def of_images(config: EvalConfig, own: World, device: torch.device) -> None:
-    """All of it on rank 0: nothing is drawn."""
-    assert config.samples is not None and config.dataset is not None
-    stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
-    with raise_on_all_ranks(own), shown_parts(config, own, clock):
-        if not own.first:
-            return
-        output_dirs.check_results(config.out, stem)
-        data = build.dataset(config.dataset, config.data_root)
-        say(own, data.notice)
-        found = samples.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
-        bench = make_bench(config, data, len(found.images), device, clock)
-        about = {"samples": config.samples, "seed": config.seed}
-        judged = evaluator.measure(
-            bench,
-            found.images,
-            found.labels,
-            subject=config.samples,
-            seed=config.seed,
-            about=about,
-            notes=found.notes,
-            clock=clock,
-        )
-        _finish(config, judged, stem)
-
-
-def subject(checkpoint_file: Path) -> str:
-    """What an evaluation calls a model: its run, or a file that is of none."""
-    of_run = checkpoint_file.parent.name == "checkpoints"
-    return str(output_dirs.of_run(checkpoint_file) if of_run else checkpoint_file)
+def measure(
+    config: EvalConfig,
+    opened: Opened,
+    reference: Reference,
+    drawn: evaluator.Drawn,
+    clock: Clock,
+    *,
+    of_model: Sequence[Found] = (),
+    **more: Any,
+) -> Evaluated:
+    """Measure a model's images, on rank 0. `more` goes into the evaluation's protocol."""
+    of_run = opened.path.parent.name == "checkpoints"
+    about = {
+        "checkpoint": str(opened.path),
+        "checkpoint_sha256": opened.meta.sha256,
+        "step": opened.meta.step,
+        "ema": config.ema,
+        "precision": config.precision,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "guidance_scale": config.guidance_scale,
+        "sampler": config.sampler.to_dict(),
+        "num_steps": drawn.num_steps,
+        "evaluations_per_image": drawn.evaluations,
+    }
+    return evaluator.measure(
+        reference,
+        drawn.images,
+        drawn.labels,
+        subject=str(output_dirs.of_run(opened.path) if of_run else opened.path),
+        seed=config.seed,
+        of_model=of_model,
+        about={**about, **more},
+        clock=clock,
+    )
 
 
 def _stem(checkpoint_file: Path) -> Path:
@@ -117,7 +181,7 @@ def _stem(checkpoint_file: Path) -> Path:
 
 
 def dataset_of(config: EvalConfig, model: Model) -> Dataset:
-    """The typed one, or that of the training. Raises UserError where its images are not as the model's."""
+    """Load the typed dataset, or that of the training. Raises UserError where its images do not fit the model."""
     choice = config.dataset or model.config.dataset
     if config.dataset is None and any(
         content.get("path") == "???"
@@ -143,31 +207,18 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> Reference:
+def make_reference(
+    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
+) -> Reference:
+    """Prepare the reference images once for any number of measurements."""
     parts = tuple(name for name in (*METRICS, *OF_MODEL) if name in config.measure)
     return evaluator.prepare(
         data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
     )
 
 
-def origin(config: EvalConfig, drawn: evaluator.Drawn, path: Path, meta: Meta) -> dict[str, Any]:
-    return {
-        "checkpoint": str(path),
-        "checkpoint_sha256": meta.sha256,
-        "step": meta.step,
-        "ema": config.ema,
-        "precision": config.precision,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "guidance_scale": config.guidance_scale,
-        "sampler": config.sampler.to_dict(),
-        "num_steps": drawn.num_steps,
-        "evaluations_per_image": drawn.evaluations,
-    }
-
-
-def _finish(config: EvalConfig, judged: tuple[record.Evaluation, evaluator.Gallery], stem: Path) -> None:
-    evaluation, gallery = judged
+def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
+    evaluation, gallery = evaluated
     with output_dirs.results(config.out, stem) as out:
         page.draw(evaluation, gallery, out / record.PICTURE)
         record.write(out / record.FILE, evaluation)
@@ -177,28 +228,15 @@ def _finish(config: EvalConfig, judged: tuple[record.Evaluation, evaluator.Galle
 
 
 def say(own: World, *lines: str) -> None:
-    """Above a bar, if there is one."""
-    for line in lines if own.first else []:
-        if line:
-            tell(printable(line))
+    """Print lines on rank 0, above a bar if there is one."""
+    for line in filter(None, lines if own.first else []):
+        tell(printable(line))
 
 
 @contextmanager
-def shown_parts(config: EvalConfig, own: World, clock: Clock) -> Iterator[None]:
-    """On a terminal: which part is being measured, and for how long already."""
+def shown_parts(own: World, clock: Clock) -> Iterator[None]:
+    """Show on a terminal which part is being measured, and for how long already."""
     hidden = not (own.first and sys.stderr.isatty())
     with tqdm(disable=hidden, bar_format="{desc} ({elapsed})", leave=False) as bar:
         clock.begin = lambda part: bar.set_description_str(f"measuring: {part}")
         yield
-
-
-@contextmanager
-def shown_steps(config: EvalConfig, own: World, model: Model, clock: Clock) -> Iterator[dict[str, Any]]:
-    """A bar on a terminal, and what `judge.draw` tells it."""
-    num_steps, share = len(levels(model, config.sampler)) - 1, own.share(config.n)
-    clock.begin = lambda part: None
-    with (
-        of_steps(own, num_steps, share.stop - share.start, config.batch_size, leave=False) as (bar, smaller),
-        clock("sampling"),
-    ):
-        yield {"watch": lambda places, step: bar.update(), "halved": smaller}

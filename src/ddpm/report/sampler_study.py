@@ -1,6 +1,6 @@
-"""A study of samplers: what each setting costs and how good its images are, and the cheapest of the good ones.
+"""A study of samplers: cost and quality of each setting, and the cheapest of the good ones. Needs no torch.
 
-One row for each evaluation of the same checkpoint, seed and number of images. Needs no torch.
+One row for each evaluation of the same checkpoint, seed and number of images.
 """
 
 import json
@@ -22,6 +22,8 @@ SHOWN = {
     "coverage": "coverage",
     "confident": "sure of the class",
 }
+COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
+COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
 
 class Span(NamedTuple):
@@ -37,9 +39,9 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """sampler: its name and all keys; evaluations: of the network for each image; seconds: for 1,000 images."""
+    """One setting. evaluations: of the network for an image; seconds: for 1,000 images."""
 
-    sampler: Mapping[str, Any]
+    sampler: Mapping[str, Any]  # its name and all keys
     guidance_scale: float
     num_steps: int
     evaluations: float
@@ -48,10 +50,7 @@ class Row:
 
     @property
     def excess(self) -> Span | None:
-        if (figure := self.figures.get(QUALITY)) is None:
-            return None
-        low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
-        return Span(figure.value, low, high)
+        return _excess(self.figures.get(QUALITY))
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -60,23 +59,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """`varied`: full keys that differ among the rows, beside the sampler and its steps. `real`: of training images.
-
-    `about`: what all rows have in common: subject, checkpoint_sha256, n, seed, dataset, machine, …
-    """
+    """All rows, and what they have in common (`about`): subject, checkpoint_sha256, n, seed, dataset, machine, …"""
 
     rows: tuple[Row, ...]
-    varied: tuple[str, ...]
-    real: Mapping[str, Figure]
+    varied: tuple[str, ...]  # keys that differ among the rows, beside the sampler and its steps
+    real: Mapping[str, Figure]  # of training images
     about: Mapping[str, Any]
 
 
-COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
-COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
-
-
 def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:
-    """From evaluations of one checkpoint, one for each setting."""
+    """Make a study of evaluations of one checkpoint, one for each setting."""
     first = evaluations[0]
     real = {name: figure for name, figure in first.figures.items() if name.startswith("real_")}
     about = {"subject": first.subject, **{key: first.protocol[key] for key in COMMON}}
@@ -89,19 +81,21 @@ def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:
 
 def _row(evaluation: Evaluation) -> Row:
     about = evaluation.protocol
+    seconds = 1000 * about["seconds"]["sampling"] / about["n"]
     figures = {name: figure for name, figure in evaluation.figures.items() if not name.startswith("real_")}
-    return Row(
-        about["sampler"],
-        about["guidance_scale"],
-        about["num_steps"],
-        about["evaluations_per_image"],
-        1000 * about["seconds"]["sampling"] / about["n"],
-        figures,
-    )
+    costs = (about["num_steps"], about["evaluations_per_image"], seconds)
+    return Row(about["sampler"], about["guidance_scale"], *costs, figures)
+
+
+def _excess(figure: Figure | None) -> Span | None:
+    if figure is None:
+        return None
+    low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
+    return Span(figure.value, low, high)
 
 
 def best(study: Study) -> Row | None:
-    """That of the lowest excess. None where no row has one."""
+    """The row of the lowest excess, or None where no row has one."""
     rows = [(row.excess.value, row.cost, row) for row in study.rows if row.excess]
     return min(rows, key=lambda each: each[:2])[2] if rows else None
 
@@ -115,17 +109,16 @@ def cheapest(study: Study) -> Row | None:
     return min(good, key=lambda row: row.cost)
 
 
-def name(row: Row, varied: Sequence[str] = ()) -> str:
+def name(row: Row, varied: Sequence[str] = (), steps: bool = True) -> str:
     """Such as `ddim, 10 steps, eta 0.5`."""
     more = [f"{key.rpartition('.')[2]} {setting(row, key)}" for key in varied]
-    return ", ".join([row.sampler["name"], f"{row.num_steps} steps", *more])
+    return ", ".join([row.sampler["name"], *([f"{row.num_steps} steps"] if steps else []), *more])
 
 
 def setting(row: Row, key: str) -> str:
     """The value of a key, in text."""
-    value = (
-        row.guidance_scale if key == "guidance_scale" else row.sampler.get(key.removeprefix("sampler."), "–")
-    )
+    value = row.sampler.get(key.removeprefix("sampler."), "–")
+    value = row.guidance_scale if key == "guidance_scale" else value
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
@@ -143,42 +136,27 @@ def verdict(study: Study) -> str:
 def cells(study: Study) -> list[list[str]]:
     """A head and a line for each row, in the order they were typed; the last is what real images reach."""
     shown = [key for key in SHOWN if any(key in row.figures for row in study.rows)]
-    head = [
-        "sampler",
-        "steps",
-        *(key.rpartition(".")[2] for key in study.varied),
-        "evaluations",
-        "s / 1,000 images",
-    ]
+
+    def measured(figures: Mapping[str, Figure], prefix: str = "") -> list[str]:
+        found = [figures.get(prefix + key) for key in shown]
+        excess = str(_excess(figures.get(prefix + QUALITY)) or "–")
+        return [excess, *("–" if figure is None else f"{figure.value:.3f}" for figure in found)]
+
+    head = ["sampler", "steps", *(key.rpartition(".")[2] for key in study.varied)]
+    head += ["evaluations", "s / 1,000 images"]
     lines = [[*head, "Fréchet excess", *(SHOWN[key] for key in shown)]]
     for row in study.rows:
         settings = [row.sampler["name"], str(row.num_steps), *(setting(row, key) for key in study.varied)]
-        figures = [_value(row.figures.get(key)) for key in shown]
-        lines.append(
-            [*settings, f"{row.evaluations:g}", f"{row.seconds:.3g}", str(row.excess or "–"), *figures]
-        )
-    if real := study.real.get(f"real_{QUALITY}"):
-        blank = ["–"] * (len(head) - 1)
-        ideal = Row({}, 1.0, 0, 0, 0, {QUALITY: real})
-        lines.append(
-            [
-                "real images",
-                *blank,
-                str(ideal.excess),
-                *(_value(study.real.get(f"real_{key}")) for key in shown),
-            ]
-        )
+        lines.append([*settings, f"{row.evaluations:g}", f"{row.seconds:.3g}", *measured(row.figures)])
+    if f"real_{QUALITY}" in study.real:
+        lines.append(["real images", *["–"] * (len(head) - 1), *measured(study.real, "real_")])
     return lines
-
-
-def _value(figure: Figure | None) -> str:
-    return "–" if figure is None else f"{figure.value:.3f}"
 
 
 def table(study: Study) -> str:
     """For a terminal."""
-    text = aligned(cells(study))
-    return "\n".join([*(line.rstrip() for line in text), described(study), verdict(study)])
+    lines = [line.rstrip() for line in aligned(cells(study))]
+    return "\n".join([*lines, described(study), verdict(study)])
 
 
 def described(study: Study) -> str:
@@ -201,22 +179,20 @@ def markdown(study: Study) -> str:
 
 
 def write(path: Path, study: Study) -> None:
-    """study.json. Raises OSError."""
-    rows = [{**vars(row), "figures": _plain(row.figures)} for row in study.rows]
+    """Write study.json. Raises OSError."""
     chosen = cheapest(study)
-    named = None if chosen is None else {"cheapest": study.rows.index(chosen)}
     content = {
         "format_version": FORMAT_VERSION,
         **vars(study),
-        "rows": rows,
+        "rows": [{**vars(row), "figures": _plain(row.figures)} for row in study.rows],
         "real": _plain(study.real),
-        **(named or {}),
+        **({} if chosen is None else {"cheapest": study.rows.index(chosen)}),
     }
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False).encode())
 
 
 def read(path: Path) -> Study:
-    """What `write` wrote: for a file of one's own. Raises OSError, ValueError, KeyError, TypeError."""
+    """Read a study.json of one's own. Raises OSError, ValueError, KeyError, TypeError."""
     raw = json.loads(path.read_text())
     rows = tuple(Row(**{**row, "figures": _figures(row["figures"])}) for row in raw["rows"])
     return Study(rows, tuple(raw["varied"]), _figures(raw["real"]), raw["about"])

@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 from ddpm.io.files import write_atomically
-from ddpm.report.sampler_study import QUALITY, Row, Study, best, cheapest, setting
+from ddpm.report.sampler_study import QUALITY, Row, Study, best, cheapest, name
 
 
 def draw(study: Study, picture: Path) -> None:
-    """The excess over network evaluations and over seconds for 1,000 images. Raises OSError."""
-    from matplotlib.figure import Figure as Page
-
-    page = Page(figsize=(12, 4.6), layout="constrained")
+    """Plot the excess over network evaluations and over seconds for 1,000 images. Raises OSError."""
+    page = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = page.subplots(1, 2, sharey=True)
     _curves(left, study, lambda row: row.evaluations, "network evaluations for an image")
     _curves(right, study, lambda row: row.seconds, "seconds for 1,000 images")
@@ -26,14 +27,15 @@ def draw(study: Study, picture: Path) -> None:
 
 def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -> None:
     """A line for each sampler, the interval of the best as a band, a ring around the cheapest within it."""
-    from matplotlib.ticker import LogLocator
-
-    for title, rows in _lines(study).items():
-        points = sorted((cost(row), *row.excess) for row in rows if row.excess)
-        x, values, lows, highs = zip(*points, strict=True)
-        spans = [[v - low for v, low in zip(values, lows, strict=True)]]
-        spans += [[high - v for v, high in zip(values, highs, strict=True)]]
-        axes.errorbar(x, values, spans, label=title, marker=".", lw=1, capsize=2)
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}  # of rows that differ in steps alone
+    for row in study.rows:
+        if row.excess:
+            points = lines.setdefault(name(row, study.varied, steps=False), [])
+            value, low, high = row.excess
+            points.append((cost(row), value, value - low, high - value))
+    for title, points in lines.items():
+        x, values, below, above = zip(*sorted(points), strict=True)
+        axes.errorbar(x, values, (below, above), label=title, marker=".", lw=1, capsize=2)
     top, chosen = best(study), cheapest(study)
     if top and chosen and top.excess and chosen.excess:
         axes.axhspan(top.excess.low, top.excess.high, color="0.87", zorder=0, label="interval of the best")
@@ -41,7 +43,7 @@ def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -
         axes.plot(cost(chosen), chosen.excess.value, **ring, label="cheapest within it")
         if min(row.excess.low for row in study.rows if row.excess) > 0:
             axes.set_yscale("log")
-        else:  # an excess may be below 0: straight around it, as wide as the best's interval
+        else:  # an excess may be below 0: linear around it, as wide as the best's interval
             axes.set_yscale("symlog", linthresh=max(top.excess.high - top.excess.low, 1e-3))
     if real := study.real.get(f"real_{QUALITY}"):
         axes.axhline(real.value, color="0.4", ls=":", lw=1, label="real training images")
@@ -50,13 +52,3 @@ def _curves(axes: Any, study: Study, cost: Callable[[Row], float], label: str) -
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
-
-
-def _lines(study: Study) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but their steps, by what they have in common."""
-    lines: dict[str, list[Row]] = {}
-    for row in study.rows:
-        if row.excess:
-            more = [f"{key.rpartition('.')[2]} {setting(row, key)}" for key in study.varied]
-            lines.setdefault(", ".join([row.sampler["name"], *more]), []).append(row)
-    return lines

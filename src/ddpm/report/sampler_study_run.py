@@ -1,0 +1,185 @@
+"""Measure one checkpoint under many settings of its sampler, in one process that loads everything once.
+
+The seed is the same for all, so that only the sampler differs. Each setting's evaluation.json is written as soon as it
+is measured; a repeated study skips those that are there.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm import __version__
+from ddpm.config.schema import EvalConfig
+from ddpm.errors import UserError, printable
+from ddpm.evaluate import provenance, record
+from ddpm.evaluate import run as evaluation_run
+from ddpm.evaluate.provenance import Clock
+from ddpm.evaluate.record import Evaluation
+from ddpm.evaluate.reference import Reference
+from ddpm.evaluate.run import Opened
+from ddpm.io.files import reason, write_atomically
+from ddpm.report import sampler_study, sampler_study_plot
+from ddpm.runs import output_dirs
+from ddpm.runtime import signals
+from ddpm.runtime.console import tell
+from ddpm.runtime.world import ALONE
+from ddpm.sample import sampler_file, sampling
+from ddpm.sample.model import Guidance, Model, denoiser, labels
+
+FEWEST = 1000  # images for a sampler to become the default
+FILES = ("study.md", "study.json", "study.png")
+Identity = dict[str, Any]  # all that decides an evaluation's figures, beside the features
+
+
+def run(settings: list[EvalConfig], varied: list[str]) -> None:
+    """Measure checked configs that differ in the keys `varied` alone. Raises UserError before the first image."""
+    first = settings[0]
+    opened = evaluation_run.open_model(first, ALONE, evaluation_run.start(first))
+    out = Path(first.out) if first.out else output_dirs.of_run(opened.path) / "evaluations" / "study"
+    for setting in settings:
+        _try(setting, opened.model)
+    tell(printable(f"{len(settings)} settings, {first.n:,} images each; kept in {out}"))
+    try:
+        conclude(settings, varied, opened.path, out, _evaluations(settings, varied, opened, out))
+    except signals.Stopped as stopped:
+        tell(printable(f"stopped; what was finished is in {out}, and the same command goes on"))
+        raise signals.Stopped(stopped.number, said=True) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
+
+
+def _try(setting: EvalConfig, model: Model) -> None:
+    """Draw one step of one image. Raises UserError where a setting does not fit the model."""
+    index, guidance = torch.zeros(1, dtype=torch.int64, device=model.device), Guidance(setting.guidance_scale)
+    with torch.inference_mode():
+        denoise = denoiser(model, setting.sampler, labels(model, None, index, guidance), guidance)
+        next(sampling.draw(model, setting.sampler, denoise, index, setting.seed))
+
+
+def _evaluations(
+    settings: list[EvalConfig], varied: list[str], opened: Opened, out: Path
+) -> list[Evaluation]:
+    """Read the evaluation of each setting where it is there, else measure and write it."""
+    identities = [_identity(setting, opened) for setting in settings]
+    kept = [read_kept(out, identity) for identity in identities]
+    if None not in kept and len({_features(each) for each in kept}) == 1:
+        tell("all of them are there already")
+        return [each for each in kept if each is not None]
+    clock, done = Clock(), list[Evaluation]()
+    with evaluation_run.shown_parts(ALONE, clock):
+        common = (settings[0].n, opened.model.device, clock)
+        reference = evaluation_run.make_reference(settings[0], opened.data, *common)
+    for setting, identity, found in zip(settings, identities, kept, strict=True):
+        there = found is not None and _features(found) == reference.embedder.features.sha256
+        evaluation = found if there and found else _measured(setting, identity, opened, reference, out)
+        done.append(evaluation)
+        one = sampler_study.gather([evaluation], varied)
+        line = f"{len(done)}/{len(kept)}: {sampler_study.name(one.rows[0], one.varied)}: "
+        line += f"{one.rows[0].evaluations:g} evaluations, Fréchet excess {one.rows[0].excess or '–'}"
+        tell(line + ", as it was there" * there)
+    return done
+
+
+def _measured(
+    setting: EvalConfig, identity: Identity, opened: Opened, reference: Reference, out: Path
+) -> Evaluation:
+    """Draw, measure and write one setting."""
+    clock = Clock()
+    drawn = evaluation_run.draw(setting, ALONE, opened.model, clock)
+    with evaluation_run.shown_parts(ALONE, clock):
+        digest = digest_of(identity)
+        evaluation, _ = evaluation_run.measure(setting, opened, reference, drawn, clock, setting=digest)
+    file = evaluation_file(out, identity)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record.write(file, evaluation)
+    return evaluation
+
+
+def _identity(setting: EvalConfig, opened: Opened) -> Identity:
+    return {
+        "ddpm": __version__,
+        "checkpoint_sha256": opened.meta.sha256,
+        "ema": setting.ema,
+        "precision": setting.precision,
+        "n": setting.n,
+        "seed": setting.seed,
+        "guidance_scale": setting.guidance_scale,
+        "sampler": setting.sampler.to_dict(),
+        "dataset": opened.data.facts.name,
+        "test_sha256": provenance.sha256(opened.data.test.images),
+        "measure": sorted(setting.measure),
+    }
+
+
+def digest_of(identity: Identity) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def evaluation_file(out: Path, identity: Identity) -> Path:
+    sampler = identity["sampler"]
+    name = f"{sampler['name']}-{sampler['num_steps'] or 'all'}-{digest_of(identity)[:8]}"
+    return out / name / record.FILE
+
+
+def read_kept(out: Path, identity: Identity) -> Evaluation | None:
+    """Read what an earlier start measured. None where it is absent, or is not what a study writes."""
+    try:
+        found = record.read(str(evaluation_file(out, identity)))
+        sampler_study.table(sampler_study.gather([found], []))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None
+    about = found.protocol
+    same = about.get("setting") == digest_of(identity) and about["sampler"] == identity["sampler"]
+    return found if same else None
+
+
+def _features(evaluation: Evaluation | None) -> object:
+    return None if evaluation is None else evaluation.protocol.get("feature_sha256")
+
+
+def conclude(
+    settings: list[EvalConfig], varied: list[str], path: Path, out: Path, evaluations: list[Evaluation]
+) -> None:
+    """Write table, files and, where one setting is preferable, sampler.yaml beside the checkpoint `path`."""
+    result = sampler_study.gather(evaluations, varied)
+    sampler_study.write(out / "study.json", result)
+    sampler_study_plot.draw(result, out / "study.png")
+    write_atomically(out / "study.md", f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
+    tell(sampler_study.table(result))
+    for name in FILES:
+        tell(printable(str(out / name)))
+    plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
+    chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
+    why = _unfit(settings[0], sum(row.excess is not None for row in plain.rows))
+    if chosen is None or why:
+        tell(printable(f"{file} is not written: {why}"))
+        return
+    lines = [
+        f"written by ddpm-eval -m, {date.today()}: of {len(plain.rows)} settings, {sampler_study.verdict(plain)}",
+        f"checkpoint: step {about['step']}, SHA-256 {about['checkpoint_sha256']}; {about['n']} images, seed "
+        f"{about['seed']}, guidance_scale 1",
+        "ddpm-sample and ddpm-eval take this sampler unless sampler=… is typed; deleting the file is safe",
+    ]
+    try:
+        sampler_file.write(file, settings[result.rows.index(chosen)].sampler, lines)
+    except OSError as error:
+        why = f"cannot write {file}: {reason(error)}; {sampler_study.name(chosen)} is not the default"
+        tell(printable(why))
+    else:
+        tell(printable(f"{file}: what ddpm-sample now takes; sampler=… takes another"))
+
+
+def _unfit(common: EvalConfig, comparable: int) -> str:
+    """Why no setting becomes the default: ddpm-sample draws with averaged weights at guidance_scale=1."""
+    if not common.ema:
+        return "with ema=false these are not the weights that ddpm-sample takes"
+    if common.n < FEWEST:
+        return f"n={common.n} is too few to choose by; {FEWEST:,} at least"
+    if comparable < 2:
+        return f"{comparable} of the settings at guidance_scale=1 can be compared; 2 at least"
+    return ""
