@@ -164,10 +164,10 @@ def _rows(seeds: list[Seed]) -> Iterator[list[str]]:
     ]
     yield _plain(seeds, "Fréchet excess within classes", "class_fd_excess", "{:.3f}")
     yield _plain(seeds, "Fréchet excess on pixels", "pixel_fd_excess", "{:.3f}")
-    yield _plain(seeds, "kernel distance", "kid", "{:.4f}")
+    yield _plain(seeds, "KID", "kid", "{:.4f}")
     for name in ("precision", "recall", "density", "coverage"):
         yield _plain(seeds, name, name, "{:.3f}")
-    yield _plain(seeds, "sure of the class", "confident", "{:.1%}")
+    yield _plain(seeds, "classifier confidence", "confident", "{:.1%}")
     ends = [
         _over(seeds, lambda s, key=key: _value(s, key), "{:.1%}")
         for key in ("rarest_class", "most_frequent_class")
@@ -178,9 +178,9 @@ def _rows(seeds: list[Seed]) -> Iterator[list[str]]:
         " – ".join(ends),
         f"real images: {' – '.join(real)}" if all(real) else "",
     ]
-    yield _plain(seeds, "classifier trained on samples", "cas", "{:.1%}")
+    yield _plain(seeds, "classification accuracy score", "cas", "{:.1%}")
     yield _plain(seeds, "bits per dimension", "bits_per_dim", "{:.3f}")
-    yield _plain(seeds, "close to a training image", "memorized", "{:.2%}")
+    yield _plain(seeds, "memorized", "memorized", "{:.2%}")
     images = _over(seeds, lambda s: s.evaluation.protocol["seconds"].get("sampling"), "{:.0f} s")
     yield [f"sampling, {_sampler(seeds[0])}", images, f"{seeds[0].evaluation.protocol['n']:,} images"]
 

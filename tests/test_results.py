@@ -51,7 +51,7 @@ def test_two_seeds_are_a_mean_and_a_range(tmp_path: Path) -> None:
     assert found["Fréchet excess"][0] == "0.500 (0.400 … 0.600); each [0.300, 0.500], [0.500, 0.700]"
     assert found["Fréchet excess"][1] == "floor: 0.250, real images: 0.010"
     assert found["training"] == ["10.5 min (10.4 min … 10.6 min)", "1,500 steps"]
-    assert found["classifier trained on samples"] == [
+    assert found["classification accuracy score"] == [
         "95.0% (94.0% … 96.0%); each ± 0.003",
         "real images: 99.0%",
     ]

@@ -34,7 +34,7 @@ MODULES = {
     "ddpm.evaluation.draws": "ddpm.evaluate.metrics.monte_carlo",
     "ddpm.evaluation.feature_network": "ddpm.evaluate.features.network",
     "ddpm.evaluation.feature_training": "ddpm.evaluate.features.training",
-    "ddpm.evaluation.features": "ddpm.evaluate.features.extractor",
+    "ddpm.evaluation.features": "ddpm.evaluate.features.extractor ddpm.evaluate.features.pixels",
     "ddpm.evaluation.figures": "ddpm.evaluate.reference ddpm.evaluate.metrics.distance",
     "ddpm.evaluation.frechet": "ddpm.evaluate.metrics.frechet",
     "ddpm.evaluation.inception": "ddpm.evaluate.features.inception",

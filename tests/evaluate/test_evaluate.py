@@ -280,7 +280,7 @@ def saved(path: Path, **arrays: Any) -> str:
     return str(path)
 
 
-def read(text: str, digits: Dataset, n: int = 1000) -> samples.Brought:
+def read(text: str, digits: Dataset, n: int = 1000) -> samples.LoadedSamples:
     return samples.read(text, digits, DIGITS, n, 0, "nowhere")
 
 

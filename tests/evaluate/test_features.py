@@ -18,8 +18,9 @@ from ddpm.data.info import DatasetInfo
 from ddpm.data.mnist import mnist
 from ddpm.errors import DataError, UserError
 from ddpm.evaluate.features import extractor, training
-from ddpm.evaluate.features.extractor import Features, features_for, pixel_features
+from ddpm.evaluate.features.extractor import Features, features_for
 from ddpm.evaluate.features.network import FeatureNetwork, halve, initialise, whitening
+from ddpm.evaluate.features.pixels import pixel_features
 from ddpm.evaluate.features.training import Recipe
 from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.cas import accuracy_score

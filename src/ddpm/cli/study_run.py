@@ -73,10 +73,10 @@ def _evaluations(
     clock, done = Clock(), list[Evaluation]()
     with evaluation_run.shown_parts(ALONE, clock):
         common = (settings[0].n, opened.model.device, clock)
-        bench = evaluation_run.make_bench(settings[0], opened.data, *common)
+        reference = evaluation_run.make_reference(settings[0], opened.data, *common)
     for setting, identity, found in zip(settings, identities, kept, strict=True):
-        there = found is not None and _features(found) == bench.embedder.features.sha256
-        evaluation = found if there and found else _measured(setting, identity, opened, bench, out)
+        there = found is not None and _features(found) == reference.embedder.features.sha256
+        evaluation = found if there and found else _measured(setting, identity, opened, reference, out)
         done.append(evaluation)
         one = sampler_study.gather([evaluation], varied)
         line = f"{len(done)}/{len(kept)}: {sampler_study.name(one.rows[0], one.varied)}: "
@@ -86,14 +86,14 @@ def _evaluations(
 
 
 def _measured(
-    setting: EvalConfig, identity: Identity, opened: Opened, bench: Reference, out: Path
+    setting: EvalConfig, identity: Identity, opened: Opened, reference: Reference, out: Path
 ) -> Evaluation:
     """Draw, measure and write one setting."""
     clock = Clock()
     drawn = evaluation_run.draw(setting, ALONE, opened.model, clock)
     with evaluation_run.shown_parts(ALONE, clock):
         digest = digest_of(identity)
-        evaluation, _ = evaluation_run.measure(setting, opened, bench, drawn, clock, setting=digest)
+        evaluation, _ = evaluation_run.measure(setting, opened, reference, drawn, clock, setting=digest)
     file = evaluation_file(out, identity)
     file.parent.mkdir(parents=True, exist_ok=True)
     record.write(file, evaluation)

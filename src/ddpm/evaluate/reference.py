@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ddpm.data.dataset import Dataset, Split
-from ddpm.evaluate.features.extractor import Features, Projection, features_for, pixel_features
+from ddpm.evaluate.features.extractor import Features, features_for
+from ddpm.evaluate.features.pixels import Projection, pixel_features
 from ddpm.evaluate.record import Metric
 from ddpm.runtime.randomness import permutation
 

@@ -28,7 +28,7 @@ from ddpm.runtime.distributed import broadcast_object, process_group, raise_on_a
 from ddpm.runtime.world import ALONE, World, world
 from ddpm.sample.model import Model, levels, load
 
-Judged = tuple[record.Evaluation, evaluator.Gallery]
+Evaluated = tuple[record.Evaluation, evaluator.Gallery]
 
 
 class Opened(NamedTuple):
@@ -64,23 +64,17 @@ def start(config: EvalConfig) -> torch.device:
 def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> None:
     opened, clock = open_model(config, own, device), Clock()
     with raise_on_all_ranks(own), shown_parts(own, clock):
-        bench = make_bench(config, opened.data, config.n, device, clock) if own.first else None
+        reference = make_reference(config, opened.data, config.n, device, clock) if own.first else None
     drawn = draw(config, own, opened.model, clock)
     with shown_parts(own, clock):
+        common = {"n": config.n, "seed": config.seed, "batch_size": config.batch_size}
         of_model = evaluator.ask_model(
-            opened.model,
-            opened.data,
-            config.measure,
-            n=config.n,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            world=own,
-            clock=clock,
+            opened.model, opened.data, config.measure, **common, world=own, clock=clock
         )
         with raise_on_all_ranks(own):
-            if bench is not None:
-                judged = measure(config, opened, bench, drawn, clock, of_model=of_model)
-                _finish(config, judged, _stem(opened.path))
+            if reference is not None:
+                evaluated = measure(config, opened, reference, drawn, clock, of_model=of_model)
+                _finish(config, evaluated, _stem(opened.path))
 
 
 def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> None:
@@ -94,8 +88,8 @@ def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> No
         data = build.dataset(config.dataset, config.data_root)
         say(own, data.notice)
         found = samples.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
-        judged = evaluator.measure(
-            make_bench(config, data, len(found.images), device, clock),
+        evaluated = evaluator.measure(
+            make_reference(config, data, len(found.images), device, clock),
             found.images,
             found.labels,
             subject=config.samples,
@@ -104,7 +98,7 @@ def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> No
             notes=found.notes,
             clock=clock,
         )
-        _finish(config, judged, stem)
+        _finish(config, evaluated, stem)
 
 
 def open_model(config: EvalConfig, own: World, device: torch.device) -> Opened:
@@ -148,13 +142,13 @@ def draw(config: EvalConfig, own: World, model: Model, clock: Clock) -> evaluato
 def measure(
     config: EvalConfig,
     opened: Opened,
-    bench: Reference,
+    reference: Reference,
     drawn: evaluator.Drawn,
     clock: Clock,
     *,
     of_model: Sequence[Found] = (),
     **more: Any,
-) -> Judged:
+) -> Evaluated:
     """Measure a model's images, on rank 0. `more` goes into the evaluation's protocol."""
     of_run = opened.path.parent.name == "checkpoints"
     about = {
@@ -171,7 +165,7 @@ def measure(
         "evaluations_per_image": drawn.evaluations,
     }
     return evaluator.measure(
-        bench,
+        reference,
         drawn.images,
         drawn.labels,
         subject=str(output_dirs.of_run(opened.path) if of_run else opened.path),
@@ -213,7 +207,9 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
     return data
 
 
-def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock) -> Reference:
+def make_reference(
+    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
+) -> Reference:
     """Prepare the reference images once for any number of measurements."""
     parts = tuple(name for name in (*METRICS, *OF_MODEL) if name in config.measure)
     return evaluator.prepare(
@@ -221,8 +217,8 @@ def make_bench(config: EvalConfig, data: Dataset, n: int, device: torch.device, 
     )
 
 
-def _finish(config: EvalConfig, judged: Judged, stem: Path) -> None:
-    evaluation, gallery = judged
+def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
+    evaluation, gallery = evaluated
     with output_dirs.results(config.out, stem) as out:
         page.draw(evaluation, gallery, out / record.PICTURE)
         record.write(out / record.FILE, evaluation)

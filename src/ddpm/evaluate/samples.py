@@ -1,7 +1,7 @@
-"""Images that another tool has made: an .npz file, a folder of pictures, or images of a dataset, none of them trusted.
+"""Read samples made by another tool: an .npz file, a folder of pictures, or images of a dataset, none of them trusted.
 
-They must have the size and colours of the dataset they are held against: nothing is scaled, as that would be judged
-with them.
+They must have the size and colours of the dataset they are held against: nothing is scaled, as that would be
+measured with them.
 """
 
 import os
@@ -40,7 +40,7 @@ LABELS = ("labels", "arr_1")
 
 
 @dataclass(frozen=True, eq=False)
-class Brought:
+class LoadedSamples:
     """images: uint8 (n, C, S, S); labels: int64 (n,), the class each image is meant to show, or None."""
 
     images: Tensor
@@ -48,7 +48,7 @@ class Brought:
     notes: tuple[str, ...] = ()
 
 
-def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_root: str) -> Brought:
+def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_root: str) -> LoadedSamples:
     """`samples=`: at most n images, to be held against `data`, which `choice` names. Raises UserError.
 
     Of more than n images n are drawn at random, as a file may be sorted by class.
@@ -66,9 +66,9 @@ def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_ro
     have = len(found.images)
     if have <= n:
         note = (f"samples={text} has {have:,} images, fewer than n={n:,}: all of them",) if have < n else ()
-        return Brought(found.images, found.labels, note)
+        return LoadedSamples(found.images, found.labels, note)
     chosen = permutation(seed, "samples", 0, have)[:n]
-    return Brought(
+    return LoadedSamples(
         found.images[chosen],
         None if found.labels is None else found.labels[chosen],
         (f"samples={text} has {have:,} images: {n:,} of them, drawn at random",),
@@ -77,7 +77,7 @@ def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_ro
 
 def _from_dataset(
     text: str, name: str, part: str, places: str | None, data: Dataset, choice: Component, data_root: str
-) -> Brought:
+) -> LoadedSamples:
     if name not in (known := choices("dataset")):
         raise UserError(
             f"samples={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}"
@@ -104,15 +104,15 @@ def _from_dataset(
     same = own is data
     labels = split.labels if same else None
     if places is None:
-        return Brought(split.images, labels)
+        return LoadedSamples(split.images, labels)
     chosen = indices(places, text, "samples", MAX_IMAGES)
     if max(chosen) >= len(split):
         raise UserError(f"samples={text}: this split has the images 0 to {len(split) - 1}")
     wanted = torch.tensor(chosen)
-    return Brought(split.images[wanted], None if labels is None else labels[wanted])
+    return LoadedSamples(split.images[wanted], None if labels is None else labels[wanted])
 
 
-def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Brought:
+def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> LoadedSamples:
     """The pictures that lie in the folder itself, in the order of their names."""
     try:
         files = sorted(file for file in folder.iterdir() if is_image(file, folder))
@@ -127,7 +127,7 @@ def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Brought:
     images = np.empty((len(files), facts.image_size, facts.image_size, facts.channels), np.uint8)
     for image, file in zip(images, files, strict=True):
         image[:] = _picture(text, file, facts)
-    return Brought(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), None)
+    return LoadedSamples(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), None)
 
 
 def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
@@ -149,7 +149,7 @@ def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
     return colours[..., :1]
 
 
-def _from_npz(text: str, path: Path, facts: DatasetInfo) -> Brought:
+def _from_npz(text: str, path: Path, facts: DatasetInfo) -> LoadedSamples:
     """uint8 (N, S, S) or (N, S, S, C), as ddpm-sample saves them."""
 
     def images_fit(header: npz.Header) -> None:
@@ -176,7 +176,7 @@ def _from_npz(text: str, path: Path, facts: DatasetInfo) -> Brought:
             f"samples={text}: its labels must be 0 to {facts.num_classes - 1}, as those of {facts.name}"
         )
     images = torch.from_numpy(pixels).reshape(-1, facts.image_size, facts.image_size, facts.channels)
-    return Brought(
+    return LoadedSamples(
         images.permute(0, 3, 1, 2).contiguous(),
         None if classes is None else torch.from_numpy(classes.astype("int64")),
     )

@@ -9,14 +9,14 @@ from ddpm.evaluate.record import Evaluation, Metric
 REAL = "real images"
 MAX_HEAD = 34  # characters of a subject's name
 NOTES = 12  # at most
-# What must be the same for figures to be compared.
+# What must be the same for metrics to be comparable.
 SAME = ("dataset", "image_size", "split", "split_images", "feature_sha256", "n")
 
 USUAL = {"guidance_scale": 1, "ema": True, "precision": "fp32"}  # said where it is not so
 
 
 class Row(NamedTuple):
-    """How a figure is shown, and which way is better: -1 less, 1 more, 0 as the real ones."""
+    """How a metric is shown, and which way is better: -1 less, 1 more, 0 as the real ones."""
 
     name: str
     title: str
@@ -24,26 +24,26 @@ class Row(NamedTuple):
     better: int = 0
 
 
-def _number(figure: Metric) -> str:
+def _number(metric: Metric) -> str:
     """With its interval or error, in as many digits as that bears."""
-    if figure.low is not None and figure.high is not None:
-        return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-    if figure.error is not None:
-        return f"{figure.value:.4f} ± {figure.error:.4f}"
-    return f"{figure.value:.3f}"
+    if metric.low is not None and metric.high is not None:
+        return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+    if metric.error is not None:
+        return f"{metric.value:.4f} ± {metric.error:.4f}"
+    return f"{metric.value:.3f}"
 
 
-def _with_floor(figure: Metric) -> str:
-    return f"{figure.value:.3f}" + (f" (floor {figure.floor:.3f})" if figure.floor is not None else "")
+def _with_floor(metric: Metric) -> str:
+    return f"{metric.value:.3f}" + (f" (floor {metric.floor:.3f})" if metric.floor is not None else "")
 
 
-def _share(figure: Metric) -> str:
-    error = f" ± {100 * figure.error:.1f}" if figure.error is not None else ""
-    return f"{100 * figure.value:.1f}{error} %"
+def _share(metric: Metric) -> str:
+    error = f" ± {100 * metric.error:.1f}" if metric.error is not None else ""
+    return f"{100 * metric.value:.1f}{error} %"
 
 
-def _named_share(figure: Metric) -> str:
-    return _share(figure) + (f" ({_short(figure.text)})" if figure.text else "")
+def _named_share(metric: Metric) -> str:
+    return _share(metric) + (f" ({_short(metric.text)})" if metric.text else "")
 
 
 ROWS = (
@@ -51,18 +51,18 @@ ROWS = (
     Row("fd_excess", "  less its bias", _number, -1),
     Row("class_fd_excess", "  within classes", _number, -1),
     Row("pixel_fd_excess", "  on pixels", _number, -1),
-    Row("kid", "kernel distance", _number, -1),
+    Row("kid", "KID", _number, -1),
     Row("precision", "precision", _number, 1),
     Row("recall", "recall", _number, 1),
     Row("density", "density", _number),
     Row("coverage", "coverage", _number, 1),
-    Row("confident", "sure of the class", _share, 1),
+    Row("confident", "classifier confidence", _share, 1),
     Row("right_class", "of the class asked for", _share, 1),
     Row("rarest_class", "rarest class", _named_share),
     Row("most_frequent_class", "most frequent class", _named_share),
-    Row("cas", "classifier trained on it", _share, 1),
-    Row("memorized", "close to a training image", _named_share, -1),
-    Row("memorized_relative", "  for its neighbourhood", _share, -1),
+    Row("cas", "classification accuracy score", _share, 1),
+    Row("memorized", "memorized", _named_share, -1),
+    Row("memorized_relative", "  relative to neighbours", _share, -1),
     Row("bits_per_dim", "bits per dimension", _number, -1),
     Row("eps_loss", "error in eps, test", _number, -1),
     Row("eps_loss_train", "error in eps, training", _number, -1),
@@ -70,7 +70,7 @@ ROWS = (
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """A head and a row for each figure that one of them has; the real images last, where all have the same."""
+    """Return a head and a row for each metric that one of them has; real images last, where all have the same."""
     columns = [(_head(evaluation.subject), evaluation.figures) for evaluation in evaluations]
     if not differing(evaluations):
         real = {name[5:]: each for name, each in evaluations[0].figures.items() if name.startswith("real_")}
@@ -87,7 +87,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of text: the first column to the left, the others to the right."""
+    """Format rows of cells as lines of text: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(
@@ -99,7 +99,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
-    """For a terminal: figures in rows, each evaluation in a column, then what they were made with and their doubts."""
+    """Format evaluations for a terminal: metrics in rows, evaluations in columns, then protocols and notes."""
     text = aligned(rows(evaluations))
     for key, values in differing(evaluations).items():
         text.append(f"not to be compared: {key} differs ({', '.join(values)})")
@@ -113,7 +113,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def differing(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """What is not the same in all of them though it must be: {key: its values}."""
+    """Return what is not the same in all of them though it must be: {key: its values}."""
     found = {}
     for key in SAME:
         values = list(dict.fromkeys(_short(evaluation.protocol.get(key, "?")) for evaluation in evaluations))
@@ -123,7 +123,7 @@ def differing(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
 
 
 def protocol(evaluation: Evaluation) -> str:
-    """What the figures are of, and what they cost, in one line."""
+    """Describe in one line what the metrics are of, and what they cost."""
     about: Mapping[str, object] = evaluation.protocol
     size, sampler, seconds = _short(about.get("image_size")), about.get("sampler"), about.get("seconds")
     text = f"{_count(about.get('n'))} images"

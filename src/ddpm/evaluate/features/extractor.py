@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.nn import functional as F
 
 from ddpm.data.dataset import Dataset
 from ddpm.data.info import DatasetInfo
@@ -35,8 +34,7 @@ USUAL = Recipe(steps=1_500, lr=4e-3)
 FEWEST = 10_000  # training images to train features on
 SIZES = range(16, 65)  # pixels a side, for features that are trained here
 CLASSES = range(2, 101)
-PIXEL_IMAGES = 10_000  # training images that the whitening of pixels is made from
-PIXEL_SIDE = 32  # larger images are averaged down to at most this before their pixels are whitened
+WHITENED_ON = 10_000  # training images that the whitening of Inception features is made from
 
 # What is shipped, by (dataset, image size): the hash of its content.
 SHIPPED = {
@@ -58,19 +56,20 @@ class Features:
 
     name: str
     sha256: str  # of weights and whitening
-    dim: int
-    num_classes: int  # 0: no classifier
-    image_size: int
-    channels: int
+    shape: tuple[int, int, int]  # of an image: C, S, S
     run: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
     whitening: Whitening
 
+    @property
+    def dim(self) -> int:
+        """How many features an image has."""
+        return self.whitening.matrix.shape[1]
+
     def embed(self, images: Tensor, batch_size: int = 500) -> Embedding:
         """uint8 (N, C, S, S) on the CPU. Raises ValueError for other images."""
-        wanted = (self.channels, self.image_size, self.image_size)
-        if images.dtype != torch.uint8 or images.shape[1:] != wanted or not len(images):
+        if images.dtype != torch.uint8 or images.shape[1:] != self.shape or not len(images):
             raise ValueError(
-                f"features {self.name} take uint8 images (N, {', '.join(map(str, wanted))}), N ≥ 1, "
+                f"features {self.name} take uint8 images (N, {', '.join(map(str, self.shape))}), N ≥ 1, "
                 f"not {images.dtype} {tuple(images.shape)}"
             )
         moments, logits = self.run(images, batch_size)
@@ -116,10 +115,7 @@ def _from_arrays(arrays: Arrays, facts: DatasetInfo, device: torch.device) -> Fe
     return Features(
         name=f"{facts.name}-{facts.image_size}",
         sha256=content_hash(arrays),
-        dim=transform.matrix.shape[1],
-        num_classes=facts.num_classes,
-        image_size=facts.image_size,
-        channels=facts.channels,
+        shape=(facts.channels, facts.image_size, facts.image_size),
         run=lambda images, batch_size: run(network, images, device, batch_size),
         whitening=transform,
     )
@@ -187,42 +183,8 @@ def cache_name(data: Dataset) -> str:
 
 def _inception(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Features:
     embed, sha256 = inception.network(data.facts, device, say)
-    few = data.train.images[spread_out(len(data.train), PIXEL_IMAGES)]
+    few = data.train.images[spread_out(len(data.train), WHITENED_ON)]
     transform = whitening(embed(few, 50)[0], dimensions(len(few)))
     facts = data.facts
-    return Features(
-        name="inception-v3",
-        sha256=sha256,
-        dim=transform.matrix.shape[1],
-        num_classes=0,
-        image_size=facts.image_size,
-        channels=facts.channels,
-        run=embed,
-        whitening=transform,
-    )
-
-
-class Projection(NamedTuple):
-    """uint8 images (N, C, S, S) → whitened pixels, float64 (N, d). `factor`: pixels averaged along each side."""
-
-    whitening: Whitening
-    factor: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.whitening(_pixels(images, self.factor))
-
-
-def pixel_features(train: Tensor) -> Projection:
-    """Pixels whitened on at most 10,000 of the training images uint8 (N, C, S, S), 8 to 32 directions of most variance.
-
-    A witness without any learning: what features see and pixels do not, or the reverse, is worth a look. Images of
-    more than 32 pixels a side are averaged down first. Raises DataError where the images are all alike.
-    """
-    factor = -(-train.shape[-1] // PIXEL_SIDE)
-    pixels = _pixels(train[spread_out(len(train), PIXEL_IMAGES)], factor)
-    return Projection(whitening(pixels, dimensions(len(train))), factor)
-
-
-def _pixels(images: Tensor, factor: int) -> Tensor:
-    parts = [F.avg_pool2d(part.double() / 255, factor).flatten(1) for part in torch.split(images, 1_000)]
-    return torch.cat(parts)
+    shape = (facts.channels, facts.image_size, facts.image_size)
+    return Features("inception-v3", sha256, shape, embed, transform)
