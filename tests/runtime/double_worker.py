@@ -52,7 +52,10 @@ def count_messages(run: TrainState, batches: Batches) -> int:
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 
     before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-    ema, history = {name: tensor.clone() for name, tensor in run.ema.state_dict().items()}, run.loss_history.clone()
+    ema, history = (
+        {name: tensor.clone() for name, tensor in run.ema.state_dict().items()},
+        run.loss_history.clone(),
+    )
     run.parallel.register_comm_hook(None, counted)
     train_step(run, *batches.batch(run.step))
     run.network.load_state_dict(before)
