@@ -22,7 +22,6 @@ LIKE_CLI = {
     "evaluate/run.py",
     "old_names.py",
     "runtime/signals.py",
-    "train/tensorboard.py",
 }
 
 

@@ -22,7 +22,7 @@ from ddpm.runtime import signals
 from ddpm.runtime.console import Log, duration, figures, typed
 from ddpm.runtime.session import open_session
 from ddpm.runtime.world import World, world
-from ddpm.train import interruptible, plots, tensorboard
+from ddpm.train import interruptible, loggers, plots
 from ddpm.train.metrics_file import VALIDATED
 from ddpm.train.setup import set_up
 from ddpm.train.state import TrainState
@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> float:
     Rank 0 chooses the folder and the checkpoint to go on from, and writes; the others return nan.
     """
     started, own, trainer = time.perf_counter(), world(), config.trainer
-    tensorboard.check(config)
+    loggers.check(config.logger)
     _check_size(config, own)
     with (
         open_session(

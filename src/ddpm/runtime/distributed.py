@@ -1,7 +1,7 @@
-"""Several processes that train or sample as one. Alone (world.size = 1), everything here does nothing at once.
+"""Several processes that train or sample as one (torch.distributed). With world.size = 1 nothing here waits.
 
-Two groups: the default one carries tensors on their device (NCCL between GPUs, gloo between CPUs), a second one,
-always gloo, carries what processes tell each other (errors, requests to stop), so that no such word waits for a GPU.
+Two process groups: the default one carries tensors on their device (NCCL between GPUs, gloo between CPUs). A second
+one, always gloo, carries Python objects (errors, requests to stop), so that these never wait for a GPU.
 """
 
 import secrets
@@ -26,12 +26,12 @@ T = TypeVar("T")
 # for a slower process, or one that downloads a dataset; one that has gone is noticed at once
 WAIT = timedelta(days=1)
 FIND = timedelta(minutes=30)  # for machines that start one after the other
-_control_group: Any = None  # the group for words
+_control_group: Any = None  # the gloo group for objects
 
 
 @contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The processes as a group. Raises UserError where they do not find each other."""
+    """Join the processes as a group inside the block. Raises UserError where they do not find each other."""
     global _control_group
     if world.size == 1:
         yield
@@ -63,35 +63,35 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def _own_store(world: World) -> Any:
-    """A corner of torchrun's store that is this start's alone.
+    """Return torchrun's store under a key prefix unique to this start.
 
-    torchrun keeps its store when it restarts processes, and with it the addresses of those that have died. Nothing it
-    says tells one start from the next on all machines. So each process asks under a name that nobody had before, rank
-    0 answers whoever asks, the dead too, with a name of its own, and goes on when all have come there.
+    torchrun's store survives restarts and still holds dead ranks' addresses, and no variable of torchrun numbers the
+    starts alike on all machines. So each rank posts a random token; rank 0 answers every token, dead ranks' too, with
+    its own random prefix, and goes on when all ranks have read it.
     """
     store, _, _ = next(iter(rendezvous("env://", world.rank, world.size)))
     own, end = secrets.token_hex(16), time.monotonic() + FIND.total_seconds()
-    corner, answered = own, set[str]()
+    prefix, answered = own, set[str]()
     if not world.first:
         store.set(f"ddpm/asks/{world.rank}", own)
         _wait_until(lambda: store.check([f"ddpm/answer/{own}"]), end)
-        corner = store.get(f"ddpm/answer/{own}").decode()
-        store.add(f"ddpm/came/{corner}", 1)
-        return PrefixStore(corner, store)
+        prefix = store.get(f"ddpm/answer/{own}").decode()
+        store.add(f"ddpm/came/{prefix}", 1)
+        return PrefixStore(prefix, store)
 
     def all_came() -> bool:
         asks = [key for rank in range(1, world.size) if store.check([key := f"ddpm/asks/{rank}"])]
         for name in {store.get(key).decode() for key in asks} - answered:
-            store.set(f"ddpm/answer/{name}", corner)
+            store.set(f"ddpm/answer/{name}", prefix)
             answered.add(name)
-        return bool(store.add(f"ddpm/came/{corner}", 0) == world.size - 1)
+        return bool(store.add(f"ddpm/came/{prefix}", 0) == world.size - 1)
 
     _wait_until(all_came, end)
-    return PrefixStore(corner, store)
+    return PrefixStore(prefix, store)
 
 
 def _wait_until(condition: Callable[[], bool], end: float) -> None:
-    """In Python, so that a signal is heeded meanwhile. Raises RuntimeError when it takes too long."""
+    """Poll in Python, so that signal handlers run. Raises RuntimeError after the time `end`."""
     while not condition():
         if time.monotonic() > end:
             raise RuntimeError(f"waited for {FIND} for the others")
@@ -99,7 +99,10 @@ def _wait_until(condition: Callable[[], bool], end: float) -> None:
 
 
 def _leave(broken: bool) -> None:
-    """A broken NCCL group is aborted: to close it in order would wait for processes that may not come."""
+    """Leave the group. A broken NCCL group is aborted, as `destroy_process_group` would wait for lost processes.
+
+    torch has no public function that aborts a group.
+    """
     global _control_group
     _control_group = None
     if not dist.is_initialized():
@@ -112,7 +115,7 @@ def _leave(broken: bool) -> None:
 
 @contextmanager
 def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """A block that all processes go through: where it goes wrong in one of them, all raise the same UserError.
+    """Raise the same UserError in all processes where the block, which all run, goes wrong in one of them.
 
     The block itself must not wait for other processes, or they would wait for each other forever.
     """
@@ -139,7 +142,10 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
 
 
 def rank_zero_first(world: World, make: Callable[[], T]) -> T:
-    """First one process on each machine, then the others, which find what it fetched. Raises UserError in all."""
+    """Call `make` in one process on each machine, then in the others, which find what it fetched.
+
+    Raises UserError in all processes.
+    """
     made: list[T] = []
     for turn in (True, False):
         with raise_on_all_ranks(world):
@@ -149,7 +155,7 @@ def rank_zero_first(world: World, make: Callable[[], T]) -> T:
 
 
 def broadcast_object(world: World, value: T) -> T:
-    """What rank 0 has, for all: any plain object."""
+    """Return rank 0's `value`, any object that can be pickled, in all processes."""
     if world.size == 1:
         return value
     box = [value]
@@ -167,7 +173,7 @@ def check_equal_on_all_ranks(world: World, what: dict[str, Any]) -> None:
 
 
 def broadcast_tensors(world: World, tensors: Sequence[Tensor]) -> None:
-    """Rank 0's numbers into the tensors of all, in place. They keep their memory layout."""
+    """Copy rank 0's tensors into those of all ranks, in place. They keep their memory layout."""
     if world.size == 1:
         return
     with torch.no_grad():
@@ -222,7 +228,7 @@ def all_reduce_max_async(world: World, numbers: Sequence[int]) -> Callable[[], l
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error means that another process of the group has gone."""
+    """Return whether an error means that another process of the group is gone."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "c10d"))
     )

@@ -1,4 +1,4 @@
-"""Memory: keeping what was freed; how to tell that it has run out, and what would have fitted."""
+"""Memory: keep what was freed, recognize out-of-memory errors, estimate the batch that fits."""
 
 import ctypes
 from collections.abc import Callable
@@ -10,7 +10,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error means that memory, of the GPU or of the machine, has run out."""
+    """Return whether an error means out of memory, of the GPU or of the machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = [
@@ -44,7 +44,7 @@ def largest_batch(peak: Callable[[int], int], free: int, failed: int) -> int | N
 
 
 def peak_on_gpu(step: Callable[[int], object], device: torch.device) -> Callable[[int], int]:
-    """`peak` for `largest_batch`: the bytes that a call of `step` takes beyond what is taken already."""
+    """Return `peak` for `largest_batch`: the bytes that `step(n)` allocates at most beyond those allocated before."""
 
     def peak(n: int) -> int:
         torch.cuda.empty_cache()
@@ -57,10 +57,10 @@ def peak_on_gpu(step: Callable[[int], object], device: torch.device) -> Callable
 
 
 def keep_freed() -> bool:
-    """Let the process keep the memory that it frees for what it allocates next; whether that could be arranged.
+    """Make glibc malloc keep freed memory for reuse. Return False on other allocators.
 
     Every step on a CPU takes and frees the same hundreds of megabytes. glibc returns them to the kernel each time,
-    which then clears every page anew: an eighth of a training step. Other allocators are left as they are.
+    which then clears every page anew: an eighth of a training step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

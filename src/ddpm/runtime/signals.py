@@ -1,7 +1,7 @@
-"""Signals. The first SIGTERM, SIGINT or SIGHUP asks, a second one kills at once; SIGUSR1 asks a training to save.
+"""Signal handlers. The first SIGTERM, SIGINT or SIGHUP is a request to stop, a second one kills at once.
 
-Without `patient()` a request takes effect where the program stands, as Stopped; within it, it is only noted, for
-the training loop to finish its step and save.
+SIGUSR1 is a request to save. A request to stop raises Stopped where the program stands. Within `defer_signals` it is
+only noted, so that the training loop can finish its step and save.
 """
 
 import io
@@ -18,7 +18,7 @@ from ddpm.runtime.world import world_for_errors
 
 
 class Stopped(BaseException):
-    """On the way out because of a signal. `said`: the user has been told already."""
+    """Raised to end the program because of a signal. `said`: the user has been told already."""
 
     def __init__(self, number: int, said: bool = False) -> None:
         super().__init__(number)
@@ -27,24 +27,24 @@ class Stopped(BaseException):
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 FORWARDED = getattr(signal, "SIGHUP", signal.SIGTERM)  # from a sweep to its jobs: never the second signal
-PARENT = "DDPM_PARENT_PID"  # environment: whom a job of a sweep does not outlive
-GRACE = 10  # seconds to save, then
+PARENT = "DDPM_PARENT_PID"  # environment: the process id with which a job of a sweep ends
+GRACE = 10  # seconds to save, before the process is killed
 _stop: int | None = None
 _save = False
-_patient = False
+_deferring = False
 _begun = False
 _in_sweep = False
 
 
 @contextmanager
 def handle_signals(program: str, save: bool = False) -> Iterator[None]:
-    """For the whole of a command: what a signal stops ends in one line and the status that shells expect.
+    """Install handlers for a command. One that a signal stops prints a line and exits with 128 + the signal's number.
 
-    SIGUSR1 is listened to only where there is something to `save`.
+    SIGUSR1 gets a handler only with `save`.
     """
-    global _patient, _in_sweep
+    global _deferring, _in_sweep
     try:
-        _keep_the_screen()
+        _make_streams_safe()
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
                 signal.signal(number, _on_stop)
@@ -59,22 +59,22 @@ def handle_signals(program: str, save: bool = False) -> Iterator[None]:
     except Exception:
         if _stop is None:
             raise
-        _leave(program, _stop, said=False)  # other people's code turned our Stopped into an error of its own
+        _leave(program, _stop, said=False)  # other code turned Stopped into an error of its own
     finally:
-        _patient = True  # on the way out there is nothing left to stop
+        _deferring = True  # the program ends already
 
 
 def pass_over() -> None:
-    """For whoever only watches jobs of a sweep: a signal to the whole group is not for it.
+    """Ignore stop signals in a process that only watches jobs of a sweep, as its whole process group gets them.
 
-    A handler, and not "ignored", which its jobs would inherit.
+    A handler does it, not SIG_IGN, which its jobs would inherit.
     """
     for number in STOPPING:
         signal.signal(number, lambda *_: None)
 
 
 def _end_with(parent: int) -> None:
-    """Save and end when that process is gone: nobody waits for the result any more."""
+    """Save and exit when the parent process is gone (an orphan's result is of no use)."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), FORWARDED)
@@ -82,8 +82,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _keep_the_screen() -> None:
-    """What a terminal cannot show is spelled out, and one that is not there is no reason to fail."""
+def _make_streams_safe() -> None:
+    """Let stdout and stderr escape what a terminal cannot show, and write nowhere if they are closed."""
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
@@ -105,17 +105,17 @@ def name(number: int) -> str:
 
 
 def stop_requested() -> int | None:
-    """The number of the signal that asked to stop, if one came."""
+    """Return the number of the first stop signal, or None."""
     return _stop
 
 
 def of_a_sweep() -> bool:
-    """Whether this process is a job, which is begun and stopped by its sweep."""
+    """Return whether this process is a job of a sweep, which starts and stops it."""
     return _in_sweep
 
 
 def save_requested() -> bool:
-    """Whether SIGUSR1 came since this was last asked."""
+    """Return whether SIGUSR1 came since the last call."""
     global _save
     asked, _save = _save, False
     return asked
@@ -123,16 +123,16 @@ def save_requested() -> bool:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Requests are noted and nothing else. One that came before, but got lost in foreign code, is raised here."""
-    global _patient, _begun
-    _patient = True
+    """Only note requests to stop inside the block. Raise Stopped for one whose exception other code has swallowed."""
+    global _deferring, _begun
+    _deferring = True
     try:
         if _stop is not None:
             raise Stopped(_stop)
         _begun = True
         yield
     finally:
-        _patient = False
+        _deferring = False
 
 
 def _on_stop(number: int, frame: FrameType | None) -> None:
@@ -142,7 +142,7 @@ def _on_stop(number: int, frame: FrameType | None) -> None:
         if signal.getsignal(other) is _on_stop:
             hangup = other not in (signal.SIGTERM, signal.SIGINT)  # which some send beside the first
             signal.signal(other, signal.SIG_IGN if hangup else signal.SIG_DFL)
-    if not _patient:
+    if not _deferring:
         raise Stopped(number)
 
 

@@ -3,6 +3,7 @@
 A process for each job: what one does (its memory, its GPU, its death) is no other's concern, not even the launcher's.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -79,8 +80,6 @@ def run(raw: Any) -> float:
 
 def name(overrides: list[str]) -> str:
     """The folder of a job: what was typed for it, so that the same command finds it again."""
-    import hashlib
-
     kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT)
     text = ",".join(kept) or "defaults"
     plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)

@@ -26,7 +26,7 @@ from ddpm.runs import run_dir as run_folder
 from ddpm.runtime import gpu_locks, signals
 from ddpm.runtime.console import tell, typed
 from ddpm.sweep import job
-from ddpm.train import tensorboard
+from ddpm.train import loggers
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
 OF_SWEEP = ("run_dir",)  # what is said of the sweep and not of its jobs
@@ -100,7 +100,7 @@ def _first(override: Any) -> str:
 
 def _check(overrides: list[str]) -> None:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
-    tensorboard.check(config)
+    loggers.check(config.logger)
     gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
         raise UserError("trainer.init_from=latest: each job would look for another one; name the run")

@@ -1,17 +1,20 @@
 """Train until the end or a signal: save where one asks for it, and say what fits where memory ends."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from ddpm.config.schema import settings_of
 from ddpm.data.dataset import Dataset
 from ddpm.errors import RankError, UserError
 from ddpm.runtime import memory, signals
 from ddpm.runtime.console import typed
 from ddpm.runtime.distributed import all_reduce_max_async, raise_on_all_ranks
 from ddpm.train import compile as compiling
-from ddpm.train import loop, tensorboard
+from ddpm.train import loop
+from ddpm.train.loggers import LOGGERS, log_record
 from ddpm.train.loop import Progress
 from ddpm.train.state import TrainState
 
@@ -26,12 +29,13 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     try:
         if note := compiling.begin(run):
             yield Progress(run.step, None, note)
-        with tensorboard.events(run, run_dir) as mirror:
+        make = LOGGERS[run.config.logger if run.world.first else "files"]
+        with closing(make(run_dir, settings_of(run.config), run.step, run.max_steps)) as logger:
             requests = _requests(run)
             for progress in loop.fit(run, data, run_dir):
                 yield progress
                 if progress.record:
-                    mirror(progress.record)
+                    log_record(logger, run_dir, progress.record)
                 number, save = next(requests)
                 if save and run.world.first:
                     path = loop.keep(run, run_dir, progress.record or {})
