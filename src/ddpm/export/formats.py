@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint.header import DEFAULTS_FOR_OLD_CHECKPOINTS
 from ddpm.config.choices import Component
-from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, to_dict
+from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS, NOT_PART_OF_THE_EXPERIMENT, to_dict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
