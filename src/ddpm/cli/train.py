@@ -109,7 +109,11 @@ def _prepare(
     run = state.prepare(config, data, device)
     if note := slow_in_bf16("trainer.precision", config.trainer.precision, device):
         run.notes.append(note)
-    if device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
+    if (
+        device.type == "cpu"
+        and getattr(run.network, "own_group_norm", False)
+        and (why := group_norm.missing())
+    ):
         run.notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     if source is not None:
         checkpointing.restore(run, source.path)

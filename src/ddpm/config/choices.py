@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ddpm.config.limits import GROUP_KEYS, Key, like, nearest
+from ddpm.config.limits import GROUP_KEYS, PLUGIN_HINT, Key, like, nearest
+from ddpm.config.tables import TABLES
 from ddpm.errors import UserError
 
 _PACKAGED = Path(__file__).parents[1] / "configs"
@@ -63,7 +64,7 @@ def _files(group: str) -> dict[str, dict[str, Any]]:
 
 def plugin_hint(group: str) -> str:
     """For an unknown name in a group that `ddpm.register` adds to."""
-    return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
+    return PLUGIN_HINT * any(group == table.group for table in TABLES.values())
 
 
 def check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm.config.tables import Names
 from ddpm.errors import UserError, is_plain
 
 
@@ -30,7 +31,7 @@ class Between(typing.NamedTuple):
         return f"a number {'above' if self.above else 'from'} {self.low} {'up ' if self.above else ''}to {self.high}"
 
 
-Allowed = Between | tuple[str, ...]
+Allowed = Between | tuple[str, ...] | Names
 REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 
 
@@ -80,13 +81,14 @@ GROUP_KEYS: dict[str, Key] = {
 
 def words(allowed: Allowed | None) -> tuple[str, ...]:
     """The words that a key takes, where it takes only some."""
-    return () if allowed is None or isinstance(allowed, Between) else allowed
+    return () if allowed is None or isinstance(allowed, Between) else tuple(allowed)
 
 
 def describe(allowed: Allowed | None) -> str:
     return f"one of {', '.join(words(allowed))}" if words(allowed) else str(allowed or "")
 
 
+PLUGIN_HINT = "; if it comes from a plug-in, add plugins=[…]"
 MAX_ITEMS = 4096  # in a list
 
 
@@ -126,6 +128,7 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
         raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:
         hint = nearest(value, words(allowed)) if isinstance(value, str) else ""
+        hint = PLUGIN_HINT * isinstance(allowed, Names) + hint
         raise UserError(f"{path}={_show(value)}: must be {describe(allowed)}{hint}")
     if isinstance(result, float) and not math.isfinite(result):
         raise UserError(f"{path}={_show(value)}: must be a finite number")

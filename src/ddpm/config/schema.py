@@ -16,6 +16,7 @@ from typing import Any
 
 from ddpm.config.choices import Component, check_choice, check_keys
 from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, like
+from ddpm.config.tables import Names
 from ddpm.errors import UserError
 
 
@@ -53,12 +54,12 @@ _out = partial(key, path=True)
 
 @dataclass(frozen=True)
 class Objective:
-    prediction: str = key(allowed=("eps", "x_0", "v", "flow"))
-    weight: str = key(allowed=("uniform", "plain", "min_snr", "p2", "sigmoid"))
+    prediction: str = key(allowed=Names("prediction"))
+    weight: str = key(allowed=Names("weight"))
     min_snr_gamma: float = key(allowed=Between(0, above=True))
     p2_gamma: float = key(allowed=Between(0))
     sigmoid_bias: float = key(allowed=Between(-100, 100))
-    timesteps: str = key(allowed=("uniform", "stratified", "logit_normal", "loss_aware"))
+    timesteps: str = key(allowed=Names("timesteps"))
     logit_normal_mean: float = key(allowed=Between(-100, 100))
     logit_normal_std: float = key(allowed=Between(0, 100, above=True))
     label_dropout: float = key(allowed=PART)
@@ -68,7 +69,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str = key(allowed=("adamw", "muon"), absent="adamw")
+    name: str = key(allowed=Names("optimizer"), absent="adamw")
     lr: float = key(allowed=Between(0, above=True))
     beta_1: float = key(allowed=Between(0, 0.99999))
     beta_2: float = key(allowed=Between(0, 0.9999999))

@@ -131,7 +131,7 @@ def public_config(model: Model) -> dict[str, Any]:
 def _not_in_diffusers(model: Model) -> str | None:
     """Why diffusers cannot hold this model; None if it can."""
     objective, schedule = model.config.objective, model.schedule
-    if model.config.model.name != "unet":
+    if not getattr(model.network, "in_diffusers", False):
         return f"model={model.config.model.name} is none of its networks, only unet is"
     if objective.prediction not in PREDICTION_TYPES:
         known = ", ".join(PREDICTION_TYPES)
