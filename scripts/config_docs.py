@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ddpm.cli.help import NOTES
 from ddpm.config.choices import CONFIG_DIR, choices
-from ddpm.config.limits import LIMITS, describe
+from ddpm.config.limits import describe
+from ddpm.config.schema import SCHEMAS, TrainConfig, declared
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 FIRST = ("train", "sample")
@@ -19,8 +19,8 @@ GROUPS = ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "
 
 HEAD = """# Every key
 
-Written by `python scripts/config_docs.py` from the YAML files under `configs/` and the limits in
-`ddpm/config/limits.py`; do not edit by hand. Settings are typed as `key=value`; `ddpm-train --cfg job` prints what a
+Written by `python scripts/config_docs.py` from the YAML files under `configs/` and the declarations in
+`ddpm/config/schema.py`; do not edit by hand. Settings are typed as `key=value`; `ddpm-train --cfg job` prints what a
 command line comes to.
 A number outside its limits, a wrong type or an unknown key is refused in one line, and nothing is written.
 """
@@ -60,7 +60,7 @@ def _top_keys(command: str) -> list[tuple[str, str, str, str]]:
     assert isinstance(content, dict)
     keys = [str(key) for key in content if key not in ("defaults", "hydra")]
     return [
-        (key, _shown(content[key]), _allowed(key, command), NOTES.get(f"{command}.{key}") or NOTES[key])
+        (key, _shown(content[key]), _allowed(key, command), declared(SCHEMAS[command])[key].help)
         for key in keys
     ]
 
@@ -77,7 +77,7 @@ def _defaults(group: str, key: str) -> str:
 
 
 def _allowed(key: str, where: str) -> str:
-    if text := describe(LIMITS.get(key)):
+    if (known := declared(SCHEMAS.get(where, TrainConfig)).get(key)) and (text := describe(known.allowed)):
         return text
     values = [
         content[key.rpartition(".")[2]]

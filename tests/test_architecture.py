@@ -21,6 +21,7 @@ LIKE_CLI = {
     "config/load_plugins.py",
     "evaluate/run.py",
     "old_names.py",
+    "register.py",
     "runtime/signals.py",
 }
 

@@ -1,5 +1,6 @@
 """docs/extending.md, run as it stands; and plug-ins that are missing, broken, or not the user's own wish."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -11,12 +12,13 @@ import pytest
 
 from ddpm.config import choices, hydra, schema
 from ddpm.config.choices import CONFIG_DIR
+from ddpm.config.tables import TABLES, Names
 from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 (PLUGIN,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-TRAIN, SAMPLE, SWEEP = re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].splitlines()  # type: ignore[index]
+TRAIN, SAMPLE, SWEEP, OWN = re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].splitlines()  # type: ignore[index]
 TINY = [
     "model.channels=[8,16]",
     "model.num_blocks=1",
@@ -62,6 +64,35 @@ def test_sampling_takes_the_sampler_of_the_checkpoint(trained: Path) -> None:
     result = run_line(SAMPLE, "sampler.num_steps=3", cwd=trained)
     assert result.returncode == 0, result.stderr
     assert '"name": "renoise"' in (trained / "runs/discs/samples/drawn-1/sample.json").read_text()
+
+
+def test_network_objective_and_optimizer_train_resume_sample_and_are_judged(trained: Path) -> None:
+    own = TINY[4:]
+    result = run_line(OWN, *own, "model.conditional=false", "trainer.sample_every=0", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    again = ["trainer.resume=runs/mine", "trainer.max_steps=5", "plugins=my_plugin"]
+    result = run_script("train", *again, cwd=trained)
+    assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stderr
+    stored = (trained / "runs/mine/config.yaml").read_text()
+    for name in ("my_transformer", "half_way", "soft_snr", "noisy_half", "muon_for_all"):
+        assert name in stored
+    few = ["plugins=my_plugin", "ckpt=runs/mine", "sampler.num_steps=3", "n=4"]
+    for program, more in (("sample", []), ("eval", ["measure=[likelihood]"])):
+        result = run_script(program, *few, *more, cwd=trained)
+        assert result.returncode == 0, result.stderr
+    refused = run_script("export", "plugins=my_plugin", "ckpt=runs/mine", "out=exported", cwd=trained)
+    assert "model=my_transformer is none of its networks" in one_line(refused)
+    assert not (trained / "exported").exists()
+    result = run_script(
+        "export", "plugins=my_plugin", "ckpt=runs/mine", "out=exported", "format=safetensors", cwd=trained
+    )
+    assert result.returncode == 0 and "plugins=<module>" in (trained / "exported/README.md").read_text()
+    assert "add plugins=[…]" in one_line(run_script("info", "ckpt=runs/mine", cwd=trained))
+
+
+def test_the_names_of_a_table_are_read_without_importing_it() -> None:
+    for kind, table in TABLES.items():
+        assert list(Names(kind)) == list(getattr(importlib.import_module(table.module), table.attribute))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.old_names import MODULES, NAMES
+from ddpm.old_names import MODULES, NAMES, RENAMED
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -22,7 +22,8 @@ def test_old_modules_are_forwarded(old: str) -> None:
                 n: v for n, v in own if not n.startswith("__") and getattr(v, "__module__", new) == new
             }
         for new, names in NAMES.get(old, {}).items():
-            expected |= {name: getattr(importlib.import_module(new), name) for name in names.split()}
+            home = importlib.import_module(new)
+            expected |= {name: getattr(home, RENAMED.get(name, name)) for name in names.split()}
         assert all(getattr(module, name) is value for name, value in expected.items())
 
 
@@ -33,7 +34,8 @@ def test_old_names_of_packages_are_forwarded(old: str) -> None:
         warnings.simplefilter("ignore")
         for new, names in NAMES[old].items():
             for name in names.split():
-                assert getattr(module, name) is getattr(importlib.import_module(new), name)
+                today = RENAMED.get(name, name)
+                assert getattr(module, name) is getattr(importlib.import_module(new), today)
     with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'nothing'"):
         _ = module.nothing
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from ddpm.checkpoint import file as checkpoint
-from ddpm.checkpoint import header as meta
 from ddpm.checkpoint import locate, verify
 from ddpm.cli import train
 from ddpm.config import hydra
-from ddpm.config.schema import TrainConfig, check, to_dict
+from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS, TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runs import resume_overrides
 from ddpm.train import checkpointing
@@ -165,7 +164,7 @@ def test_a_config_older_than_a_key_has_its_default(tmp_path: Path, version: int)
 
     def forget(fields: dict[str, dict[str, dict[str, object]]]) -> None:
         fields.update(format_version=version)  # type: ignore[arg-type, dict-item]
-        for key in meta.DEFAULTS_FOR_OLD_CHECKPOINTS:
+        for key in DEFAULTS_FOR_OLD_CHECKPOINTS:
             group, _, name = key.rpartition(".")
             del (fields["config"][group] if group else fields["config"])[name]
 
@@ -178,7 +177,7 @@ def test_a_config_older_than_a_key_has_its_default(tmp_path: Path, version: int)
 
 
 def test_every_key_added_later_is_one_of_todays_with_its_default() -> None:
-    for key, default in meta.DEFAULTS_FOR_OLD_CHECKPOINTS.items():
+    for key, default in DEFAULTS_FOR_OLD_CHECKPOINTS.items():
         value = to_dict(config())
         for part in key.split("."):
             value = value[part]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS
 from ddpm.data.info import FACT_LIMITS
 from ddpm.errors import CheckpointError, is_plain
 
@@ -177,19 +178,6 @@ def _entry(name: str, fields: Any) -> Entry:
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
         raise wrong
     return Entry(dtype, tuple(shape), *offsets)
-
-
-# Keys that configs in older checkpoints do not have, by full key.
-DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {
-    "gpus": None,
-    "jobs_per_gpu": 1,
-    "minimize": "val_eps_mse",
-    "logger": "files",
-    "trainer.init_from": None,
-    "trainer.cuda_graph": "auto",
-    "optimizer.name": "adamw",
-    "optimizer.halvings": 5,
-}
 
 
 def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:

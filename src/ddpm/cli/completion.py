@@ -5,8 +5,9 @@ import os
 import re
 from typing import Any
 
-from ddpm.config.choices import CONFIG_DIR, PATH_KEYS, _groups, _of_groups, _own, choices, read_yaml
-from ddpm.config.limits import LIMITS, Between
+from ddpm.config.choices import CONFIG_DIR, _groups, _of_groups, choices, own_keys, read_yaml
+from ddpm.config.limits import Key, words
+from ddpm.config.schema import PATH_KEYS, SCHEMAS, declared
 
 # What the shell takes as it is: it expands each word that it is offered, and runs a $(command) in a file's name.
 _PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")
@@ -24,7 +25,9 @@ def completions(program: str, line: str) -> list[str]:
     inside = _of_groups(groups, chosen)
     key, equals, value = word.partition("=")
     if not equals:
-        whole = {f"{name}=" for name in [*_own(top), *groups, *inside] if name.count(".") == word.count(".")}
+        whole = {
+            f"{name}=" for name in [*own_keys(top), *groups, *inside] if name.count(".") == word.count(".")
+        }
         parts = {f"{name.partition('.')[0]}." for name in inside} if "." not in word else set()
         return sorted(name for name in whole | parts if name.startswith(word))
     if key in groups:
@@ -33,14 +36,14 @@ def completions(program: str, line: str) -> list[str]:
         found = filter(_PLAIN_PATH.fullmatch, glob.glob(f"{glob.escape(value)}*"))
         values = [path + "/" * os.path.isdir(path) for path in found]
     else:
-        values = _values(key, (_own(top) | inside).get(key))
+        of_key = declared(SCHEMAS[program]).get(key, Key())
+        values = _values(of_key, (own_keys(top) | inside).get(key))
     return sorted(f"{key}={one}" for one in values if one.startswith(value))
 
 
-def _values(key: str, example: Any) -> list[str]:
+def _values(key: Key, example: Any) -> list[str]:
     """The words that a key takes or, where it takes any number, what it is now."""
-    allowed = LIMITS.get(key)
-    if isinstance(allowed, tuple) and not isinstance(allowed, Between):
+    if allowed := words(key.allowed):
         return list(allowed)
     if isinstance(example, bool):
         return ["false", "true"]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.cli import app
 from ddpm.config import hydra
-from ddpm.config.choices import ADDED, choices
+from ddpm.config.choices import choices
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, ExportConfig, to_dict
+from ddpm.config.tables import uses_plugin
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
 
@@ -93,9 +94,8 @@ def training_command(model: "Model") -> str:
         is_now = config[group][name] if group else config[name]
         if was != is_now:
             changed.append(f"{key}={value}")
-    added = any(config[group]["name"] in ADDED[group] for group in ADDED)
     blanks = {
-        "plugins=<module>": added,
+        "plugins=<module>": uses_plugin(config),
         "dataset.path=<images>": path,
         "trainer.init_from=<checkpoint>": model.config.trainer.init_from is not None,
     }

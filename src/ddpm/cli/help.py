@@ -1,6 +1,7 @@
 """`--help`, printed without importing Hydra or torch."""
 
 from ddpm.config.choices import ADDED, CONFIG_DIR
+from ddpm.config.schema import SCHEMAS, declared, groups
 
 _HEAD = {
     "train": """ddpm-train: train a diffusion model on small images
@@ -46,76 +47,22 @@ _HEAD = {
   ddpm-report outputs/multirun/lr figure=val_loss sampler=ddim sampler.num_steps=20 n=16
 """,
 }
-_GROUPS = {
-    "train": ("dataset", "model", "schedule", "objective", "optimizer", "sampler", "trainer", "experiment"),
-    "sample": ("sampler",),
-    "eval": ("dataset", "sampler"),
-    "export": (),
-    "info": (),
-    "report": ("sampler",),
-}
-NOTES = {
-    "seed": "every random number follows from it",
-    "device": "auto, cpu, cuda, cuda:1",
-    "data_root": "folder of the datasets (default: $DDPM_DATA, else data)",
-    "run_dir": "the run's folder (default: a new outputs/train/<date>/<time>)",
-    "logger": "files, or tensorboard as well: event files in the run's folder",
-    "overwrite": "replace a run that is there already",
-    "gpus": "take a free GPU, no other run's: auto, or 0,2,3 to choose among; a sweep's default is auto",
-    "jobs_per_gpu": "how many may share one; all of them must say so",
-    "minimize": "what a sweep's jobs return and its table is sorted by: the lowest of a run",
-    "ckpt": "a checkpoint file, a run folder, or latest",
-    "n": "how many images: 64; of each input: 1; from end to end of an interpolation: 8",
-    "index": "only this image of the seed (or a list; of the input): the same whatever n is",
-    "batch_size": "how many at once",
-    "precision": "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX",
-    "label": "a class, a list [0,1,2], or all: image i has class i mod K",
-    "guidance_scale": "1 is off; above 1 more typical of the class, 0 without class",
-    "guidance_rescale": "0 to 1: back towards the contrast without guidance",
-    "guidance_interval": "guide only where sigma/alpha is within [low, high]; null: everywhere",
-    "task": "generate, inpaint, variation, interpolate or reconstruct",
-    "input": "to start from: a picture, a folder of them, or mnist:test:0-15 (train, val, test)",
-    "mask": "inpaint: left, top, centre, random, or a picture: what is white is drawn",
-    "jump_length": "inpaint: levels between which RePaint goes to and fro",
-    "jump_n_sample": "inpaint: how often; the cost is num_steps × jump_n_sample evaluations",
-    "strength": "variation: 0 returns the input, 1 forgets it",
-    "seeds": "interpolate: the two ends (default: seed and seed+1); with input: every two images",
-    "ema": "averaged weights; false: the last ones",
-    "save": "any of grid, images, npz, trajectory",
-    "out": "folder for the results (of ddpm-sample by default a new one under the run's)",
-    "format": "diffusers or safetensors",
-    "nrow": "images in a row of the grid",
-    "eval.dataset": "what they are held against (default: the checkpoint's own; needed for samples)",
-    "eval.n": "how many images; distances from fewer than a few thousand say little",
-    "eval.guidance_scale": "1 is off, as models are compared",
-    "eval.out": "folder for the results (default: a new one under the run's, or under outputs/evaluations)",
-    "samples": "instead of ckpt: an .npz file, a folder of pictures, or mnist:test, mnist:train:0-9999",
-    "compare": "instead of either: evaluation.json files, or their folders, side by side",
-    "measure": "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
-    "report.folder": "a sweep, a run, or a folder of them; or a list; the key itself need not be typed",
-    "report.figure": "what runs are ranked by, at its best over each run: val_eps_mse or val_loss",
-    "report.contact": "false: no contact.png, which takes the longest",
-    "report.n": "images of each run in contact.png, 1 to 64: the same noise for all",
-    "report.sampler": "one for all runs (default: each run's own)",
-    "report.out": "folder for the files (default: the folder itself; for several a new one)",
-}
 
 
 def show_help(program: str) -> None:
+    """Print the help of a command."""
+    keys, chosen = declared(SCHEMAS[program]), groups(SCHEMAS[program])
     print(_HEAD[program])
-    for group in _GROUPS[program]:
+    for group in [*chosen, *["experiment"] * (program == "train")]:
         files = sorted((CONFIG_DIR / group).glob("*.yaml"))
         print(f"{group}=")
         for file in files:
             print(f"  {file.stem:<15} {_first_comment(file.read_text(encoding='utf-8'))}")
         for name in ADDED.get(group, {}):
             print(f"  {name:<15} (plug-in)")
-    print(
-        "keys"
-        + (", and group.key for every key of a chosen file (see --cfg job)" if _GROUPS[program] else "")
-    )
+    print("keys" + ", and group.key for every key of a chosen file (see --cfg job)" * bool(chosen))
     for key, value in _top_keys((CONFIG_DIR / f"{program}.yaml").read_text(encoding="utf-8")):
-        print(f"  {key + '=' + value:<26} {NOTES.get(f'{program}.{key}', NOTES.get(key, ''))}")
+        print(f"  {key + '=' + value:<26} {keys[key].help}")
     print("\nflags")
     if program == "train":
         print(

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ddpm.config.limits import like, nearest
+from ddpm.config.limits import GROUP_KEYS, PLUGIN_HINT, Key, like, nearest
+from ddpm.config.tables import TABLES
 from ddpm.errors import UserError
 
 _PACKAGED = Path(__file__).parents[1] / "configs"
@@ -63,10 +64,10 @@ def _files(group: str) -> dict[str, dict[str, Any]]:
 
 def plugin_hint(group: str) -> str:
     """For an unknown name in a group that `ddpm.register` adds to."""
-    return "; if it comes from a plug-in, add plugins=[…]" * (group in ("dataset", "schedule", "sampler"))
+    return PLUGIN_HINT * any(group == table.group for table in TABLES.values())
 
 
-def _check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+def check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
     known = list(known)
     for key in raw:
         if key not in known:
@@ -95,7 +96,7 @@ def check_choice(path: str, raw: Any) -> Component:
     for content in choices(path).values():  # a key means the same in every file of its group
         for key in template.keys() & content.keys():
             template[key].append(content[key])
-    _check_keys(raw, template, path + ".")
+    check_keys(raw, template, path + ".")
     params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
     return Component(raw["name"], params)
 
@@ -104,9 +105,11 @@ def _like_any(examples: list[Any], value: Any, path: str) -> Any:
     """Like one of the examples: null where one of them is, a list where that is another way to say it."""
     if value is None and None in examples:
         return None
+    allowed = GROUP_KEYS.get(path, Key()).allowed
     if path == "sampler.spacing" and isinstance(value, list):
-        return like([0.0], value, path)
-    return like(next((example for example in examples if example is not None), None), value, path)
+        return like([0.0], value, path, allowed)
+    example = next((example for example in examples if example is not None), None)
+    return like(example, value, path, allowed)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -124,19 +127,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in (yaml.load(file.read_bytes(), _Loader) or {}).items()}
 
 
-PATH_KEYS = (
-    *("run_dir", "data_root", "ckpt", "out", "input", "mask", "samples"),
-    *("dataset.path", "trainer.resume", "trainer.init_from"),
-)
-
-
 def known_keys(program: str) -> list[str]:
     """Every key that can be typed: those of configs/<program>.yaml, the groups, and the keys of all their files."""
     top = read_yaml(CONFIG_DIR / f"{program}.yaml")
-    return [*_own(top), *_groups(top), *_of_groups(_groups(top), {})]
+    return [*own_keys(top), *_groups(top), *_of_groups(_groups(top), {})]
 
 
-def _own(top: Mapping[str, Any]) -> dict[str, Any]:
+def own_keys(top: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that are no group's, with their defaults."""
     return {key: value for key, value in top.items() if key not in ("defaults", "hydra")}
 

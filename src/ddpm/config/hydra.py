@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ddpm.config.choices import CONFIG_DIR, PATH_KEYS, choices, known_keys, plugin_hint
+from ddpm.config.choices import CONFIG_DIR, choices, known_keys, plugin_hint
 from ddpm.config.limits import nearest
+from ddpm.config.schema import PATH_KEYS
 from ddpm.errors import UserError
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.

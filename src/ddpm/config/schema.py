@@ -1,152 +1,299 @@
-"""The schema: what a config may say. Plain data in, checked and typed data out; no Hydra, no torch, nothing run.
+"""What a config may say: every key of every command, declared once. No Hydra, no torch, nothing run.
 
-Closed parts (trainer, optimizer, objective) are dataclasses. For groups with a choice (dataset, model, schedule,
-sampler) the YAML file of the choice is its schema: its keys, and values of the same type. Both command lines and
-configs stored in checkpoints pass through here.
+`key(help, allowed, absent=…, path=…, experiment=…)` beside a field's type is its declaration; its default stands in a
+YAML file under configs/. For the groups with a choice (dataset, model, schedule, sampler) the YAML file of the choice
+is the schema: its keys, and values of the same type. Command lines and configs stored in checkpoints pass through here.
 """
 
+# ruff: noqa: RUF009 (`key` returns a dataclass field, no default)
 import dataclasses
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ddpm.config.choices import Component, _check_keys, check_choice
-from ddpm.config.limits import like
+from ddpm.config.choices import Component, check_choice, check_keys
+from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, like
+from ddpm.config.tables import Names
 from ddpm.errors import UserError
 
-# Where and how a run is made, which says nothing about what it is.
-NOT_PART_OF_THE_EXPERIMENT = (
-    *("data_root", "run_dir", "overwrite", "device", "gpus", "jobs_per_gpu", "minimize", "logger"),
-    "trainer.resume",
-)
 
-
-@dataclass(frozen=True)
-class Objective:
-    prediction: str
-    weight: str
-    min_snr_gamma: float
-    p2_gamma: float
-    sigmoid_bias: float
-    timesteps: str
-    logit_normal_mean: float
-    logit_normal_std: float
-    label_dropout: float
-    learned_variance: bool
-    vlb_weight: float
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    name: str
-    lr: float
-    beta_1: float
-    beta_2: float
-    weight_decay: float
-    warmup_steps: int
-    decay: str
-    halvings: int
-
-
-@dataclass(frozen=True)
-class Trainer:
-    max_steps: int
-    max_epochs: int | None
-    batch_size: int
-    accumulate: int
-    precision: str
-    channels_last: bool
-    compile: str
-    cuda_graph: str
-    ema_decay: float
-    grad_clip: float
-    log_every: int
-    validate_every: int
-    sample_every: int
-    checkpoint_every: int
-    keep: int
-    resume: str | None
-    init_from: str | None
-    deterministic: bool
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    seed: int
-    device: str
-    data_root: str
-    run_dir: str | None
-    overwrite: bool
-    gpus: str | None
-    jobs_per_gpu: int
-    minimize: str
-    logger: str
-    dataset: Component
-    model: Component
-    schedule: Component
-    objective: Objective
-    optimizer: Optimizer
-    sampler: Component
-    trainer: Trainer
+def key(*declared: Any, **more: Any) -> Any:
+    """A field of a config, with what `Key` says of it."""
+    return dataclasses.field(metadata={"key": Key(*declared, **more)})
 
 
 class Several(list[int]):
     """One whole number, or a list of them."""
 
 
+STEPS = Between(0, 10**9)
+AT_LEAST_ONE = Between(1, 10**9)
+PART = Between(0, 1)
+AUTO = ("auto", "true", "false")
+FIGURES = ("val_eps_mse", "val_loss")
+
+# Keys of several commands.
+_seed = partial(key, "every random number follows from it", Between(0, 2**63 - 1))
+_device = partial(key, "auto, cpu, cuda, cuda:1", experiment=False)
+_data_root = partial(
+    key, "folder of the datasets (default: $DDPM_DATA, else data)", path=True, experiment=False
+)
+_ckpt = partial(key, "a checkpoint file, a run folder, or latest", path=True)
+_ema = partial(key, "averaged weights; false: the last ones")
+_batch_size = partial(key, "how many at once", Between(1, 2**20))
+_precision = partial(
+    key, "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX", ("fp32", "bf16")
+)
+_n = partial(key, allowed=Between(1, 10**8))
+_guidance = partial(key, allowed=Between(0, 1000))
+_out = partial(key, path=True)
+
+
+@dataclass(frozen=True)
+class Objective:
+    prediction: str = key(allowed=Names("prediction"))
+    weight: str = key(allowed=Names("weight"))
+    min_snr_gamma: float = key(allowed=Between(0, above=True))
+    p2_gamma: float = key(allowed=Between(0))
+    sigmoid_bias: float = key(allowed=Between(-100, 100))
+    timesteps: str = key(allowed=Names("timesteps"))
+    logit_normal_mean: float = key(allowed=Between(-100, 100))
+    logit_normal_std: float = key(allowed=Between(0, 100, above=True))
+    label_dropout: float = key(allowed=PART)
+    learned_variance: bool = key()
+    vlb_weight: float = key(allowed=Between(0))
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = key(allowed=Names("optimizer"), absent="adamw")
+    lr: float = key(allowed=Between(0, above=True))
+    beta_1: float = key(allowed=Between(0, 0.99999))
+    beta_2: float = key(allowed=Between(0, 0.9999999))
+    weight_decay: float = key(allowed=Between(0))
+    warmup_steps: int = key(allowed=STEPS)
+    decay: str = key(allowed=("constant", "cosine", "halving"))
+    halvings: int = key(allowed=Between(0, 64), absent=5)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    max_steps: int = key(allowed=AT_LEAST_ONE)
+    max_epochs: int | None = key(allowed=AT_LEAST_ONE)
+    batch_size: int = key(allowed=Between(1, 2**20))
+    accumulate: int = key(allowed=Between(1, 2**16))
+    precision: str = key(allowed=("auto", "fp32", "tf32", "bf16", "fp16"))
+    channels_last: bool = key()
+    compile: str = key(allowed=AUTO)
+    cuda_graph: str = key(allowed=AUTO, absent="auto")
+    ema_decay: float = key(allowed=Between(0, 0.9999999))
+    grad_clip: float = key(allowed=Between(0, above=True))
+    log_every: int = key(allowed=AT_LEAST_ONE)
+    validate_every: int = key(allowed=STEPS)
+    sample_every: int = key(allowed=STEPS)
+    checkpoint_every: int = key(allowed=STEPS)
+    keep: int = key(allowed=Between(1, 10**6))
+    resume: str | None = key(path=True, experiment=False)
+    init_from: str | None = key(path=True, absent=None)
+    deterministic: bool = key()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = _seed()
+    device: str = _device()
+    data_root: str = _data_root()
+    run_dir: str | None = key(
+        "the run's folder (default: a new outputs/train/<date>/<time>)", path=True, experiment=False
+    )
+    overwrite: bool = key("replace a run that is there already", experiment=False)
+    gpus: str | None = key(
+        "take a free GPU, no other run's: auto, or 0,2,3 to choose among; a sweep's default is auto",
+        absent=None,
+        experiment=False,
+    )
+    jobs_per_gpu: int = key(
+        "how many may share one; all of them must say so", Between(1, 64), absent=1, experiment=False
+    )
+    minimize: str = key(
+        "what a sweep's jobs return and its table is sorted by: the lowest of a run",
+        FIGURES,
+        absent="val_eps_mse",
+        experiment=False,
+    )
+    logger: str = key(
+        "files, or tensorboard as well: event files in the run's folder",
+        ("files", "tensorboard"),
+        absent="files",
+        experiment=False,
+    )
+    dataset: Component = key()
+    model: Component = key()
+    schedule: Component = key()
+    objective: Objective = key()
+    optimizer: Optimizer = key()
+    sampler: Component = key()
+    trainer: Trainer = key()
+
+
 @dataclass(frozen=True)
 class SampleConfig:
-    ckpt: str
-    n: int | None
-    seed: int
-    index: Several | None
-    batch_size: int
-    device: str
-    precision: str
-    ema: bool
-    label: Several | str | None  # "all": every class
-    guidance_scale: float
-    guidance_rescale: float
-    guidance_interval: list[float] | None
-    task: str
-    input: str | None
-    data_root: str
-    mask: str | None
-    jump_length: int
-    jump_n_sample: int
-    strength: float
-    seeds: list[int] | None
-    sampler: Component
-    save: list[str]
-    out: str | None
-    nrow: int | None
+    ckpt: str = _ckpt()
+    n: int | None = _n("how many images: 64; of each input: 1; from end to end of an interpolation: 8")
+    seed: int = _seed()
+    index: Several | None = key(
+        "only this image of the seed (or a list; of the input): the same whatever n is", Between(0, 2**53)
+    )
+    batch_size: int = _batch_size()
+    device: str = _device()
+    precision: str = _precision()
+    ema: bool = _ema()
+    label: Several | str | None = key(
+        "a class, a list [0,1,2], or all: image i has class i mod K", Between(0, 10**6)
+    )
+    guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
+    guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART)
+    guidance_interval: list[float] | None = key(
+        "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0)
+    )
+    task: str = key(
+        "generate, inpaint, variation, interpolate or reconstruct",
+        ("generate", "inpaint", "variation", "interpolate", "reconstruct"),
+    )
+    input: str | None = key(
+        "to start from: a picture, a folder of them, or mnist:test:0-15 (train, val, test)", path=True
+    )
+    data_root: str = _data_root()
+    mask: str | None = key(
+        "inpaint: left, top, centre, random, or a picture: what is white is drawn", path=True
+    )
+    jump_length: int = key("inpaint: levels between which RePaint goes to and fro", Between(1, 100_000))
+    jump_n_sample: int = key(
+        "inpaint: how often; the cost is num_steps × jump_n_sample evaluations", Between(1, 1000)
+    )
+    strength: float = key("variation: 0 returns the input, 1 forgets it", PART)
+    seeds: list[int] | None = key(
+        "interpolate: the two ends (default: seed and seed+1); with input: every two images",
+        Between(0, 2**63 - 1),
+    )
+    sampler: Component = key()
+    save: list[str] = key("any of grid, images, npz, trajectory", ("grid", "images", "npz", "trajectory"))
+    out: str | None = _out("folder for the results (of ddpm-sample by default a new one under the run's)")
+    nrow: int | None = key("images in a row of the grid", Between(1, 10**6))
 
 
 @dataclass(frozen=True)
 class DrawConfig:
     """What `Model.sample` takes beside a sampler."""
 
-    n: int
-    seed: int
-    index: Several | None
-    label: Several | None
-    guidance_scale: float
-    batch_size: int
+    n: int = _n()
+    seed: int = _seed()
+    index: Several | None = key(allowed=Between(0, 2**53))
+    label: Several | None = key(allowed=Between(0, 10**6))
+    guidance_scale: float = _guidance()
+    batch_size: int = _batch_size()
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    ckpt: str
-    format: str
-    out: str
-    ema: bool
+    ckpt: str = _ckpt()
+    format: str = key("diffusers or safetensors", ("diffusers", "safetensors"))
+    out: str = _out("folder for the results (of ddpm-sample by default a new one under the run's)")
+    ema: bool = _ema()
 
 
 @dataclass(frozen=True)
 class InfoConfig:
-    ckpt: str
+    ckpt: str = _ckpt()
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    ckpt: str | None = _ckpt()
+    samples: str | None = key(
+        "instead of ckpt: an .npz file, a folder of pictures, or mnist:test, mnist:train:0-9999", path=True
+    )
+    compare: list[str] | None = key(
+        "instead of either: evaluation.json files, or their folders, side by side"
+    )
+    dataset: Component | None = key(  # None: that of the checkpoint
+        "what they are held against (default: the checkpoint's own; needed for samples)"
+    )
+    n: int = _n("how many images; distances from fewer than a few thousand say little")
+    seed: int = _seed()
+    batch_size: int = _batch_size()
+    device: str = _device()
+    precision: str = _precision()
+    ema: bool = _ema()
+    guidance_scale: float = _guidance("1 is off, as models are compared")
+    sampler: Component = key()
+    data_root: str = _data_root()
+    measure: list[str] = key(
+        "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
+        ("distance", "neighbours", "memorization", "likelihood", "cas"),
+    )
+    out: str | None = _out(
+        "folder for the results (default: a new one under the run's, or under outputs/evaluations)"
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    folder: list[str] = key(
+        "a sweep, a run, or a folder of them; or a list; the key itself need not be typed"
+    )
+    figure: str = key("what runs are ranked by, at its best over each run: val_eps_mse or val_loss", FIGURES)
+    contact: bool = key("false: no contact.png, which takes the longest")
+    n: int = _n("images of each run in contact.png, 1 to 64: the same noise for all")
+    seed: int = _seed()
+    sampler: Component | None = key("one for all runs (default: each run's own)")
+    device: str = _device()
+    out: str | None = _out("folder for the files (default: the folder itself; for several a new one)")
+
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "info": InfoConfig,
+    "report": ReportConfig,
+}
+
+
+def declared(schema: type) -> dict[str, Key]:
+    """Every key of a command by its full name, those of its groups too."""
+    found: dict[str, Key] = {}
+    for field in dataclasses.fields(schema):
+        found[field.name] = field.metadata["key"]
+        if dataclasses.is_dataclass(field.type) and field.type is not Component:
+            inner = declared(typing.cast(type, field.type))
+            found |= {f"{field.name}.{name}": inside for name, inside in inner.items()}
+        elif Component in (field.type, *typing.get_args(field.type)):
+            found |= {
+                name: inside for name, inside in GROUP_KEYS.items() if name.startswith(f"{field.name}.")
+            }
+    return found
+
+
+def groups(schema: type) -> list[str]:
+    """The keys that are a choice of a file."""
+    return [
+        field.name
+        for field in dataclasses.fields(schema)
+        if any(map(dataclasses.is_dataclass, (field.type, *typing.get_args(field.type))))
+    ]
+
+
+PATH_KEYS = {name for schema in SCHEMAS.values() for name, key in declared(schema).items() if key.path}
+_OF_TRAINING = declared(TrainConfig)
+NOT_PART_OF_THE_EXPERIMENT = {name for name, key in _OF_TRAINING.items() if not key.experiment}
+DEFAULTS_FOR_OLD_CHECKPOINTS = {
+    name: key.absent for name, key in _OF_TRAINING.items() if key.absent is not REQUIRED
+}
 
 
 def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
@@ -154,9 +301,11 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
 
     Raises UserError with one line: the full key, the value, and what is allowed.
     """
-    fields = typing.get_type_hints(schema)
-    _check_keys(raw, fields, path)
-    return schema(**{key: _value(hint, raw[key], path + key) for key, hint in fields.items()})
+    fields = dataclasses.fields(schema)
+    check_keys(raw, [field.name for field in fields], path)
+    return schema(
+        **{f.name: _value(f.type, raw[f.name], path + f.name, f.metadata["key"].allowed) for f in fields}
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -170,7 +319,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Flat, and the name of a choice under its group, as it is typed."""
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
+    return {key: value for key, value in flat.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+
+
+def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
     if hint is Component:
         return check_choice(path, value)
     if dataclasses.is_dataclass(hint):
@@ -181,51 +339,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         kinds = typing.get_args(hint)
         if value is None:
             return None
-        return str(value) if str in kinds[1:] and isinstance(value, str) else _value(kinds[0], value, path)
+        as_text = str in kinds[1:] and isinstance(value, str)
+        return str(value) if as_text else _value(kinds[0], value, path, allowed)
     if hint is Several:
         if value == []:
             raise UserError(f"{path}=[]: must be a number, or a list of at least one")
-        return Several(like([0], value if isinstance(value, list) else [value], path))
+        return Several(like([0], value if isinstance(value, list) else [value], path, allowed))
     if typing.get_origin(hint) is list:
-        return like([typing.get_args(hint)[0]()], value, path)
-    return like(hint(), value, path)
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Flat, and the name of a choice under its group, as it is typed."""
-    flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
-        for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    ckpt: str | None
-    samples: str | None
-    compare: list[str] | None
-    dataset: Component | None  # None: that of the checkpoint
-    n: int
-    seed: int
-    batch_size: int
-    device: str
-    precision: str
-    ema: bool
-    guidance_scale: float
-    sampler: Component
-    data_root: str
-    measure: list[str]
-    out: str | None
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    folder: list[str]
-    figure: str
-    contact: bool
-    n: int
-    seed: int
-    sampler: Component | None  # None: each run's own
-    device: str
-    out: str | None
+        return like([typing.get_args(hint)[0]()], value, path, allowed)
+    return like(hint(), value, path, allowed)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint.header import DEFAULTS_FOR_OLD_CHECKPOINTS
 from ddpm.config.choices import Component
-from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, to_dict
+from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS, NOT_PART_OF_THE_EXPERIMENT, to_dict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.export.diffusers_map import diffusers_config, to_diffusers
@@ -132,7 +131,7 @@ def public_config(model: Model) -> dict[str, Any]:
 def _not_in_diffusers(model: Model) -> str | None:
     """Why diffusers cannot hold this model; None if it can."""
     objective, schedule = model.config.objective, model.schedule
-    if model.config.model.name != "unet":
+    if not getattr(model.network, "in_diffusers", False):
         return f"model={model.config.model.name} is none of its networks, only unet is"
     if objective.prediction not in PREDICTION_TYPES:
         known = ", ".join(PREDICTION_TYPES)

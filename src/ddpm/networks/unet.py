@@ -29,6 +29,9 @@ class UNet(nn.Module):
     Raises ValueError for sizes that do not fit together, and for labels given to an unconditional network.
     """
 
+    own_group_norm = True  # its GroupNorm may run in `kernels`
+    in_diffusers = True  # whose UNet2DModel takes the weights
+
     def __init__(
         self,
         image_size: int,

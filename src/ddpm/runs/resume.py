@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import Meta
-from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, to_dict
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, PATH_KEYS, TrainConfig, to_dict
 from ddpm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from ddpm.train.state import TrainState
 
 MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
-# What is not followed because a file says so: a checkpoint may come from anywhere.
-PATHS = ("data_root", "dataset.path", "trainer.init_from")
-NO_MATTER = (*NOT_PART_OF_THE_EXPERIMENT, *PATHS, "trainer.max_steps", "trainer.max_epochs")
+# A path is not followed because a file says so: a checkpoint may come from anywhere.
+NO_MATTER = {*NOT_PART_OF_THE_EXPERIMENT, *PATH_KEYS, "trainer.max_steps", "trainer.max_epochs"}
 
 
 @dataclass(frozen=True)

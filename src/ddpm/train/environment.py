@@ -12,6 +12,7 @@ from ddpm import __version__
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
 from ddpm.io.files import read_regular
+from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
@@ -36,7 +37,8 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
 
 
 def _group_norm(config: TrainConfig, device: torch.device) -> str:
-    plain = config.trainer.channels_last and config.trainer.compile != "true" and config.model.name == "unet"
+    own = getattr(NETWORKS[config.model.name], "own_group_norm", False)
+    plain = own and config.trainer.channels_last and config.trainer.compile != "true"
     if not plain or group_norm.missing(device.type):
         return "torch"
     return "own" if device.type == "cpu" else "triton"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset
+from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import slow_in_bf16
 from ddpm.runtime.session import Session
@@ -31,6 +32,7 @@ def set_up(config: TrainConfig, data: Dataset, session: Session, source: Path | 
 def _slow(config: TrainConfig, session: Session) -> list[str]:
     """Say what makes the training slower than it could be on this machine."""
     notes = [slow_in_bf16("trainer.precision", config.trainer.precision, session.device)]
-    if session.device.type == "cpu" and config.model.name == "unet" and (why := group_norm.missing()):
+    own = getattr(NETWORKS[config.model.name], "own_group_norm", False)
+    if session.device.type == "cpu" and own and (why := group_norm.missing()):
         notes.append(f"GroupNorm is PyTorch's own, and takes longer: {why}")
     return [note for note in notes if note]
