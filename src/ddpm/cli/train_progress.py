@@ -16,7 +16,7 @@ def show_progress(training: Iterator[Progress], run: TrainState, log: Log) -> No
     """Run the training to its end, and show each step. Raises OSError where train.log cannot be written."""
     first = last = run.step
     clock = time.perf_counter()
-    hidden = log.path is None or not sys.stderr.isatty()
+    hidden, records = log.path is None or not sys.stderr.isatty(), 0
     with tqdm(
         total=run.max_steps, initial=first, unit="step", disable=hidden, dynamic_ncols=True, leave=False
     ) as bar:
@@ -25,7 +25,7 @@ def show_progress(training: Iterator[Progress], run: TrainState, log: Log) -> No
                 bar.update()
                 if progress.step == first + 1:  # which also allocated and picked algorithms
                     clock = time.perf_counter()
-                elif progress.step == first + 4:
+                elif progress.step == first + 4 and run.device.type == "cpu":
                     log.say(estimate(run, (time.perf_counter() - clock) / 3))
             last = progress.step
             if progress.note:
@@ -36,6 +36,11 @@ def show_progress(training: Iterator[Progress], run: TrainState, log: Log) -> No
                 if hidden or "val_loss" in record:
                     line = f"step {record['step']:>6}/{run.max_steps}  {short.replace(',', ' ')}"
                     log.say(line + (f"  {figures(record)}" if "val_loss" in record else ""))
+                records += 1
+                if (
+                    records == 2 and run.device.type == "cuda"
+                ):  # whose first steps are slower, and only then waited for
+                    log.say(estimate(run, run.config.trainer.batch_size / record["images_per_second"]))
 
 
 def estimate(run: TrainState, seconds_per_step: float) -> str:
