@@ -98,8 +98,8 @@ MEASURED: dict[str, int] = {
     "evaluate": 3013,  # aim 1900
     "report": 1089,  # aim 700
     "sweep": 473,  # aim 350
-    "cli": 1345,  # aim 1050
-    "all, C included": 16222,  # aim 12000
+    "cli": 1350,  # aim 1050
+    "all, C included": 16227,  # aim 12000
     "core": 2394,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0

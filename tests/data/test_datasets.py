@@ -245,7 +245,7 @@ LABELS = torch.tensor([0, 2])
     [
         (None, "returned a NoneType"),
         (dataset(notice=3), "notice is a int"),
-        (dataset(facts=None), "must be Facts"),
+        (dataset(facts=None), "must be a DatasetInfo"),
         (dataset(name="a\nb"), "name of plain text"),
         (dataset(name=""), "name of plain text"),
         (dataset(channels=0), r"mine: facts\.channels=0; must be a whole number from 1 to 16"),

@@ -37,7 +37,7 @@ import torch
 
 import ddpm
 from ddpm.data.dataset import Dataset, Split
-from ddpm.data.info import Facts
+from ddpm.data.info import DatasetInfo
 
 
 @ddpm.register("dataset")
@@ -45,7 +45,7 @@ def strange(data_root: Path) -> Dataset:
     images = torch.randint(0, 256, (40, 1, 8, 8)).to(torch.uint8)
     labels = None
     {change}
-    facts = Facts("strange", 1, 8, {classes}, ("only",) * {classes}, levels=256)
+    facts = DatasetInfo("strange", 1, 8, {classes}, ("only",) * {classes}, levels=256)
     part = Split(images, labels)
     return Dataset(facts, part, part, part)
 """

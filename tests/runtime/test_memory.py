@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm.cli import sample
+from ddpm.cli import sample_run
 from ddpm.config.choices import Component, choose_sampler
 from ddpm.diffusion.samplers import Step
 from ddpm.diffusion.schedules import Level
@@ -110,7 +110,7 @@ def drawn(model: Model, n: int, batch_size: int) -> torch.Tensor:
 
     overrides = ["ckpt=x", f"n={n}", f"batch_size={batch_size}", "sampler=ddim", "sampler.num_steps=3"]
     wanted = check(SampleConfig, hydra.compose("sample", overrides))
-    return sample._draw(wanted, model, tasks.make(wanted, model)).x
+    return sample_run._draw(wanted, model, tasks.make(wanted, model)).x
 
 
 def test_sampling_halves_its_chunk_and_draws_the_same(

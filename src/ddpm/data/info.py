@@ -27,7 +27,7 @@ class DatasetInfo:
 
 def _check_facts(facts: DatasetInfo) -> None:
     if not isinstance(facts, DatasetInfo) or not _is_name(facts.name):
-        raise DataError("the dataset's facts must be Facts, with a name of plain text")
+        raise DataError("the dataset's facts must be a DatasetInfo, with a name of plain text")
     for key, (low, high) in FACT_LIMITS.items():
         value = getattr(facts, key)
         if type(value) is not int or not low <= value <= high:
