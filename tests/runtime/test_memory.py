@@ -110,7 +110,7 @@ def drawn(model: Model, n: int, batch_size: int) -> torch.Tensor:
 
     overrides = ["ckpt=x", f"n={n}", f"batch_size={batch_size}", "sampler=ddim", "sampler.num_steps=3"]
     wanted = check(SampleConfig, hydra.compose("sample", overrides))
-    return sample_run._draw(wanted, model, tasks.make(wanted, model)).x
+    return sample_run.draw(wanted, model, tasks.make(wanted, model)).x
 
 
 def test_sampling_halves_its_chunk_and_draws_the_same(
