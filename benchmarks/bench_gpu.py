@@ -109,7 +109,7 @@ class Session:
         return process
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Exit code and output, at the deadline that of a killed process."""
+        """Wait for a process. Returns its exit code and output. Kills it at the deadline."""
         try:
             text, _ = process.communicate(timeout=None if self.quick else max(1.0, self.left() - 2))
         except subprocess.TimeoutExpired:

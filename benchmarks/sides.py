@@ -48,9 +48,7 @@ class Setting:
     side: str
     precision: str = "fp32"  # or bf16, by autocast
     channels_last: bool = False
-    compile: str | None = (
-        None  # the mode of torch.compile, that of ddpm-train: "default" or "reduce-overhead"
-    )
+    compile: str | None = None  # the mode of torch.compile: "default" or "reduce-overhead"; None: eager
     cuda_graph: bool = False  # ours: the whole step as one graph
     network: str = "unet_small"  # or another of NETWORKS
     fused: bool = (
