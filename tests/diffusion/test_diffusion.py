@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion.denoiser import Denoiser
-from ddpm.diffusion.objective import WEIGHTS, losses, make_objective, vlb_terms
+from ddpm.diffusion.objective import WEIGHTS, losses, make_objective, sigmoid, vlb_terms
 from ddpm.diffusion.process import PREDICTIONS, add_noise, invert, posterior, target
 from ddpm.diffusion.schedules import SCHEDULES, Level, NoiseSchedule, cosine, linear, straight
 
@@ -88,7 +88,7 @@ def x_0_weight(name: str, schedule: NoiseSchedule) -> Tensor:
     log_snr = snr.log()
     slope = torch.empty_like(snr)
     slope[1:-1] = (log_snr[2:] - log_snr[:-2]) / 2
-    slope[0], slope[-1] = log_snr[1] - log_snr[0], log_snr[-1] - log_snr[-2]
+    slope[0], slope[-1] = (log_snr[1] - log_snr[0]) / 2, (log_snr[-1] - log_snr[-2]) / 2
     return {
         "uniform": snr,
         "min_snr": torch.minimum(snr, torch.tensor(5.0)),
@@ -117,6 +117,17 @@ def test_a_weight_means_the_same_for_every_prediction(weight: str, schedule: Noi
         (gradient,) = torch.autograd.grad(loss.sum(), error)
         wanted = 2 * error.detach().double() / 9
         torch.testing.assert_close(gradient.double() / w.view(-1, 1, 1, 1), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_sigmoid_weight_sums_to_its_integral_over_log_snr(name: str) -> None:
+    """The mean over t of w(log snr) (-d log snr / dt) / 2 on the error of eps; its integral has a closed form."""
+    schedule = SCHEDULES[name](1000)
+    snr = (schedule.alpha / schedule.sigma) ** 2
+    log_snr = snr.log()
+    high, low = log_snr[0].item() - 2, log_snr[-1].item() - 2
+    integral = 0.5 * ((high - math.log1p(math.exp(high))) - (low - math.log1p(math.exp(low))))
+    assert (sigmoid(snr) / snr).mean().item() == pytest.approx(integral, rel=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -286,6 +286,27 @@ def test_churn_keeps_the_marginals_and_stops_at_the_noisiest_level() -> None:
     assert torch.equal(bounded, quiet)
 
 
+def test_heun_without_cap_is_algorithm_1_of_karras() -> None:
+    """In their variables y = x / alpha, over sigma / alpha; over steps of h > ln 2, too, where the cap acts."""
+    schedule = linear(1000)
+    ideal, x = IdealDenoiser(schedule), x_T(draw(64, 0), schedule.at(999), 1)
+    levels = sample_levels(schedule, 8, "karras")
+    assert sum(s.lambda_ - t.lambda_ > math.log(2) for t, s in pairwise(levels[:-1])) > 2
+
+    y = x / levels[0].alpha
+    for t, s in pairwise(levels):
+        t_i, t_next = t.sigma / t.alpha, s.sigma / s.alpha
+        d_i = (y - ideal(t.alpha * y, t).x_0) / t_i
+        y_next = y + (t_next - t_i) * d_i
+        if t_next > 0:
+            slope = (y_next - ideal(s.alpha * y_next, s).x_0) / t_next
+            y_next = y + (t_next - t_i) * (d_i + slope) / 2
+        y = y_next
+    got = end(heun(ideal, levels, x, noise_like(x), cap=False))
+    torch.testing.assert_close(got, y, rtol=0, atol=1e-10)
+    assert (end(heun(ideal, levels, x, noise_like(x))) - y).abs().max() > 0.01
+
+
 # The inverse of DDIM.
 
 

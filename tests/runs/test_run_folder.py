@@ -231,6 +231,19 @@ def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run:
     assert "not bit by bit: device was CPU" in told and "trainer.deterministic=true" in told
 
 
+def test_a_weight_that_was_another_function_is_named(tmp_path: Path, run: TrainState) -> None:
+    begun = prepare(typed(*SMALL, "objective.weight=sigmoid"), tiny_data(), CPU)
+    for version, words in ((begun.environment["weight"], ""), (None, "weight was 1, is 2 (half the slope")):
+        del begun.environment["weight"]
+        begun.environment |= {"weight": version} if version else {}
+        save(begun, tmp_path / "sigmoid.safetensors", {})
+        config = typed(f"trainer.resume={tmp_path}/sigmoid.safetensors")
+        source = resume.choose(resume.place(config), config)
+        assert source is not None
+        told = "\n".join(resume.notes(source, prepare(config, tiny_data(), CPU)))
+        assert words in told and ("bit by bit" in told) == bool(words)
+
+
 def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: TrainState) -> None:
     for override in ("model.channels=[8,24]", "schedule=cosine", "seed=1", "objective=v", "dataset=mnist"):
         for again in (

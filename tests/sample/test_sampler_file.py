@@ -77,6 +77,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert sampler_file.read(tmp_path / "none.yaml") is None
 
 
+def test_a_key_that_is_younger_than_the_file_has_its_old_meaning(tmp_path: Path) -> None:
+    sampler = choose_sampler("heun", {})
+    sampler_file.write(tmp_path / "sampler.yaml", sampler, [])
+    text = (tmp_path / "sampler.yaml").read_text()
+    (tmp_path / "sampler.yaml").write_text(text.replace("cap: true\n", ""))
+    assert "cap" in text and sampler_file.read(tmp_path / "sampler.yaml") == sampler
+
+
 GOOD = "name: dpmpp_2m\nnum_steps: 9\nspacing: logsnr\nrho: 7.0\nclip: clip\ndynamic_percentile: 0.995\n"
 
 

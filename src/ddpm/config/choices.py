@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ddpm.config.limits import GROUP_KEYS, PLUGIN_HINT, Key, like, nearest
+from ddpm.config.limits import GROUP_KEYS, PLUGIN_HINT, REQUIRED, Key, like, nearest
 from ddpm.config.tables import TABLES
 from ddpm.errors import UserError
 
@@ -96,6 +96,8 @@ def check_choice(path: str, raw: Any) -> Component:
     for content in choices(path).values():  # a key means the same in every file of its group
         for key in template.keys() & content.keys():
             template[key].append(content[key])
+    absent = {key: GROUP_KEYS.get(f"{path}.{key}", Key()).absent for key in template}
+    raw = {key: value for key, value in absent.items() if value is not REQUIRED} | dict(raw)
     check_keys(raw, template, path + ".")
     params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
     return Component(raw["name"], params)

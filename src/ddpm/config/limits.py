@@ -75,6 +75,7 @@ GROUP_KEYS: dict[str, Key] = {
     "sampler.churn_min": Key(allowed=Between(0)),
     "sampler.churn_max": Key(allowed=Between(0)),
     "sampler.churn_noise": Key(allowed=Between(0, above=True)),
+    "sampler.cap": Key(absent=True),
     "sampler.clip": Key(allowed=("none", "clip", "dynamic")),
 }
 

@@ -289,7 +289,7 @@ def groups(schema: type) -> list[str]:
 
 
 PATH_KEYS = {name for schema in SCHEMAS.values() for name, key in declared(schema).items() if key.path}
-_OF_TRAINING = declared(TrainConfig)
+_OF_TRAINING = {name: key for name, key in declared(TrainConfig).items() if name not in GROUP_KEYS}
 NOT_PART_OF_THE_EXPERIMENT = {name for name, key in _OF_TRAINING.items() if not key.experiment}
 DEFAULTS_FOR_OLD_CHECKPOINTS = {
     name: key.absent for name, key in _OF_TRAINING.items() if key.absent is not REQUIRED

@@ -35,11 +35,13 @@ def p2(snr: Tensor, *, p2_gamma: float = 1.0, **_: float) -> Tensor:
 def sigmoid(snr: Tensor, *, sigmoid_bias: float = 2.0, **_: float) -> Tensor:
     """Weigh noise levels by w = sigmoid(bias - log snr), whatever the schedule (Kingma & Gao 2023).
 
-    L_w = 1/2 E[w (-d log snr / dt) |error of eps|^2], t in [0, 1]. Raises ValueError for fewer than two timesteps.
+    L_w = 1/2 E[w (-d log snr / dt) |error of eps|^2], t in [0, 1], as a sum by the trapezoidal rule in log snr.
+    Raises ValueError for fewer than two timesteps.
     """
     if len(snr) < 2:
         raise ValueError("weight = sigmoid: takes the slope of log snr, so num_timesteps must be at least 2")
     slope = -torch.gradient(snr.log())[0] * len(snr)
+    slope[[0, -1]] /= 2  # an end of the range stands for half a step
     return 0.5 * slope * snr * torch.sigmoid(sigmoid_bias - snr.log())
 
 
@@ -50,6 +52,8 @@ WEIGHTS: dict[str, Callable[..., Tensor] | None] = {
     "p2": p2,
     "sigmoid": sigmoid,
 }
+# Weights that were another function in an earlier version: how the present one is told apart from "1".
+WEIGHT_VERSIONS = {"sigmoid": "2 (half the slope at the first and last t)"}
 
 
 @dataclass(frozen=True, eq=False)

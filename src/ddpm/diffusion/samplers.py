@@ -142,12 +142,13 @@ def heun(
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
+    cap: bool = True,
 ) -> Iterator[Step]:
     """Sample at second order, two evaluations a step (Karras et al. 2022, algorithm 2; without churn algorithm 1).
 
     Their trapezoid rule for dx = eps d(sigma / alpha) puts e^h / 2 of the weight on the x_0 of the later end.
-    Over a long step, where that exceeds 1 (h > ln 2), it would run far past both ends; there the weight is 1. This
-    cap is ours; it acts on 5 of the 17 steps of EDM's own schedule.
+    Over a long step, where that exceeds 1 (h > ln 2), it would run far past both ends; with `cap` the weight is 1
+    there. The cap is ours; it acts on 5 of the 17 steps of EDM's own schedule.
     """
     within("churn", churn, 0, math.inf)
     within("churn_min", churn_min, 0, churn_max)
@@ -159,7 +160,7 @@ def heun(
         x = s.alpha * x_0 + s.sigma * eps
         if t.alpha > 0 and s.sigma > 0:
             h = s.lambda_ - t.lambda_
-            part = 1.0 if h > math.log(2) else 0.5 * math.exp(h)
+            part = 1.0 if cap and h > math.log(2) else 0.5 * math.exp(h)
             x = x - math.expm1(-h) * part * s.alpha * (denoiser(x, s).x_0 - x_0)
         yield Step(x, x_0, s)
 

@@ -111,7 +111,7 @@ def notes(source: Source, run: "TrainState") -> list[str]:
         changed.append(
             f"the learning rate follows optimizer.decay={run.config.optimizer.decay} to step {run.max_steps:,}"
         )
-    alone = {"processes": "1", "group_norm": "torch"}  # where these are not written down
+    alone = {"processes": "1", "group_norm": "torch", "weight": "1"}  # where these are not written down
     then, now = alone | source.meta.versions, alone | run.environment
     other = [
         f"{key} was {then.get(key, 'unknown')}, is {now[key]}"

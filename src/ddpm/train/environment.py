@@ -11,13 +11,14 @@ import ddpm
 from ddpm import __version__
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
+from ddpm.diffusion.objective import WEIGHT_VERSIONS
 from ddpm.io.files import read_regular
 from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
 # of the environment
-BITWISE_FACTORS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm")
+BITWISE_FACTORS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm", "weight")
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
@@ -33,6 +34,7 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
         "group_norm": _group_norm(config, device),
+        "weight": WEIGHT_VERSIONS.get(config.objective.weight, "1"),
     }
 
 

@@ -54,7 +54,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
     - precision: share of fake features inside a real ball; recall: share of real ones inside a fake ball
       (Kynkäänniemi et al. 2019, eq. 1-2);
     - density: real balls that hold a fake feature, on average, over k; coverage: share of real balls that hold a
-      fake feature (Naeem et al. 2020, eq. 3-4).
+      fake feature (Naeem et al. 2020).
 
     Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. Raises
     ValueError unless both have the same shape, n > k ≥ 1, and every number is finite.
