@@ -18,7 +18,16 @@ from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
 # of the environment
-BITWISE_FACTORS = ("torch", "device", "precision", "deterministic", "data", "processes", "group_norm", "weight")
+BITWISE_FACTORS = (
+    "torch",
+    "device",
+    "precision",
+    "deterministic",
+    "data",
+    "processes",
+    "group_norm",
+    "weight",
+)
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:

@@ -12,7 +12,8 @@ from torch.optim.adamw import adamw
 from ddpm.checkpoint.verify import ADAMW_STATE
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # singular values above 0.0015 of the norm end within about 0.7 … 1.2
+# singular values above 0.0015 of the norm end within about 0.7 … 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 SMALLEST = 32  # rows and columns of Muon's matrices; first and last layers and class embeddings have fewer
 
 
