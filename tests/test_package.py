@@ -1,5 +1,6 @@
 """What is installed: the wheel carries its configs and finds them from anywhere."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,28 @@ def test_wheel_carries_configs_and_finds_them(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "channels:" in result.stdout and str(tmp_path / "site") in result.stdout
+    code = "import ddpm.errors; print(ddpm.errors.install_hint('sweep'))"
+    for site, words in ((tmp_path / "site", "'ddpm-toolkit[sweep]'"), (ROOT / "src", f"-e '{ROOT}[sweep]'")):
+        asked = [sys.executable, "-c", code]
+        result = subprocess.run(asked, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+        assert result.stdout == f"pip install {words}\n"
+
+
+def test_no_text_names_the_stranger_on_the_public_index() -> None:
+    """There `ddpm` is another project: its name must not be what anybody is told to install."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    wrong = re.compile(
+        r"""\bddpm\[|\bpip\d? +install\b[^\n|]{0,40}[\s"']ddpm(?![-\w./])|^name = "ddpm"$""", re.M
+    )
+    assert wrong.search('pip install "ddpm[' + 'inception]"') and wrong.search(
+        "uv pip install -U " + "ddpm\n"
+    )
+    found = []
+    for name in listed.stdout.split("\0"):
+        path = ROOT / name
+        if path.is_file() and path != Path(__file__) and b"\0" not in (data := path.read_bytes()):
+            found += [f"{name}: {match[0]}" for match in wrong.finditer(data.decode())]
+    assert not found
 
 
 def test_readme_names_the_commands_ci_runs() -> None:

@@ -3,6 +3,14 @@
 import math
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra: into a checkout where this is one, else beside the wheel."""
+    checkout = Path(__file__).parents[2]
+    name = f"-e '{checkout}" if (checkout / "pyproject.toml").is_file() else "'ddpm-toolkit"
+    return f"pip install {name}[{extra}]'"
 
 
 class UserError(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 from ddpm.config.choices import CONFIG_DIR, choices, known_keys, plugin_hint
 from ddpm.config.limits import nearest
 from ddpm.config.schema import PATH_KEYS
-from ddpm.errors import UserError
+from ddpm.errors import UserError, install_hint
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 QUOTED = (*PATH_KEYS, "gpus")  # gpus=0,2,3 is one value, too
@@ -164,7 +164,7 @@ def _missing_choice(error: Any) -> str:
     if group == "hydra/launcher" or group == "hydra/sweeper":
         options = [option for option in options if option != "manual_launcher"]
         extra = "optuna" if group == "hydra/sweeper" else "sweep"
-        more = f'; more come with: pip install -e ".[{extra}]"'
+        more = f"; more come with: {install_hint(extra)}"
         return f"{group}={name}: must be one of {', '.join(options)}{nearest(name, options) or more}"
     if group == "recipe":
         return f"dataset={name} has no recipe: add configs/recipe/{name}.yaml"

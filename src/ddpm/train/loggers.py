@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from PIL import Image
 
-from ddpm.errors import UserError
+from ddpm.errors import UserError, install_hint
 from ddpm.train import metrics_file
 
 
@@ -100,7 +100,7 @@ def check(name: str) -> None:
     """Raises UserError where a logger needs a package that is absent."""
     package = getattr(LOGGERS.get(name), "package", None)
     if package is not None and find_spec(package) is None:
-        raise UserError(f'logger={name} needs: pip install -e ".[{package}]"')
+        raise UserError(f"logger={name} needs: {install_hint(package)}")
 
 
 def log_record(logger: Logger, run_dir: Path, record: Mapping[str, float]) -> None:

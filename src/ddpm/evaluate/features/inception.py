@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm.data.info import DatasetInfo
-from ddpm.errors import UserError
+from ddpm.errors import UserError, install_hint
 from ddpm.evaluate.features.network import repeatable
 
 Run = Callable[[Tensor, int], tuple[Tensor, None]]
@@ -33,7 +33,7 @@ def network(facts: DatasetInfo, device: torch.device, say: Callable[[str], None]
     except ImportError:
         raise UserError(
             f"dataset {facts.name}: its features come from Inception, which needs torch-fidelity: "
-            'pip install "ddpm[inception]"'
+            + install_hint("inception")
         ) from None
     say("Inception features by torch-fidelity: its weights (95 MB) are downloaded at their first use")
     try:
