@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from ddpm.cli import eval_keys
-from ddpm.config import hydra
+from ddpm.config.overrides import typed_value
 from ddpm.config.schema import EvalConfig, check
 from ddpm.errors import UserError
 from ddpm.runtime.world import world
@@ -24,6 +24,8 @@ def study(typed: list[str]) -> None:
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
     """The checked config of every setting, and the keys that differ among them. Raises UserError."""
+    from ddpm.config import hydra
+
     if world().size > 1:  # by whatever launcher
         raise UserError("-m measures one setting after the other in one process: leave torchrun out")
     for override in typed:
@@ -32,7 +34,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
                 f"{override}: a study loads model and data once and takes one setting after the other, without a "
                 "launcher or sweeper; leave it out"
             )
-    if hydra.typed_value(typed, "ckpt") is None:
+    if typed_value(typed, "ckpt") is None:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
     with hydra.parsed("eval", typed) as parsed:
         varied = [each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()]

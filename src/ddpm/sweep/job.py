@@ -13,8 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.hydra import quote_path, typed_value
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
 from ddpm.config.load_plugins import load_plugins
+from ddpm.config.overrides import quote_path, typed_value
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
 from ddpm.io.files import read_regular
@@ -42,9 +45,6 @@ class JobFailed(Exception):
 
 def run(raw: Any) -> float:
     """The job that Hydra has composed; returns the figure of `minimize`. Raises JobFailed."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
     plugins = [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
     load_plugins(plugins)  # this may be another process than the one that was told
     hydra = HydraConfig.get()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import hydra
+from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
@@ -36,10 +37,10 @@ def sweep(overrides: list[str]) -> None:
     """The whole of a multirun. Raises UserError, also where a job did not finish."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("-m makes several runs, torchrun several processes of one: leave one of them out")
-    if hydra.typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
+    if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
     resume_overrides.check_lengths(overrides)
-    if not (each := hydra.typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
+    if not (each := typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
         raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and o.partition("=")[0] not in OF_SWEEP]
@@ -52,11 +53,11 @@ def sweep(overrides: list[str]) -> None:
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
     shares, environment, note = _shares(of_jobs, choice["hydra/launcher"], settings, len(jobs))
     shares += _patience(of_hydra, choice)
-    folder, lock = _claim(hydra.typed_value(overrides, "run_dir"))
+    folder, lock = _claim(typed_value(overrides, "run_dir"))
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
         tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
-        where = hydra.quote_path(f"hydra.sweep.dir={folder}", always=True)
+        where = f"hydra.sweep.dir={quoted(str(folder))}"
         arguments = ["-m", *of_hydra, *of_jobs, *shares, where]
         status = _launch(arguments, environment, folder, job.is_far(choice["hydra/launcher"]))
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
@@ -108,7 +109,7 @@ def _check(overrides: list[str]) -> None:
 
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
     """The table of what is there, and what looks closer."""
-    figure = hydra.typed_value(of_jobs, "minimize") or "val_eps_mse"
+    figure = typed_value(of_jobs, "minimize") or "val_eps_mse"
     rows = []
     with suppress(UserError):  # no run at all
         rows = runs.read_all([folder], run_folder.is_running)
@@ -140,9 +141,9 @@ def _shares(
 
     Overrides and environment that make it so, and a note for the user. Raises UserError.
     """
-    gpus, each = (hydra.typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
+    gpus, each = (typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
     lease = [] if gpus else ["gpus=auto"]
-    device = hydra.typed_value(of_jobs, "device") or "auto"
+    device = typed_value(of_jobs, "device") or "auto"
     if launcher not in LOCAL and not (launcher == "basic" and (gpus or device.startswith("cuda"))):
         return lease, {}, ""
     places = 0
@@ -179,7 +180,7 @@ def _patience(of_hydra: list[str], choice: dict[str, str]) -> list[str]:
         patient.append("hydra.sweeper.max_failure_rate=1.0")
     if choice["hydra/launcher"] == "submitit_local":
         patient.append("hydra.launcher.timeout_min=525600")
-    return [o for o in patient if hydra.typed_value(of_hydra, o.partition("=")[0]) is None]
+    return [o for o in patient if typed_value(of_hydra, o.partition("=")[0]) is None]
 
 
 def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far: bool) -> int:
