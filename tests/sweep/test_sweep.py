@@ -340,12 +340,12 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_locks.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
-def take(say: Callable[[str], None], **changes: object) -> gpu_locks.Lease | None:
+def take(say: Callable[[str], None], **changes: object) -> gpu_locks.GpuLock | None:
     own = config(**changes)
     return gpu_locks.take(own.gpus, own.device, own.jobs_per_gpu, say)
 
 
-def taken(**changes: object) -> gpu_locks.Lease | None:
+def taken(**changes: object) -> gpu_locks.GpuLock | None:
     """None where it would have to wait."""
 
     class Waits(Exception):

@@ -1,7 +1,6 @@
 """ddpm-eval -m: compare settings of one checkpoint's sampler."""
 
 import itertools
-from typing import Any
 
 from ddpm.cli import eval_keys
 from ddpm.config.overrides import typed_value
@@ -38,7 +37,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
     with hydra.parsed("eval", typed) as parsed:
         varied = [each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()]
-        values = {each.get_key_element(): _values(each) for each in parsed}
+        values = {each.get_key_element(): hydra.unrolled(each) for each in parsed}
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
             raise UserError(
@@ -64,15 +63,3 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
             "of no sampler"
         )
     return settings, varied
-
-
-def _values(override: Any) -> list[str]:
-    """Each override that a parsed, perhaps sweeping one stands for."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
-        )
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> float:
             own,
             config.device,
             gpus=config.gpus,
-            jobs_per_gpu=config.jobs_per_gpu,
+            sharing=config.jobs_per_gpu,
             deterministic=trainer.deterministic,
             tf32=trainer.precision == "tf32",
         ) as session,

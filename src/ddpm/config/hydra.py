@@ -56,9 +56,21 @@ def parsed(program: str, overrides: list[str]) -> Iterator[list[Any]]:
         yield OverridesParser.create(config_loader=loader).parse_overrides(overrides)
 
 
+def unrolled(override: Any) -> list[str]:
+    """Return each override that a parsed, perhaps sweeping one stands for. Raises UserError for an interval."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
+        )
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
 def enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
     """Run Hydra's own main. Raises what Hydra would print: UserError, or what the task raises."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *arguments]
     with _errors_in_one_line(program):
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=program)(task)()

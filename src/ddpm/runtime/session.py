@@ -34,15 +34,15 @@ class Session:
 
 @contextmanager
 def open_session(
-    world: World, device: str, *, gpus: str | None, jobs_per_gpu: int, deterministic: bool, tf32: bool
+    world: World, device: str, *, gpus: str | None, sharing: int, deterministic: bool, tf32: bool
 ) -> Iterator[Session]:
     """Set up torch, lock a GPU if `gpus` names some, and join the other processes. Raises UserError.
 
-    The lock is held until the process ends, when its memory on the GPU is free.
+    At most `sharing` processes lock one GPU; the lock is held until the process ends and its memory is free.
     """
     memory.keep_freed()
     _set_up_torch(deterministic, tf32)
-    lock = gpu_locks.take(gpus, device, jobs_per_gpu, tell)
+    lock = gpu_locks.take(gpus, device, sharing, tell)
     chosen = devices.device(lock.device if lock else device, world)
     with distributed.process_group(world, chosen):
         yield Session(world, chosen)
