@@ -29,7 +29,7 @@ def key(seed: int, stream: str, step: int = 0) -> int: ...
 @overload
 def key(seed: int, stream: str, step: Step) -> int | Tensor: ...
 def key(seed: int, stream: str, step: Step = 0) -> int | Tensor:
-    """A signed 64-bit number that depends on all three; hashed, so that neighbouring seeds share nothing."""
+    """Hash all three into a signed 64-bit number, so that neighbouring seeds share nothing."""
     if not isinstance(step, int):
         return step[stream]
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
@@ -37,7 +37,7 @@ def key(seed: int, stream: str, step: Step = 0) -> int | Tensor:
 
 
 def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
+    """Draw standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
 
     Box & Muller 1958: one 64-bit word makes two numbers. 32 bits of radius reach 6.66 standard deviations.
     """
@@ -50,12 +50,12 @@ def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, 
 
 
 def uniform(seed: int, stream: str, step: Step, index: Tensor) -> Tensor:
-    """One number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
+    """Draw a number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
     return _shift(_words(key(seed, stream, step), index, 1)[:, 0], 40).float() * 2**-24
 
 
 def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
-    """A permutation of 0 … n-1 (int64). Drawn on the CPU, so that it is the same for every device."""
+    """Draw a permutation of 0 … n-1 (int64) on the CPU, so that it is the same for every device."""
     generator = torch.Generator().manual_seed(key(seed, stream, step))
     return torch.randperm(n, generator=generator)
 
@@ -63,7 +63,7 @@ def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed PyTorch's own generators of the CPU and, where it is a GPU, of `device`.
 
-    As torch.manual_seed, which takes 50 times as long because it looks for every other kind of device.
+    torch.manual_seed does the same but takes 50 times as long, because it looks for every other kind of device.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -83,5 +83,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Shift to the right without keeping the sign, as torch's own does."""
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""What a program computes with: a device of its own, several processes as one, arithmetic that repeats."""
+"""Open a session: choose a device, join the processes, set up torch's arithmetic."""
 
 import os
 from collections.abc import Callable, Iterator
