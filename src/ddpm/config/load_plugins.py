@@ -9,9 +9,9 @@ from ddpm.errors import UserError
 
 
 def load_plugins(arguments: list[str]) -> list[str]:
-    """Imports what `plugins=…` names; returns the other arguments. Raises UserError.
+    """Import what `plugins=…` names. Returns the other arguments. Raises UserError.
 
-    Only sys.argv may be given here: configs and checkpoints have no say in what is imported.
+    Only sys.argv may be given here: nothing is imported by a name from a config or a checkpoint.
     """
     typed = [argument for argument in arguments if argument.startswith("plugins=")]
     names = [name.strip(" '\"") for a in typed for name in a.removeprefix("plugins=").strip("[] ").split(",")]
