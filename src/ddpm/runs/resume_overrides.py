@@ -9,6 +9,7 @@ from ddpm.errors import UserError
 
 def before_typed(overrides: list[str]) -> list[str]:
     """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
+    check_lengths(overrides)
     typed = typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []
