@@ -1,4 +1,4 @@
-"""Which sampler a command takes where none is typed."""
+"""Choose the sampler of a command where none is typed."""
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
@@ -13,7 +13,10 @@ BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
-    """That of sampler.yaml beside the checkpoint, which it says, or else of the training. Raises UserError."""
+    """Return the sampler of sampler.yaml beside the checkpoint, and print so, or else that of the training.
+
+    Raises UserError.
+    """
     ckpt = typed_value(typed, "ckpt")
     if ckpt in (None, "null") or typed_value(typed, "sampler") is not None:
         return []

@@ -1,4 +1,4 @@
-"""What ddpm-train does with a checked config: open the run, set up the training, train, and write what came out."""
+"""Run ddpm-train for a checked config: open the run, set up the training, train, and write the results."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> float:
 
 
 def _check_size(config: TrainConfig, own: World) -> None:
-    """Raises UserError where not every process would have an image in every part of every batch, or a GPU."""
+    """Raise UserError where a process would lack an image in a part of a batch, or a GPU."""
     if own.size > 1 and config.gpus is not None:
         raise UserError(
             f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"

@@ -36,10 +36,10 @@ def compose(program: str, overrides: list[str]) -> dict[str, Any]:
     with _initialized(program):
         config = hydra.compose(program, overrides)
         plain: Any = OmegaConf.to_container(config, resolve=True)
-    for key, value in _flat(plain):
-        if value == "???":
-            raise UserError(f"{key} is needed: {key}=…")
-    return {str(key): value for key, value in plain.items()}
+        missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is needed: {missing[0]}=…")
+    return dict(plain)
 
 
 def hydra_settings(program: str, overrides: list[str]) -> Any:
@@ -138,11 +138,3 @@ def _one_line(error: Exception, program: str) -> str:
     if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
         return f"several values for {match[1]}: add -m to run a job for each, or write [a,b] for a list"
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

@@ -47,17 +47,13 @@ def of_steps(
 
     Call that function with how many images are left and the new batch size.
     """
-    hidden = not (own.first and sys.stderr.isatty())
-    with tqdm(unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
-
-        def count(left: int, size: int) -> None:
-            bar.total = bar.n + num_steps * -(-left // size)
+    hidden, total = not (own.first and sys.stderr.isatty()), num_steps * -(-n // batch_size)
+    with tqdm(total=total, unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
 
         def smaller(left: int, size: int) -> None:
-            count(left, size)
+            bar.total = bar.n + num_steps * -(-left // size)
             tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
 
-        count(n, batch_size)
         yield bar, smaller
 
 

@@ -31,8 +31,8 @@ from ddpm.train.metrics_file import lowest
 
 PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
 TOKEN = "DDPM_SWEEP_TOKEN"  # environment: which start of the sweep a job belongs to, as in
-OWNER = ".owner"  # in the sweep's folder
-STOP = ".stop"  # in the sweep's folder: all jobs are to end
+OWNER = ".owner"  # a file in the sweep's folder
+STOP = ".stop"  # a file in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
 GRACE = 9  # seconds that a job has to save; a step may take a while
 TRACEBACK = 1  # the exit code that Python leaves with one

@@ -89,7 +89,7 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
             else:
                 unrolled = hydra.unrolled(override)
             values[override.get_key_element()] = unrolled if sweeper == "basic" else unrolled[:1]
-    jobs = [list(job) for job in itertools.product(*values.values())]
+    jobs = [list(each) for each in itertools.product(*values.values())]
     for each in jobs:
         _check(each)
     names = [job.name(each) for each in jobs]
