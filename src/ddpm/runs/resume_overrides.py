@@ -29,12 +29,7 @@ def before_typed(overrides: list[str]) -> list[str]:
     was["trainer"]["init_from"] = None  # done long ago
     if typed_value(overrides, "trainer.max_steps"):
         was["trainer"]["max_epochs"] = None  # two ways to say one thing: the typed one counts
-    new = (
-        "run_dir",
-        "overwrite",
-        "data_root",
-        *(key for key in was if typed_value(overrides, key)),
-    )
+    new = ("run_dir", "overwrite", "data_root", *(key for key in was if typed_value(overrides, key)))
     return as_overrides({key: value for key, value in was.items() if key not in new})
 
 

@@ -10,7 +10,6 @@ device, so a CPU and a GPU draw the same bits.
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,19 +18,12 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit; sums and products wrap
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
-
 # A step by its number, or by the keys of its streams: int64 tensors on the device where its numbers are drawn.
 Step = int | Mapping[str, Tensor]
 
 
-@overload
-def key(seed: int, stream: str, step: int = 0) -> int: ...
-@overload
-def key(seed: int, stream: str, step: Step) -> int | Tensor: ...
-def key(seed: int, stream: str, step: Step = 0) -> int | Tensor:
+def key(seed: int, stream: str, step: int = 0) -> int:
     """Hash all three into a signed 64-bit number, so that neighbouring seeds share nothing."""
-    if not isinstance(step, int):
-        return step[stream]
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -42,7 +34,7 @@ def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, 
     Box & Muller 1958: one 64-bit word makes two numbers. 32 bits of radius reach 6.66 standard deviations.
     """
     count = math.prod(shape)
-    words = _words(key(seed, stream, step), index, (count + 1) // 2)
+    words = _words(seed, stream, step, index, (count + 1) // 2)
     radius = _shift(words, 32).add_(1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = words.bitwise_and_(0xFFFFFFFF).float().mul_(2 * math.pi * 2**-32)
     pairs = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
@@ -51,7 +43,7 @@ def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, 
 
 def uniform(seed: int, stream: str, step: Step, index: Tensor) -> Tensor:
     """Draw a number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
-    return _shift(_words(key(seed, stream, step), index, 1)[:, 0], 40).float() * 2**-24
+    return _shift(_words(seed, stream, step, index, 1)[:, 0], 40).float() * 2**-24
 
 
 def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
@@ -71,8 +63,10 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
-def _words(key: int | Tensor, index: Tensor, count: int) -> Tensor:
-    image_key = _mix((index + 1) * _GOLDEN + key)
+def _words(seed: int, stream: str, step: Step, index: Tensor, count: int) -> Tensor:
+    """Return `count` random 64-bit words for each image, (N, count) int64."""
+    step_key = key(seed, stream, step) if isinstance(step, int) else step[stream]
+    image_key = _mix((index + 1) * _GOLDEN + step_key)
     return _mix(image_key[:, None] + torch.arange(1, count + 1, device=index.device) * _GOLDEN)
 
 
