@@ -21,7 +21,6 @@ from ddpm.config.load_plugins import load_plugins
 from ddpm.config.overrides import quote_path, typed_value
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
-from ddpm.io.files import read_regular
 from ddpm.runs import run_dir
 from ddpm.runs.resume import same_run
 from ddpm.runs.run_dir import FAILED
@@ -167,7 +166,7 @@ def _wait(child: "subprocess.Popen[bytes]", sweep: Path, far: bool) -> bool:
 def _orphaned(sweep: Path) -> bool:
     """Return whether the sweep's process is gone; another sweep may hold the folder by now."""
     with suppress(OSError):
-        if read_regular(sweep / OWNER, MAX_ERROR).decode(errors="replace") != os.environ.get(TOKEN):
+        if (sweep / OWNER).read_text() != os.environ.get(TOKEN):
             return True
     return not run_dir.is_running(sweep)
 
@@ -182,11 +181,9 @@ def _why(folder: Path, status: int, stopped: bool) -> str:
     """Return why a job did not finish, in a few words; write it to failed.txt where it is not there yet."""
     if stopped or status - 128 in signals.STOPPING:
         return "stopped"
-    why = ""
-    with suppress(OSError, UnicodeDecodeError):
-        why = read_regular(folder / FAILED, MAX_ERROR).decode()[:4096]
-    if not why:
-        why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        with suppress(OSError):
+    why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    with suppress(OSError):
+        if not (folder / FAILED).exists():
             (folder / FAILED).write_text(why)
+        why = (folder / FAILED).read_text(errors="replace") or why
     return f"failed: {printable(why)}"
