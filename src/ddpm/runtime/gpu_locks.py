@@ -53,12 +53,10 @@ def take(gpus: str | None, device: str, sharing: int, say: Callable[[str], None]
         # the first places of all GPUs before the second ones
         for place, number in itertools.product(range(sharing), numbers):
             lock, name = GpuLock(f"cuda:{number}", []), f"gpu-{names[number]}".replace("/", "_")
-            if sharing == 1:
-                locked = _lock(lock, folder / name, fcntl.LOCK_EX)
-            else:
-                locked = _lock(lock, folder / name, fcntl.LOCK_SH)
-                locked = locked and _lock(lock, folder / f"{name}.{place}", fcntl.LOCK_EX)
-            if locked:
+            files = {name: fcntl.LOCK_EX}
+            if sharing > 1:
+                files = {name: fcntl.LOCK_SH, f"{name}.{place}": fcntl.LOCK_EX}
+            if all(_lock(lock, folder / file, kind) for file, kind in files.items()):
                 return lock
             lock.release()
         if not waited:
