@@ -77,7 +77,7 @@ def _failure(program: str, message: str, alone: bool = False) -> int:
     A job of a sweep leaves the line in a file, too.
     """
     own, line = world_for_errors(), printable(" ".join(message.split()))
-    if alone or own.speaks:
+    if alone or own.local_rank == 0:
         print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
         with suppress(OSError):

@@ -55,11 +55,11 @@ def handle_signals(program: str, save: bool = False) -> Iterator[None]:
             threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
         yield
     except Stopped as stopped:
-        _leave(program, stopped.number, stopped.said)
+        _exit(program, stopped.number, stopped.said)
     except Exception:
         if _stop is None:
             raise
-        _leave(program, _stop, said=False)  # other code turned Stopped into an error of its own
+        _exit(program, _stop, said=False)  # other code turned Stopped into an error of its own
     finally:
         _deferring = True  # the program ends already
 
@@ -91,10 +91,8 @@ def _make_streams_safe() -> None:
             terminal.reconfigure(errors="backslashreplace")
 
 
-def _leave(program: str, number: int, said: bool) -> None:
-    if (
-        not said and world_for_errors().speaks
-    ):  # of several processes, which are all stopped, one on each machine
+def _exit(program: str, number: int, said: bool) -> None:
+    if not said and world_for_errors().local_rank == 0:  # all ranks are stopped: print once per machine
         before = " before the first step" if program == "train" and not _begun else ""
         print(f"ddpm-{program}: stopped by {name(number)}{before}", file=sys.stderr)
     sys.exit(128 + number)

@@ -24,11 +24,6 @@ class World:
         return self.rank == 0
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process prints an error that all of them have: one on each machine."""
-        return self.local_rank == 0
-
-    @property
     def name(self) -> str:
         """Prefix for what only this process prints."""
         return f"rank {self.rank}: " if self.size > 1 else ""
