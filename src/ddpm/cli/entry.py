@@ -6,13 +6,12 @@ from importlib import import_module
 from ddpm.runtime import signals
 
 
-def _run(program: str, module: str, save: bool = False) -> None:
-    """Run `main` of a module of ddpm.cli. `save`: SIGUSR1 asks it to save."""
-    with signals.handle_signals(program, save=save):
+def _run(program: str, module: str) -> None:
+    with signals.handle_signals(program):
         import_module(f"ddpm.cli.{module}").main()
 
 
-train = partial(_run, "train", "train", save=True)
+train = partial(_run, "train", "train")
 sample = partial(_run, "sample", "sample")
 evaluate = partial(_run, "eval", "evaluate")
 export = partial(_run, "export", "export")

@@ -37,10 +37,10 @@ _in_sweep = False
 
 
 @contextmanager
-def handle_signals(program: str, save: bool = False) -> Iterator[None]:
+def handle_signals(program: str) -> Iterator[None]:
     """Install handlers for a command. One that a signal stops prints a line and exits with 128 + the signal's number.
 
-    SIGUSR1 gets a handler only with `save`.
+    Only "train" handles SIGUSR1.
     """
     global _deferring, _in_sweep
     try:
@@ -48,7 +48,7 @@ def handle_signals(program: str, save: bool = False) -> Iterator[None]:
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
                 signal.signal(number, _on_stop)
-        if save and hasattr(signal, "SIGUSR1"):
+        if program == "train" and hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, _on_save)
         if (parent := os.environ.pop(PARENT, "")).isdecimal():
             _in_sweep = True
@@ -64,7 +64,7 @@ def handle_signals(program: str, save: bool = False) -> Iterator[None]:
         _deferring = True  # the program ends already
 
 
-def pass_over() -> None:
+def ignore_stop_signals() -> None:
     """Ignore stop signals in a process that only watches jobs of a sweep, as its whole process group gets them.
 
     A handler does it, not SIG_IGN, which its jobs would inherit.

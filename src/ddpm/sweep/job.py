@@ -122,7 +122,7 @@ def _train(arguments: list[str], sweep: Path, folder: Path, quiet: bool, far: bo
     """Run ddpm-train and wait. Returns its exit status and whether the sweep asked it to stop."""
     command = [sys.executable, "-P", "-c", "from ddpm.cli.entry import train; train()", *arguments]
     environment = {signals.PARENT: str(os.getpid()), run_dir.FAILED_FILE: str(folder / FAILED)}
-    signals.pass_over()
+    signals.ignore_stop_signals()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
