@@ -36,7 +36,9 @@ class Log:
             file.write(text + "\n")
 
     def _open(self, path: Path) -> IO[str]:
-        return open(path, "a", encoding="utf-8", opener=_no_link)
+        """Open for appending, but no symbolic link: in a folder that somebody else made it could lead anywhere."""
+        no_link = getattr(os, "O_NOFOLLOW", 0)
+        return open(path, "a", encoding="utf-8", opener=lambda name, how: os.open(name, how | no_link, 0o666))
 
 
 @contextmanager
@@ -69,11 +71,6 @@ def tell(text: str) -> None:
 def typed(folder: Path) -> str:
     """Quote a folder for a shell; write one that is called `latest` so that it is not taken for the latest run."""
     return shlex.quote("./latest" if str(folder) == "latest" else str(folder))
-
-
-def _no_link(path: str, flags: int) -> int:
-    """Open without following a symbolic link, which could lead anywhere in a folder that somebody else made."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def figures(record: dict[str, float]) -> str:

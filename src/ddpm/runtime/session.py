@@ -41,14 +41,6 @@ def open_session(
     At most `sharing` processes lock one GPU; the lock is held until the process ends and its memory is free.
     """
     memory.keep_freed()
-    _set_up_torch(deterministic, tf32)
-    lock = gpu_locks.take(gpus, device, sharing, tell)
-    chosen = devices.device(lock.device if lock else device, world)
-    with distributed.process_group(world, chosen):
-        yield Session(world, chosen)
-
-
-def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     devices.set_up_cuda(tf32=tf32)
@@ -56,3 +48,7 @@ def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    lock = gpu_locks.take(gpus, device, sharing, tell)
+    chosen = devices.device(lock.device if lock else device, world)
+    with distributed.process_group(world, chosen):
+        yield Session(world, chosen)
