@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddpm.config import choices, hydra
+from ddpm.config import choices, hydra, overrides
 from ddpm.config.choices import CONFIG_DIR, known_keys
 from ddpm.config.schema import SCHEMAS, TrainConfig, check, declared, to_dict
 from ddpm.errors import UserError
@@ -77,7 +77,7 @@ def test_stored_config_comes_back_the_same() -> None:
     original = train_config(
         "dataset=mnist", "schedule=cosine", "model.attention=[]", "optimizer.lr=3e-4", "trainer.resume='a b'"
     )
-    again = hydra.compose("train", hydra.as_overrides(to_dict(original)))
+    again = hydra.compose("train", overrides.as_overrides(to_dict(original)))
     assert check(TrainConfig, again) == original
     assert check(TrainConfig, to_dict(original)) == original
 
@@ -98,9 +98,9 @@ def test_paths_survive_hydras_grammar() -> None:
         "a&b",
         "end\\",
     ):
-        overrides = hydra.read_overrides([f"run_dir={path}"])
-        assert hydra.compose("train", overrides)["run_dir"] == path
-        assert hydra.typed_value(overrides, "run_dir") == path
+        typed = hydra.read_overrides([f"run_dir={path}"])
+        assert hydra.compose("train", typed)["run_dir"] == path
+        assert overrides.typed_value(typed, "run_dir") == path
 
 
 def stored(**changes: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from ddpm import build
 from ddpm.checkpoint import file as checkpoint
@@ -26,7 +27,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.runs import elastic
-from ddpm.runtime import device
+from ddpm.runtime import device, distributed
 from ddpm.runtime.world import ALONE, World, world
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one after the other: each takes every core
@@ -473,3 +474,23 @@ def test_what_goes_wrong_in_one_process_ends_all_with_its_line(alone: Path, what
     assert err.count("Traceback") == err.count("ChildFailedError(") == 1, err  # torchrun's own
     assert not list((alone / what).glob("**/*.safetensors"))
     assert program == "train" or not (alone / what).exists()
+
+
+def test_a_broken_nccl_group_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a public method of torch's: to destroy the group would wait for the processes that are lost."""
+    calls = []
+
+    class Group:
+        class WORLD:
+            @staticmethod
+            def abort() -> None:
+                calls.append("abort")
+
+    assert callable(dist.ProcessGroup.abort)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+    monkeypatch.setattr(dist, "group", Group)
+    distributed._leave(broken=True)
+    distributed._leave(broken=False)
+    assert calls == ["abort", "destroy"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.runs import run_dir
@@ -306,6 +307,17 @@ def test_every_job_is_planned_and_checked() -> None:
         sweeps._planned(["dataset=choice(digits,mnist)", "dataset.image_size=32"], "optuna")
 
 
+def test_jobs_are_those_of_hydras_own_sweeper() -> None:
+    """Whose class is private: it runs the jobs, and this notices when it names them otherwise than we do."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    typed = ["seed=1,2", "dataset=folder", "dataset.path='a b','c=d'", "schedule=glob(c*)", "seed=range(3)"]
+    typed += ["model.channels=[8,16],[16]", "optimizer.lr=1e-3", "trainer.keep=2", "run_dir=null"]
+    with hydra.parsed("train", typed) as parsed:
+        (theirs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert sweeps._planned(typed, "basic") == theirs and len(theirs) == 12
+
+
 def test_a_job_belongs_to_the_start_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not to the next one in the same folder, whose lock looks the same."""
     lock = run_dir.lock(tmp_path)
@@ -329,9 +341,7 @@ def test_the_name_of_a_job_fits_a_file_system_and_stays_its_own() -> None:
 
 
 def config(**changes: object) -> TrainConfig:
-    from ddpm.config.hydra import compose
-
-    return check(TrainConfig, compose("train", [f"{key}={value}" for key, value in changes.items()]))  # type: ignore[no-any-return]
+    return check(TrainConfig, hydra.compose("train", [f"{key}={value}" for key, value in changes.items()]))  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -340,12 +350,12 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_locks.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
-def take(say: Callable[[str], None], **changes: object) -> gpu_locks.Lease | None:
+def take(say: Callable[[str], None], **changes: object) -> gpu_locks.GpuLock | None:
     own = config(**changes)
     return gpu_locks.take(own.gpus, own.device, own.jobs_per_gpu, say)
 
 
-def taken(**changes: object) -> gpu_locks.Lease | None:
+def taken(**changes: object) -> gpu_locks.GpuLock | None:
     """None where it would have to wait."""
 
     class Waits(Exception):

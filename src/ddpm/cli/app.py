@@ -1,4 +1,4 @@
-"""Hydra's side of every command: compose, check, and only then run. A mistake is one line and exit status 2.
+"""What every command does: compose, check, and only then run. A mistake is one line and exit status 2.
 
 Hydra makes folders before a task starts and answers a mistake with several lines or a traceback, so every job,
 of a sweep too, is composed and checked here first. A single run then never enters Hydra's launcher at all.
@@ -13,7 +13,6 @@ from typing import Any
 
 from ddpm.cli.completion import completions
 from ddpm.cli.help import show_help
-from ddpm.config.hydra import compose, enter_hydra, read_overrides
 from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import check
 from ddpm.errors import RankError, UserError, printable
@@ -21,7 +20,8 @@ from ddpm.io.files import reason
 from ddpm.runs.run_dir import FAILED_FILE
 from ddpm.runtime.world import world_for_errors
 
-HYDRA_FLAGS = ("--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version")
+HYDRA_FLAGS = {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version"}
+MULTIRUN = {"-m", "--multirun"}
 
 
 def run(
@@ -31,25 +31,28 @@ def run(
     sweep: Callable[[list[str]], object] | None = None,
     defaults: Callable[[list[str]], list[str]] = lambda overrides: [],
 ) -> None:
-    """The whole of a command: read sys.argv, compose configs/<program>.yaml, check it against `schema`, run `task`.
+    """Read sys.argv, compose configs/<program>.yaml, check it against `schema`, and run `task` on the result.
 
     `defaults` gives overrides that come before the user's own; `sweep` takes those of a multirun.
     """
     try:
         arguments = load_plugins(sys.argv[1:])
-        if any(argument in ("-h", "--help") for argument in arguments):
+        if {"-h", "--help"} & set(arguments):
             show_help(program)
         elif arguments == ["-sc", "query=bash"]:  # TAB
             print(" ".join(completions(program, os.environ.get("COMP_LINE", ""))))
-        elif any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-            enter_hydra(program, arguments, lambda config: None)
-        elif "-m" in arguments or "--multirun" in arguments:
-            if sweep is None:
-                raise UserError(f"ddpm-{program} has no multirun")
-            sweep(read_overrides([a for a in arguments if a not in ("-m", "--multirun")]))
         else:
-            overrides = read_overrides(arguments)
-            task(check(schema, compose(program, defaults(overrides) + overrides)))
+            from ddpm.config import hydra  # not for help and TAB
+
+            if HYDRA_FLAGS & {argument.partition("=")[0] for argument in arguments}:
+                hydra.enter_hydra(program, arguments, lambda config: None)
+            elif MULTIRUN & set(arguments):
+                if sweep is None:
+                    raise UserError(f"ddpm-{program} has no multirun")
+                sweep(hydra.read_overrides([a for a in arguments if a not in MULTIRUN]))
+            else:
+                overrides = hydra.read_overrides(arguments)
+                task(check(schema, hydra.compose(program, defaults(overrides) + overrides)))
     except UserError as error:
         sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
     except BrokenPipeError:  # `ddpm-train --help | head`
@@ -58,21 +61,23 @@ def run(
     except OSError as error:  # a path too long, a folder of somebody else's
         sys.exit(_failure(program, f"{reason(error)}: {error.filename or 'a file'}"))
     except (RuntimeError, MemoryError) as error:
-        from ddpm.runtime.distributed import is_lost
-        from ddpm.runtime.memory import is_exhausted
+        from ddpm.runtime import distributed, memory
 
-        if is_lost(error):
+        if distributed.is_lost(error):
             _failure(program, "another process of this run has ended: see what it, or torchrun, says")
             sys.exit(1)
-        if not is_exhausted(error):
+        if not memory.is_exhausted(error):
             raise
         sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
 
 
 def _failure(program: str, message: str, alone: bool = False) -> int:
-    """Of several processes that all fail alike one on each machine says so; `alone`: this is only this one's."""
+    """Print the error once per machine, or with `alone` for this rank only. Returns exit status 2.
+
+    A job of a sweep leaves the line in a file, too.
+    """
     own, line = world_for_errors(), printable(" ".join(message.split()))
-    if alone or own.speaks:
+    if alone or own.local_rank == 0:
         print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
         with suppress(OSError):

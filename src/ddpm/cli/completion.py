@@ -1,28 +1,28 @@
-"""The keys a command knows, by its YAML files: for the hint after a mistake, and for TAB."""
+"""TAB: complete keys, choices, values and paths of a command line."""
 
 import glob
 import os
 import re
 from typing import Any
 
-from ddpm.config.choices import CONFIG_DIR, _groups, _of_groups, choices, own_keys, read_yaml
+from ddpm.config.choices import CONFIG_DIR, choices, default_files, file_keys, own_keys, read_yaml
 from ddpm.config.limits import Key, words
 from ddpm.config.schema import PATH_KEYS, SCHEMAS, declared
 
-# What the shell takes as it is: it expands each word that it is offered, and runs a $(command) in a file's name.
+# A shell expands each word that it is offered, and runs a $(command) in a file's name: offer plain names only.
 _PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")
 
 
 def completions(program: str, line: str) -> list[str]:
-    """What the last word of a command line can become. Hydra could say it, too, but takes three times as long."""
+    """Return what the last word of a command line can become. Hydra's own completion takes three times as long."""
     typed = line.split()[1:]
     word = typed.pop() if typed and not line[-1].isspace() else ""
     named = {key: value for key, _, value in (other.partition("=") for other in typed)}
     top = read_yaml(CONFIG_DIR / f"{program}.yaml")
-    groups = _groups(top)
+    groups = default_files(top)
     # an experiment chooses by itself, and so does a checkpoint: then the keys of all files are possible
     chosen = named if {"experiment", "ckpt"} & named.keys() else groups | named
-    inside = _of_groups(groups, chosen)
+    inside = file_keys(groups, chosen)
     key, equals, value = word.partition("=")
     if not equals:
         whole = {
@@ -42,7 +42,7 @@ def completions(program: str, line: str) -> list[str]:
 
 
 def _values(key: Key, example: Any) -> list[str]:
-    """The words that a key takes or, where it takes any number, what it is now."""
+    """Return the words that a key takes or, where it takes any number, its default."""
     if allowed := words(key.allowed):
         return list(allowed)
     if isinstance(example, bool):

@@ -1,29 +1,32 @@
-"""Which sampler a command takes where none is typed."""
+"""Choose the sampler of a command where none is typed."""
 
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.config import hydra
+from ddpm.config.overrides import as_overrides, typed_value
 from ddpm.config.schema import check
 from ddpm.errors import printable
 from ddpm.runtime.world import world
+from ddpm.sample import sampler_file
 
 BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
-    """That of sampler.yaml beside the checkpoint, which it says, or else of the training. Raises UserError."""
-    from ddpm.checkpoint import file as checkpoint
-    from ddpm.checkpoint import locate
-    from ddpm.sample import sampler_file
+    """Return the sampler of sampler.yaml beside the checkpoint, and print so, or else that of the training.
 
-    ckpt = hydra.typed_value(typed, "ckpt")
-    if ckpt in (None, "null") or hydra.typed_value(typed, "sampler") is not None:
+    Raises UserError.
+    """
+    ckpt = typed_value(typed, "ckpt")
+    if ckpt in (None, "null") or typed_value(typed, "sampler") is not None:
         return []
     others = [override for override in typed if not override.lstrip("+~").startswith("sampler")]
     check(schema, hydra.compose(program, others))  # their mistakes come before those of a file
     path, _ = locate.newest_good(locate.find(ckpt), check=checkpoint.read_meta)
     trained = checkpoint.config(path, checkpoint.read_meta(path)[0])
-    if hydra.typed_value(typed, "task") in BACKWARDS:
+    if typed_value(typed, "task") in BACKWARDS:
         return ["sampler=ddim", "sampler.spacing=logsnr"]
     sampler, file = sampler_file.default(trained, path.parent)
     if file is not None and world().first:
         print(printable(f"sampler={sampler.name} as in {file}; sampler=… takes another"), flush=True)
-    return hydra.as_overrides({"sampler": sampler.to_dict()})
+    return as_overrides({"sampler": sampler.to_dict()})

@@ -2,19 +2,19 @@
 
 import re
 
-from ddpm.cli import default_sampler
-from ddpm.config import hydra
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.config.choices import choices
+from ddpm.config.overrides import typed_value
 from ddpm.config.schema import EvalConfig
 from ddpm.errors import UserError
 
 
 def before_typed(typed: list[str]) -> list[str]:
     """Of a checkpoint its sampler and the size of its images; the dataset that `samples` names."""
-    from ddpm.checkpoint import file as checkpoint
-    from ddpm.checkpoint import locate
+    from ddpm.cli import default_sampler
 
-    ckpt, samples, dataset = (hydra.typed_value(typed, key) for key in ("ckpt", "samples", "dataset"))
+    ckpt, samples, dataset = (typed_value(typed, key) for key in ("ckpt", "samples", "dataset"))
     if ckpt not in (None, "null") and samples not in (None, "null"):
         raise UserError("ckpt and samples: leave one of them out")
     parameters = [override for override in typed if override.lstrip("+").startswith("dataset.")]

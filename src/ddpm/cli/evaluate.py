@@ -5,7 +5,7 @@ import sys
 from ddpm.cli import app
 from ddpm.cli.eval_keys import before_typed, check_keys
 from ddpm.cli.study import study
-from ddpm.config import hydra
+from ddpm.config.overrides import quoted
 from ddpm.config.schema import EvalConfig
 from ddpm.evaluate import record, table
 
@@ -21,7 +21,7 @@ def _with_paths(argument: str) -> str:
     if key != "compare" or not value or value == "null":
         return argument
     items = value[1:-1].split(",") if value[:1] == "[" and value[-1:] == "]" else [value]
-    paths = [hydra.quoted(item.strip(" '\"")) for item in items if item]
+    paths = [quoted(item.strip(" '\"")) for item in items if item]
     return f"compare=[{','.join(paths)}]"
 
 

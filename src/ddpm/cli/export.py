@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.cli import app
-from ddpm.config import hydra
 from ddpm.config.choices import choices
+from ddpm.config.overrides import as_overrides
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, ExportConfig, to_dict
 from ddpm.config.tables import uses_plugin
 from ddpm.errors import UserError, printable
@@ -72,6 +72,8 @@ def _check(model: "Model", out: Path) -> str:
 
 def training_command(model: "Model") -> str:
     """The shortest `ddpm-train` that composes the same config; paths are left for the reader to fill in."""
+    from ddpm.config import hydra
+
     config = to_dict(model.config)
     begin = [f"dataset={_file('dataset', config)}", f"objective={config['objective']['prediction']}"]
     path = "path" in config["dataset"]
@@ -83,7 +85,7 @@ def training_command(model: "Model") -> str:
     default = hydra.compose("train", begin + given)
     chosen = {group for group, value in config.items() if isinstance(value, dict) and "name" in value}
     changed = []
-    for override in hydra.as_overrides(
+    for override in as_overrides(
         {key: config[key] for key in config if key not in NOT_PART_OF_THE_EXPERIMENT}
     ):
         key, _, value = override.partition("=")

@@ -74,13 +74,11 @@ def show_help(program: str) -> None:
 
 
 def _first_comment(text: str) -> str:
-    lines = [
-        line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line
-    ]
-    return lines[0] if lines else ""
+    comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if "@package" not in comment), "")
 
 
 def _top_keys(text: str) -> list[tuple[str, str]]:
-    """The plain `key: value` lines of a command's YAML; read by eye, since --help should not wait for a parser."""
+    """Return the plain `key: value` lines of a command's YAML, with each value as it is written there."""
     pairs = [line.split(": ", 1) for line in text.splitlines() if line[:1].isalpha() and ": " in line]
     return [(key, "…" if value == "???" or "$" in value else value) for key, value in pairs]

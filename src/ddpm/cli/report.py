@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ddpm.cli import app
-from ddpm.config import hydra
+from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
@@ -32,16 +32,16 @@ def _with_folders(arguments: list[str]) -> list[str]:
             folders.append(argument)
         else:
             others.append(argument)
-    quoted = ",".join(hydra.quoted(folder.strip(" '\"")) for folder in folders if folder)
-    return [*others, f"folder=[{quoted}]"] if quoted else others
+    listed = ",".join(quoted(folder.strip(" '\"")) for folder in folders if folder)
+    return [*others, f"folder=[{listed}]"] if listed else others
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
     """No defaults. Raises UserError without a folder, or for a sampler's parameter without the sampler."""
-    if hydra.typed_value(overrides, "folder") is None:
+    if typed_value(overrides, "folder") is None:
         raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
-    if parameters and hydra.typed_value(overrides, "sampler") is None:
+    if parameters and typed_value(overrides, "sampler") is None:
         raise UserError(f"{parameters[0]}: name the sampler, too (sampler=ddim {parameters[0]})")
     return []
 

@@ -2,7 +2,7 @@
 
 import time
 
-from ddpm.cli import app, default_sampler
+from ddpm.cli import app
 from ddpm.config.schema import SampleConfig
 
 
@@ -11,6 +11,8 @@ def main() -> None:
 
 
 def _default_sampler(typed: list[str]) -> list[str]:
+    from ddpm.cli import default_sampler
+
     return default_sampler.overrides("sample", SampleConfig, typed)
 
 

@@ -1,4 +1,4 @@
-"""What ddpm-sample does for a checked config: load a model, make a task, draw its images, gather, write."""
+"""Run ddpm-sample for a checked config: load a model, make a task, draw its images, gather, write."""
 
 import io
 import json
@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
 
 
 def run(config: SampleConfig, started: float) -> None:
-    """Run the whole command, begun at `started` (perf_counter). Raises UserError.
+    """Run the command, begun at `started` (perf_counter). Raises UserError.
 
     Under torchrun each process draws its share of the images; rank 0 chooses the checkpoint, and writes.
     """
@@ -96,12 +96,12 @@ def draw(config: SampleConfig, model: Model, todo: Plan, own: World = ALONE) -> 
 
 
 def _filmed(config: SampleConfig, n: int) -> int:
-    """How many of the first images are kept after each step."""
+    """Return how many of the first images are kept after each step."""
     return min(FILM_IMAGES, config.batch_size, n) if "trajectory" in config.save else 0
 
 
 def _gathered(config: SampleConfig, drawn: Drawn, n: int, own: World) -> Drawn:
-    """On rank 0 the images and the film of all processes."""
+    """Return the images and the film of all processes on rank 0."""
     filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
     lengths = [max(0, min(share.stop, filmed) - share.start) for share in shares]
     x = gather_to_rank_zero(own, drawn.x, own.lengths(n))
@@ -116,7 +116,7 @@ def _finish(
     checkpoint: dict[str, object],
     started: float,
 ) -> None:
-    """Write and print all that is said of the images."""
+    """Write the images and sample.json, and print the names of the files."""
     measured, figures = todo.measure(drawn.x) if todo.measure else ("", {})
     about = {
         **checkpoint,
@@ -142,11 +142,10 @@ def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[st
     pixels, files = to_uint8(drawn.x), []
     classes = None if todo.y is None else todo.y.cpu().numpy()
     if "grid" in config.save:
-        by_class = classes is not None and config.nrow is None and len(np.unique(classes)) > 1
         table, columns = pixels, config.nrow
         if todo.rows is not None:
             table, columns = todo.table(pixels)
-        elif classes is not None and by_class:
+        elif classes is not None and config.nrow is None and len(np.unique(classes)) > 1:
             table, columns = rows(pixels, classes)
         save_png(out / "grid.png", grid(table, columns))
         files.append("grid.png")

@@ -1,10 +1,9 @@
 """ddpm-eval -m: compare settings of one checkpoint's sampler."""
 
 import itertools
-from typing import Any
 
 from ddpm.cli import eval_keys
-from ddpm.config import hydra
+from ddpm.config.overrides import typed_value
 from ddpm.config.schema import EvalConfig, check
 from ddpm.errors import UserError
 from ddpm.runtime.world import world
@@ -24,6 +23,8 @@ def study(typed: list[str]) -> None:
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
     """The checked config of every setting, and the keys that differ among them. Raises UserError."""
+    from ddpm.config import hydra
+
     if world().size > 1:  # by whatever launcher
         raise UserError("-m measures one setting after the other in one process: leave torchrun out")
     for override in typed:
@@ -32,11 +33,11 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
                 f"{override}: a study loads model and data once and takes one setting after the other, without a "
                 "launcher or sweeper; leave it out"
             )
-    if hydra.typed_value(typed, "ckpt") is None:
+    if typed_value(typed, "ckpt") is None:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
     with hydra.parsed("eval", typed) as parsed:
         varied = [each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()]
-        values = {each.get_key_element(): _values(each) for each in parsed}
+        values = {each.get_key_element(): hydra.unrolled(each) for each in parsed}
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
             raise UserError(
@@ -62,15 +63,3 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
             "of no sampler"
         )
     return settings, varied
-
-
-def _values(override: Any) -> list[str]:
-    """Each override that a parsed, perhaps sweeping one stands for."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
-        )
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]

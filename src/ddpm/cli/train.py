@@ -6,7 +6,7 @@ from ddpm.runs import resume_overrides
 
 
 def main() -> None:
-    app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
+    app.run("train", TrainConfig, train, sweep=_sweep, defaults=resume_overrides.before_typed)
 
 
 def train(config: TrainConfig) -> float:
@@ -21,9 +21,3 @@ def _sweep(overrides: list[str]) -> None:
     from ddpm.sweep.sweep import sweep
 
     sweep(overrides)
-
-
-def _before_typed(overrides: list[str]) -> list[str]:
-    """`trainer.resume=<run>`: what the run was told, before what is typed now."""
-    resume_overrides.check_lengths(overrides)
-    return resume_overrides.before_typed(overrides)

@@ -1,4 +1,4 @@
-"""Show a training: lines for the screen and for train.log, and a bar on a terminal."""
+"""Show a training: lines on the console and in train.log, and a bar on a terminal."""
 
 import sys
 import time
@@ -44,7 +44,7 @@ def show_progress(training: Iterator[Progress], run: TrainState, log: Log) -> No
 
 
 def estimate(run: TrainState, seconds_per_step: float) -> str:
-    """Say how long the rest will take and, if that is long on a CPU, what would be shorter."""
+    """Return how long the rest will take and, if that is long on a CPU, a shorter experiment."""
     seconds = seconds_per_step * (run.max_steps - run.step)
     text = f"about {duration(seconds)} for {run.max_steps - run.step:,} more steps on this {run.device.type}"
     short = CONFIG_DIR / "experiment" / f"{run.facts.name}_cpu.yaml"

@@ -1,4 +1,4 @@
-"""What ddpm-train does with a checked config: open the run, set up the training, train, and write what came out."""
+"""Run ddpm-train for a checked config: open the run, set up the training, train, and write the results."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> float:
             own,
             config.device,
             gpus=config.gpus,
-            jobs_per_gpu=config.jobs_per_gpu,
+            sharing=config.jobs_per_gpu,
             deterministic=trainer.deterministic,
             tf32=trainer.precision == "tf32",
         ) as session,
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> float:
 
 
 def _check_size(config: TrainConfig, own: World) -> None:
-    """Raises UserError where not every process would have an image in every part of every batch, or a GPU."""
+    """Raise UserError where a process would lack an image in a part of a batch, or a GPU."""
     if own.size > 1 and config.gpus is not None:
         raise UserError(
             f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"

@@ -1,4 +1,4 @@
-"""Groups with a choice: the YAML file of each choice is its schema. What `ddpm.register` adds comes beside."""
+"""Groups with a choice, whose YAML files are their schemas, and the choices that `ddpm.register` adds."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,6 @@ from ddpm.config.tables import TABLES
 from ddpm.errors import UserError
 
 _PACKAGED = Path(__file__).parents[1] / "configs"
-
-
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
 
 
@@ -31,7 +29,7 @@ class Component:
 
 
 def choose_sampler(base: Component | str, settings: Mapping[str, Any]) -> Component:
-    """A sampler, or one by its file's name, with these settings. Raises UserError."""
+    """Return a sampler, given itself or by its file's name, with these settings. Raises UserError."""
     if isinstance(base, Component):
         return check_choice("sampler", {**base.to_dict(), **settings})
     if base not in (known := choices("sampler")):
@@ -44,7 +42,7 @@ ADDED: dict[str, dict[str, dict[str, Any]]] = {}  # choices without a file, by g
 
 
 def add_choice(group: str, content: dict[str, Any]) -> None:
-    """What `ddpm.register` adds. Raises UserError where a key has another type or limits in its group."""
+    """Add what `ddpm.register` brings. Raises UserError where a key has another type or limits in its group."""
     for key, value in content.items():
         others = [c[key] for c in choices(group).values() if key in c and c["name"] != content["name"]]
         _like_any([*others, value], value, f"{group}.{key}")
@@ -52,7 +50,7 @@ def add_choice(group: str, content: dict[str, Any]) -> None:
 
 
 def choices(group: str) -> dict[str, dict[str, Any]]:
-    """All choices of a group, `{file name without .yaml: its content}`."""
+    """Return all choices of a group, `{file name without .yaml: its content}`."""
     return _files(group) | ADDED.get(group, {})
 
 
@@ -63,11 +61,12 @@ def _files(group: str) -> dict[str, dict[str, Any]]:
 
 
 def plugin_hint(group: str) -> str:
-    """For an unknown name in a group that `ddpm.register` adds to."""
+    """Return a hint for an unknown name in a group that `ddpm.register` adds to, else ""."""
     return PLUGIN_HINT * any(group == table.group for table in TABLES.values())
 
 
 def check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    """Raise UserError where `raw` has other keys than the known ones; `path` goes in front of a key."""
     known = list(known)
     for key in raw:
         if key not in known:
@@ -80,8 +79,9 @@ def check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
 
 
 def check_choice(path: str, raw: Any) -> Component:
-    """What `path`, a group, is to be: a name and all of its keys. Raises UserError."""
-    names = {content["name"] for content in choices(path).values()}
+    """Return what was chosen for the group `path`: `raw` is its name and all of its keys. Raises UserError."""
+    contents = choices(path).values()
+    names = {content["name"] for content in contents}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         raise UserError(
             f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
@@ -89,22 +89,20 @@ def check_choice(path: str, raw: Any) -> Component:
     if raw["name"] not in names:
         hint = plugin_hint(path) + nearest(raw["name"], names)
         raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")
-    template: dict[str, list[Any]] = {}
-    for content in choices(path).values():
-        if content["name"] == raw["name"]:
-            template |= {key: [] for key in content}
-    for content in choices(path).values():  # a key means the same in every file of its group
-        for key in template.keys() & content.keys():
-            template[key].append(content[key])
-    absent = {key: GROUP_KEYS.get(f"{path}.{key}", Key()).absent for key in template}
+    known = {key: None for content in contents if content["name"] == raw["name"] for key in content}
+    absent = {key: GROUP_KEYS.get(f"{path}.{key}", Key()).absent for key in known}
     raw = {key: value for key, value in absent.items() if value is not REQUIRED} | dict(raw)
-    check_keys(raw, template, path + ".")
-    params = {key: _like_any(template[key], raw[key], f"{path}.{key}") for key in template if key != "name"}
+    check_keys(raw, known, path + ".")
+    del known["name"]
+    params = {}
+    for key in known:  # which means the same in every file of its group
+        examples = [content[key] for content in contents if key in content]
+        params[key] = _like_any(examples, raw[key], f"{path}.{key}")
     return Component(raw["name"], params)
 
 
 def _like_any(examples: list[Any], value: Any, path: str) -> Any:
-    """Like one of the examples: null where one of them is, a list where that is another way to say it."""
+    """Return `value` if it is of the examples' type and allowed; null if one of them is. Raises UserError."""
     if value is None and None in examples:
         return None
     allowed = GROUP_KEYS.get(path, Key()).allowed
@@ -115,7 +113,7 @@ def _like_any(examples: list[Any], value: Any, path: str) -> Any:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """libyaml's where it is there, which takes a tenth of the time."""
+    """libyaml's loader where it is installed: ten times as fast."""
 
 
 # YAML 1.1 takes 1e-3 for a text.
@@ -125,23 +123,23 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A file of keys and values; an empty one has none."""
+    """Read a YAML file of keys and values; an empty one has none."""
     return {str(key): value for key, value in (yaml.load(file.read_bytes(), _Loader) or {}).items()}
 
 
 def known_keys(program: str) -> list[str]:
-    """Every key that can be typed: those of configs/<program>.yaml, the groups, and the keys of all their files."""
+    """Return every key that can be typed: those of configs/<program>.yaml, the groups, and their files' keys."""
     top = read_yaml(CONFIG_DIR / f"{program}.yaml")
-    return [*own_keys(top), *_groups(top), *_of_groups(_groups(top), {})]
+    return [*own_keys(top), *default_files(top), *file_keys(default_files(top), {})]
 
 
 def own_keys(top: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that are no group's, with their defaults."""
+    """Return the keys that are no group's, with their defaults."""
     return {key: value for key, value in top.items() if key not in ("defaults", "hydra")}
 
 
-def _groups(top: Mapping[str, Any]) -> dict[str, str | None]:
-    """The groups that can be typed, and the file that each has by default, where it has one."""
+def default_files(top: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the groups that can be typed, each with the name of its default file or None."""
     entries = [entry for entry in top["defaults"] if isinstance(entry, dict)]
     groups = {group: file for entry in entries for group, file in entry.items() if " " not in group}
     if groups.pop("recipe", None):  # goes with the dataset, and names the model
@@ -149,8 +147,8 @@ def _groups(top: Mapping[str, Any]) -> dict[str, str | None]:
     return groups
 
 
-def _of_groups(groups: Iterable[str], chosen: Mapping[str, str | None]) -> dict[str, Any]:
-    """The keys of the chosen files of these groups, with what stands there; of all files where none is chosen."""
+def file_keys(groups: Iterable[str], chosen: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the keys of the groups' chosen files with their values; of all files where none is chosen."""
     inside: dict[str, Any] = {}
     for group in groups:
         files, name = choices(group), chosen.get(group)

@@ -3,21 +3,26 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ddpm.config.choices import CONFIG_DIR, choices, known_keys, plugin_hint
-from ddpm.config.limits import nearest
-from ddpm.config.schema import PATH_KEYS
-from ddpm.errors import UserError, install_hint
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-# Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
-QUOTED = (*PATH_KEYS, "gpus")  # gpus=0,2,3 is one value, too
+from ddpm.config.choices import ADDED, CONFIG_DIR, known_keys, plugin_hint
+from ddpm.config.limits import nearest
+from ddpm.config.overrides import quote_path
+from ddpm.errors import UserError, install_hint
 
 
 def read_overrides(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra overrides, paths quoted. Raises UserError for flags that are not ours."""
+    """Return the arguments as Hydra overrides, paths quoted. Raises UserError for flags that are not ours."""
     for argument in arguments:
         if argument.startswith("-"):
             raise UserError(f"unknown flag '{argument}'; see ddpm-… --help (settings are written key=value)")
@@ -27,135 +32,83 @@ def read_overrides(arguments: list[str]) -> list[str]:
 
 
 def compose(program: str, overrides: list[str]) -> dict[str, Any]:
-    """configs/<program>.yaml with the overrides as plain data, interpolations resolved. Raises UserError."""
-    plain = _composed(program, overrides)
-    missing = [key for key, value in _flat(plain) if value == "???"]
+    """Compose configs/<program>.yaml with the overrides as plain data, interpolations resolved. Raises UserError."""
+    with _initialized(program):
+        config = hydra.compose(program, overrides)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is needed: {missing[0]}=…")
-    return plain
+    return dict(plain)
+
+
+def hydra_settings(program: str, overrides: list[str]) -> Any:
+    """Return the settings of Hydra itself: its launcher, its sweeper, its choices. Raises UserError."""
+    with _initialized(program):
+        return OmegaConf.to_container(hydra.compose(program, overrides, return_hydra_config=True).hydra)
 
 
 @contextmanager
 def parsed(program: str, overrides: list[str]) -> Iterator[list[Any]]:
-    """The overrides as Hydra's own objects, whose sweeps (glob(*), too) can be unrolled inside. Raises UserError."""
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            loader = GlobalHydra.instance().config_loader()
-            yield OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(one_line(error, program)) from None
+    """Parse overrides into Hydra's objects, whose sweeps (glob(*), too) can be unrolled inside. Raises UserError."""
+    with _initialized(program):
+        loader = GlobalHydra.instance().config_loader()
+        yield OverridesParser.create(config_loader=loader).parse_overrides(overrides)
 
 
-def hydra_settings(program: str, overrides: list[str]) -> dict[str, Any]:
-    """What Hydra itself is told: its launcher, its sweeper. Raises UserError."""
-    settings = _composed(program, overrides, of_hydra=True)["hydra"]
-    assert isinstance(settings, dict)
-    return settings
-
-
-def _composed(program: str, overrides: list[str], of_hydra: bool = False) -> dict[str, Any]:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            config = hydra_compose(program, overrides, return_hydra_config=of_hydra)
-        plain = OmegaConf.to_container(config, resolve=not of_hydra)
-    except MissingConfigException as error:
-        raise UserError(_missing_choice(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error, program)) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def typed_value(overrides: list[str], key: str) -> str | None:
-    """The last value typed for a key, without the quotes that `read_overrides` added."""
-    values = [
-        value
-        for name, _, value in (override.partition("=") for override in overrides)
-        if name.lstrip("+") == key
-    ]
-    if not values:
-        return None
-    value = values[-1]
-    if len(value) < 2 or value[0] not in "'\"":
-        return value
-    return re.sub(r"(\\+)('|$)", lambda match: match[1][: len(match[1]) // 2] + match[2], value[1:-1])
-
-
-def as_overrides(config: dict[str, Any]) -> list[str]:
-    """A checked config as overrides, so that what is typed after them wins."""
-    chosen, values = [], []
-    for key, value in config.items():
-        if not isinstance(value, dict):
-            values.append(f"{key}={_literal(value)}")
-            continue
-        if "name" in value:
-            file = next(file for file, content in choices(key).items() if content["name"] == value["name"])
-            chosen.append(f"{key}={file}")
-        values += [f"{key}.{name}={_literal(item)}" for name, item in value.items() if name != "name"]
-    return chosen + values
-
-
-def _literal(value: Any) -> str:
-    """In Hydra's grammar. Raises UserError for a text that Hydra would take for an interpolation."""
-    if isinstance(value, str):
-        if "${" in value:
-            raise UserError(f"'{value}': a stored config holds plain values only")
-        return quoted(value)
-    if isinstance(value, list):
-        return "[" + ",".join(_literal(item) for item in value) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else repr(value)
-    )
+def unrolled(override: Any) -> list[str]:
+    """Return each override that a parsed, perhaps sweeping one stands for. Raises UserError for an interval."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
+        )
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
 def enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:
-    """Hydra's own main, told to raise what it would print."""
-    import hydra
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    """Run Hydra's own main. Raises what Hydra would print: UserError, or what the task raises."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *arguments]
-    try:
+    with _errors_in_one_line(program):
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=program)(task)()
+
+
+@contextmanager
+def _initialized(program: str) -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with (
+        _errors_in_one_line(program),
+        hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)),
+    ):
+        yield
+
+
+@contextmanager
+def _errors_in_one_line(program: str) -> Iterator[None]:
+    _store_registered()
+    try:
+        yield
     except MissingConfigException as error:
         raise UserError(_missing_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error, program)) from None
+        raise UserError(_one_line(error, program)) from None
 
 
-def quote_path(override: str, always: bool = False) -> str:
-    """The override with its value in quotes, if it is a path."""
-    key, equals, value = override.partition("=")
-    bare = key.lstrip("+")
-    if not (always or bare in QUOTED) or not equals or value in ("null", "") or value[0] in "'\"":
-        return override
-    return f"{key}={quoted(value)}"
+def _store_registered() -> None:
+    """Let Hydra find registered choices, which have no YAML file. A dataset gets the recipe of `folder`."""
+    store = ConfigStore.instance()
+    for group, name, content in ((g, n, c) for g, contents in ADDED.items() for n, c in contents.items()):
+        store.store(group=group, name=name, node=content)
+        if group == "dataset":
+            recipe = OmegaConf.load(CONFIG_DIR / "recipe" / "folder.yaml")
+            store.store(group="recipe", name=name, node=recipe, package="_global_")
 
 
-def quoted(text: str) -> str:
-    """In quotes; only backslashes in front of a quote mean anything to Hydra."""
-    return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'") + "'"
-
-
-def _missing_choice(error: Any) -> str:
-    """Hydra's "could not find" with the nearest choice."""
+def _missing_choice(error: MissingConfigException) -> str:
+    """Return Hydra's "could not find" as one line with the nearest choice."""
     path = str(error.missing_cfg_file or "")
     group, _, name = path.rpartition("/")
     options = [str(option) for option in error.options or []]
@@ -171,8 +124,8 @@ def _missing_choice(error: Any) -> str:
     return f"{group}={name}: must be one of {', '.join(options)}{plugin_hint(group)}{nearest(name, options)}"
 
 
-def one_line(error: Exception, program: str) -> str:
-    """What Hydra or OmegaConf said, in one line, with the nearest key where a key is unknown."""
+def _one_line(error: Exception, program: str) -> str:
+    """Return what Hydra or OmegaConf said as one line, with the nearest key where a key is unknown."""
     text = str(error)
     if match := re.search(r"(?:Could not override|not at|Could not delete from config\.) '([^']+)'", text):
         key = match[1]
@@ -185,11 +138,3 @@ def one_line(error: Exception, program: str) -> str:
     if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
         return f"several values for {match[1]}: add -m to run a job for each, or write [a,b] for a list"
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _flat(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

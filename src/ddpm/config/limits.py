@@ -1,4 +1,4 @@
-"""What a config may hold: the limits of a value, and the check against them."""
+"""The limits of a config's values, and the check against them."""
 
 import difflib
 import math
@@ -19,9 +19,7 @@ class Between(typing.NamedTuple):
     above: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if (
-            not isinstance(value, int | float) or not abs(value) < math.inf
-        ):  # also true of integers beyond any float
+        if not isinstance(value, int | float) or not abs(value) < math.inf:
             return False
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
@@ -37,7 +35,7 @@ REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a key beside its type and default: help, docs, TAB, checks and resume read it here."""
+    """The declaration of a key beside its type and default. Help, docs, TAB, checks and resume read it."""
 
     help: str = ""  # of the keys of a command; those of a group have a comment in its YAML file
     allowed: Allowed | None = None  # of a list, for each item
@@ -81,7 +79,7 @@ GROUP_KEYS: dict[str, Key] = {
 
 
 def words(allowed: Allowed | None) -> tuple[str, ...]:
-    """The words that a key takes, where it takes only some."""
+    """Return the words that a key takes, where it takes only some."""
     return () if allowed is None or isinstance(allowed, Between) else tuple(allowed)
 
 
@@ -94,7 +92,7 @@ MAX_ITEMS = 4096  # in a list
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint "; did you mean …?" or nothing."""
+    """Return "; did you mean …?" or ""."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 

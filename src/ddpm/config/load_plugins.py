@@ -5,14 +5,13 @@ import os
 import sys
 import traceback
 
-from ddpm.config.choices import ADDED, CONFIG_DIR
 from ddpm.errors import UserError
 
 
 def load_plugins(arguments: list[str]) -> list[str]:
-    """Imports what `plugins=…` names; returns the other arguments. Raises UserError.
+    """Import what `plugins=…` names. Returns the other arguments. Raises UserError.
 
-    Only sys.argv may be given here: configs and checkpoints have no say in what is imported.
+    Only sys.argv may be given here: nothing is imported by a name from a config or a checkpoint.
     """
     typed = [argument for argument in arguments if argument.startswith("plugins=")]
     names = [name.strip(" '\"") for a in typed for name in a.removeprefix("plugins=").strip("[] ").split(",")]
@@ -20,8 +19,6 @@ def load_plugins(arguments: list[str]) -> list[str]:
         sys.path.append(os.getcwd())  # after all else, so that a random.py there hides nothing
     for name in filter(None, names):
         _import(name)
-    if ADDED:
-        _make_selectable()
     return [argument for argument in arguments if argument not in typed]
 
 
@@ -39,17 +36,3 @@ def _import(name: str) -> None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{last.filename}, line {last.lineno}"
         raise UserError(f"plugins={name}: {type(error).__name__}: {error} ({where})") from None
-
-
-def _make_selectable() -> None:
-    """Registered choices have no YAML file: Hydra finds them in its store. A dataset gets folder's recipe."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    store = ConfigStore.instance()
-    for group, contents in ADDED.items():
-        for name, content in contents.items():
-            store.store(group=group, name=name, node=content)
-            if group == "dataset":
-                recipe = OmegaConf.load(CONFIG_DIR / "recipe" / "folder.yaml")
-                store.store(group="recipe", name=name, node=recipe, package="_global_")

@@ -21,7 +21,7 @@ from ddpm.errors import UserError
 
 
 def key(*declared: Any, **more: Any) -> Any:
-    """A field of a config, with what `Key` says of it."""
+    """Declare a field of a config; the arguments are those of `Key`."""
     return dataclasses.field(metadata={"key": Key(*declared, **more)})
 
 
@@ -265,7 +265,7 @@ SCHEMAS: dict[str, type] = {
 
 
 def declared(schema: type) -> dict[str, Key]:
-    """Every key of a command by its full name, those of its groups too."""
+    """Return every key of a command by its full name, those of its groups too."""
     found: dict[str, Key] = {}
     for field in dataclasses.fields(schema):
         found[field.name] = field.metadata["key"]
@@ -280,7 +280,7 @@ def declared(schema: type) -> dict[str, Key]:
 
 
 def groups(schema: type) -> list[str]:
-    """The keys that are a choice of a file."""
+    """Return the keys that choose a file."""
     return [
         field.name
         for field in dataclasses.fields(schema)
@@ -297,7 +297,7 @@ DEFAULTS_FOR_OLD_CHECKPOINTS = {
 
 
 def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
-    """`raw` as an instance of the dataclass `schema`.
+    """Return `raw` as an instance of the dataclass `schema`.
 
     Raises UserError with one line: the full key, the value, and what is allowed.
     """
@@ -309,7 +309,7 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A checked config as plain data, the inverse of `check`."""
+    """Return a checked config as plain data, the inverse of `check`."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, Component):
@@ -320,7 +320,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Flat, and the name of a choice under its group, as it is typed."""
+    """Return what the experiment is by key, as it is typed: flat, the name of a choice under its group."""
     flat: dict[str, Any] = {}
     for key, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:

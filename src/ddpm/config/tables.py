@@ -1,4 +1,4 @@
-"""Where the table of each kind is, and the names in it; `ddpm.register` adds to them."""
+"""Where the table of each kind stands, and the names in it; `ddpm.register` adds to them."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -41,13 +41,10 @@ class Names:
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*_written(self.kind), *REGISTERED[self.kind]]))
 
-    def __contains__(self, name: object) -> bool:
-        return name in list(self)
-
 
 @cache
 def _written(kind: str) -> tuple[str, ...]:
-    """Read the keys of a table from its source: to import it would import torch."""
+    """Read the keys of a table from its source, as importing it would import torch."""
     table = TABLES[kind]
     path = PACKAGE.joinpath(*table.module.split(".")[1:])
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -59,5 +56,5 @@ def _written(kind: str) -> tuple[str, ...]:
 
 
 def uses_plugin(config: dict[str, Any]) -> bool:
-    """Whether a config, as plain data, names something registered."""
+    """Return whether a config, as plain data, names something registered."""
     return any(config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items())

@@ -2,44 +2,40 @@
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.config import hydra
+from ddpm.config.overrides import as_overrides, typed_value
 from ddpm.config.schema import to_dict
 from ddpm.errors import UserError
 
 
 def before_typed(overrides: list[str]) -> list[str]:
     """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
-    typed = hydra.typed_value(overrides, "trainer.resume")
+    check_lengths(overrides)
+    typed = typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):
         return []
-    if hydra.typed_value(overrides, "trainer.init_from") not in (None, "null"):
+    if typed_value(overrides, "trainer.init_from") not in (None, "null"):
         raise UserError(
             f"trainer.resume={typed} goes on with the weights of that run; trainer.init_from begins a new one: "
             "leave one of them out"
         )
     path, _ = locate.newest_good(locate.find(str(typed)), check=checkpoint.read_meta)
     was = to_dict(checkpoint.config(path, checkpoint.read_meta(path)[0]))
-    if "path" in was["dataset"] and hydra.typed_value(overrides, "dataset.path") is None:
+    if "path" in was["dataset"] and typed_value(overrides, "dataset.path") is None:
         raise UserError(
             f"dataset.path was '{was['dataset'].pop('path')}' in this run; a path in a file is not followed by "
             "itself: type dataset.path=…"
         )
     was["dataset"].pop("path", None)
     was["trainer"]["init_from"] = None  # done long ago
-    if hydra.typed_value(overrides, "trainer.max_steps"):
+    if typed_value(overrides, "trainer.max_steps"):
         was["trainer"]["max_epochs"] = None  # two ways to say one thing: the typed one counts
-    new = (
-        "run_dir",
-        "overwrite",
-        "data_root",
-        *(key for key in was if hydra.typed_value(overrides, key)),
-    )
-    return hydra.as_overrides({key: value for key, value in was.items() if key not in new})
+    new = ("run_dir", "overwrite", "data_root", *(key for key in was if typed_value(overrides, key)))
+    return as_overrides({key: value for key, value in was.items() if key not in new})
 
 
 def check_lengths(overrides: list[str]) -> None:
     """Raises UserError where the length of a training is typed twice."""
-    lengths = [hydra.typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
+    lengths = [typed_value(overrides, f"trainer.{key}") for key in ("max_epochs", "max_steps")]
     if None not in lengths and "null" not in lengths:
         raise UserError(
             "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"

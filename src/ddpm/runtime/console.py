@@ -1,4 +1,4 @@
-"""What is written to the console, and how numbers look there."""
+"""Print to the console and to train.log, and format numbers for them."""
 
 import os
 import shlex
@@ -18,16 +18,16 @@ class Log:
     """Lines for the screen, above a progress bar, and for train.log."""
 
     def __init__(self, path: Path | None) -> None:
-        """None: of a process that has nothing to say, as rank 0 says it.
+        """Open the file once, so that nothing else is written where that fails. None: print nothing, as rank 0 does.
 
-        Raises OSError where there can be no such file, so that nothing else is written first.
+        Raises OSError.
         """
         self.path = path
         if path is not None:
             self._open(path).close()
 
     def say(self, text: str) -> None:
-        """Raises OSError where train.log cannot be written."""
+        """Print a line and append it to the file. Raises OSError where it cannot be written."""
         if self.path is None:
             return
         text = printable(text)
@@ -36,30 +36,31 @@ class Log:
             file.write(text + "\n")
 
     def _open(self, path: Path) -> IO[str]:
-        return open(path, "a", encoding="utf-8", opener=_no_link)
+        """Open for appending, but no symbolic link: in a folder that somebody else made it could lead anywhere."""
+        no_link = getattr(os, "O_NOFOLLOW", 0)
+        return open(path, "a", encoding="utf-8", opener=lambda name, how: os.open(name, how | no_link, 0o666))
 
 
 @contextmanager
 def of_steps(
     own: World, num_steps: int, n: int, batch_size: int, leave: bool
 ) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
-    """On a terminal a bar over the steps of all batches; with it what is to be called when batches get smaller."""
-    hidden = not (own.first and sys.stderr.isatty())
-    with tqdm(unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
+    """Show a bar over the steps of all batches on a terminal. Yields it and a function for smaller batches.
 
-        def count(left: int, size: int) -> None:
-            bar.total = bar.n + num_steps * -(-left // size)
+    Call that function with how many images are left and the new batch size.
+    """
+    hidden, total = not (own.first and sys.stderr.isatty()), num_steps * -(-n // batch_size)
+    with tqdm(total=total, unit="step", disable=hidden, dynamic_ncols=True, leave=leave) as bar:
 
         def smaller(left: int, size: int) -> None:
-            count(left, size)
+            bar.total = bar.n + num_steps * -(-left // size)
             tqdm.write(f"{own.name}out of memory: going on with batch_size={size}, which changes no image")
 
-        count(n, batch_size)
         yield bar, smaller
 
 
 def tell(text: str) -> None:
-    """A line for the screen; a screen that has gone (`| head`, a closed terminal) is no reason to stop."""
+    """Print a line above any bar. Where stdout is closed (`| head`, a lost terminal), print nothing from now on."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -68,24 +69,19 @@ def tell(text: str) -> None:
 
 
 def typed(folder: Path) -> str:
-    """A folder as a shell takes it; one that is called `latest` is not the latest run."""
+    """Quote a folder for a shell; write one that is called `latest` so that it is not taken for the latest run."""
     return shlex.quote("./latest" if str(folder) == "latest" else str(folder))
 
 
-def _no_link(path: str, flags: int) -> int:
-    """A link in a folder that somebody else has made could lead anywhere."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
 def figures(record: dict[str, float]) -> str:
-    """Both validation figures with their errors."""
+    """Format both validation figures with their errors."""
     return ", ".join(
         f"{key} {record[key]:.4f} ± {record[key + '_error']:.4f}" for key in ("val_loss", "val_eps_mse")
     )
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that says enough."""
+    """Format a time in the largest unit that is precise enough."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

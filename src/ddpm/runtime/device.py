@@ -6,27 +6,27 @@ from contextlib import contextmanager
 import torch
 
 from ddpm.errors import UserError
+from ddpm.runtime.gpu_locks import cuda_number, no_such_gpu
 from ddpm.runtime.world import ALONE, World
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that the network computes in. auto: bf16 on a GPU that has the instructions, else float32."""
+    """Return the dtype that the network computes in. auto: bf16 on a GPU that has the instructions, else float32."""
     if name == "auto":
         cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if cuda else torch.float32
-    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes[name]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 def precision_name(name: str, device: torch.device) -> str:
-    """The precision as environment.json and the log name it. TF32 is named only where the device has it."""
+    """Return the precision as environment.json and the log name it. TF32 is named only where the device has it."""
     if name == "tf32" and device.type == "cuda":
         return "tf32"
     return str(precision(name, device)).removeprefix("torch.")
 
 
 def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
-    """What to tell a user whose `key` asks for bf16 on a CPU that has no instructions for it; else nothing."""
+    """Return a line for a user whose `key` asks for bf16 on a CPU without instructions for it; else ""."""
     if device.type != "cpu" or precision(name, device) != torch.bfloat16:
         return ""
     asked = getattr(torch.cpu, "get_capabilities", None)  # younger than the oldest torch that will do
@@ -36,32 +36,28 @@ def slow_in_bf16(key: str, name: str, device: torch.device) -> str:
 
 
 def device(name: str, world: World = ALONE) -> torch.device:
-    """The device a user means by auto, cpu, cuda or cuda:1. Raises UserError where there is none.
+    """Return the device a user means by auto, cpu, cuda or cuda:1. Raises UserError where there is none.
 
     Of several processes on a machine each takes a GPU of its own.
     """
-    if world.size > 1 and name in ("auto", "cuda") and (name == "cuda" or torch.cuda.is_available()):
-        if (count := torch.cuda.device_count()) < world.local_size:
+    if world.size > 1 and name not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"device={name}: {world.size} processes: must be auto, cpu or cuda, one device for each"
+        )
+    number = cuda_number(name) or 0
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if world.size > 1:
+        if count < world.local_size:
             raise UserError(
                 f"device={name}: {world.local_size} processes on a machine with {count} CUDA devices: one process "
                 "for each device (torchrun --nproc-per-node), or device=cpu"
             )
         return torch.device("cuda", world.local_rank)
-    if world.size > 1 and name not in ("auto", "cpu"):
-        raise UserError(
-            f"device={name}: {world.size} processes: must be auto, cpu or cuda, one device for each"
-        )
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()) or (":" in name and not number):
-        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:<number>")
-    count = torch.cuda.device_count()
-    if int(number or 0) >= count:
-        raise UserError(f"device={name}: this machine has {count} CUDA devices; device=cpu works everywhere")
-    return torch.device("cuda", int(number or 0))
+    if number >= count:
+        raise no_such_gpu(f"device={name}", count)
+    return torch.device("cuda", number)
 
 
 def set_up_cuda(*, tf32: bool = False) -> None:

@@ -23,8 +23,7 @@ from ddpm.runtime.memory import is_exhausted
 from ddpm.runtime.world import World
 
 T = TypeVar("T")
-# for a slower process, or one that downloads a dataset; one that has gone is noticed at once
-WAIT = timedelta(days=1)
+WAIT = timedelta(days=1)  # for a slower rank, or one that downloads a dataset; a lost one is noticed at once
 FIND = timedelta(minutes=30)  # for machines that start one after the other
 _control_group: Any = None  # the gloo group for objects
 
@@ -99,17 +98,13 @@ def _wait_until(condition: Callable[[], bool], end: float) -> None:
 
 
 def _leave(broken: bool) -> None:
-    """Leave the group. A broken NCCL group is aborted, as `destroy_process_group` would wait for lost processes.
-
-    torch has no public function that aborts a group.
-    """
+    """Leave the group. A broken NCCL group is aborted, as `destroy_process_group` would wait for lost processes."""
     global _control_group
     _control_group = None
-    if not dist.is_initialized():
-        return
-    if broken and dist.get_backend() == "nccl":
-        dist.distributed_c10d._abort_process_group()
-    else:
+    if broken and dist.is_initialized() and dist.get_backend() == "nccl":
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.abort()
+    elif dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -122,19 +117,19 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    error: UserError | None = None
+    wrong_here: str | None = None
     try:
         yield
-    except UserError as raised:
-        error = raised
-    except OSError as raised:
-        error = UserError(f"{reason(raised)}: {raised.filename or 'a file'}")
-    except (RuntimeError, MemoryError) as raised:
-        if not is_exhausted(raised):
+    except UserError as error:
+        wrong_here = str(error)
+    except OSError as error:
+        wrong_here = f"{reason(error)}: {error.filename or 'a file'}"
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
             raise
-        error = UserError(f"out of memory: {str(raised).partition(chr(10))[0]}")
+        wrong_here = f"out of memory: {str(error).partition(chr(10))[0]}"
     messages: list[str | None] = [None] * world.size
-    dist.all_gather_object(messages, None if error is None else str(error), group=_control_group)
+    dist.all_gather_object(messages, wrong_here, group=_control_group)
     wrong = [rank for rank, message in enumerate(messages) if message is not None]
     if wrong:
         everywhere = wrong[0] == 0 or len(wrong) == world.size
@@ -184,7 +179,7 @@ def broadcast_tensors(world: World, tensors: Sequence[Tensor]) -> None:
 
 
 def all_gather_columns(world: World, part: Tensor, n: int) -> Tensor:
-    """(k, n) from every rank's own (k, share): one sum of rows that are 0 elsewhere, so nothing waits for the GPU."""
+    """Return (k, n) from every rank's own (k, share): one sum of rows that are 0 elsewhere, without a CPU-GPU sync."""
     if world.size == 1:
         return part
     whole = part.new_zeros(len(part), n)
@@ -194,9 +189,9 @@ def all_gather_columns(world: World, part: Tensor, n: int) -> Tensor:
 
 
 def gather_to_rank_zero(world: World, part: Tensor, lengths: Sequence[int]) -> Tensor:
-    """On rank 0, (sum of lengths, …) from every rank's own (its length, …), on the CPU; the others keep their part.
+    """Return on rank 0 (sum of lengths, …) from every rank's own (its length, …), on the CPU; elsewhere its part.
 
-    Rank 0 must have some itself: it knows the rest of the shape from them.
+    Rank 0's own part must not be empty: it gives the rest of the shape.
     """
     if world.size == 1:
         return part
@@ -213,14 +208,13 @@ def gather_to_rank_zero(world: World, part: Tensor, lengths: Sequence[int]) -> T
 
 
 def all_reduce_max_async(world: World, numbers: Sequence[int]) -> Callable[[], list[int]]:
-    """Start asking for the largest of each number over all processes; call what is returned to wait for it."""
+    """Start an all-reduce for the largest of each number over all ranks. Returns a function that waits for it."""
     if world.size == 1:
         return lambda: list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.int64)
-    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group, async_op=True)
+    work: Any = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control_group, async_op=True)
 
     def wait() -> list[int]:
-        assert work is not None
         work.wait()
         return [int(number) for number in tensor]
 

@@ -1,30 +1,34 @@
-"""A GPU of one's own: file locks by which runs of one user on one machine keep out of each other's way.
+"""Lock a free GPU, so that the runs of one user on one machine do not share one by accident.
 
-The kernel frees a lock when its process ends, however it ends. A GPU is held alone (an exclusive lock), or together
-with others that agreed to share it (a shared lock, and one of `jobs_per_gpu` places).
+The kernel frees a file lock when its process ends, however it ends. A GPU is held alone (an exclusive lock on its
+file), or with others that agreed to share it (a shared lock on its file and an exclusive one on a place of it).
 """
 
+import itertools
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm.errors import UserError
 from ddpm.io.files import reason
 
+if sys.platform != "win32":
+    import fcntl
+
 POLL = 0.5  # seconds between two looks at GPUs that are all taken
 MOST = 1024  # GPUs of a machine that is not known yet
 
 
 @dataclass
-class Lease:
+class GpuLock:
     """A GPU, held until `release` or the end of the process."""
 
     device: str  # as in device=
-    held: list[int]  # open files, with a lock on each
+    held: list[int]  # file descriptors, with a lock on each
 
     def release(self) -> None:
         for descriptor in self.held:
@@ -32,10 +36,11 @@ class Lease:
         self.held.clear()
 
 
-def take(gpus: str | None, device: str, jobs_per_gpu: int, say: Callable[[str], None]) -> Lease | None:
+def take(gpus: str | None, device: str, sharing: int, say: Callable[[str], None]) -> GpuLock | None:
     """Lock a free one of the GPUs that `gpus` allows; wait while all are taken. None where none is asked for.
 
-    The arguments are the values of the keys of those names. Raises UserError for GPUs that are not there.
+    `gpus` and `device` are the values of these keys; at most `sharing` processes hold one GPU. Raises UserError for
+    GPUs that are not there.
     """
     if gpus is None or device == "cpu":
         return None
@@ -45,32 +50,59 @@ def take(gpus: str | None, device: str, jobs_per_gpu: int, say: Callable[[str], 
         return None
     folder, waited = _folder(), False
     while True:
-        for number, files in _places(numbers, names, jobs_per_gpu):
-            if (held := _lock(folder, files)) is not None:
-                return Lease(f"cuda:{number}", held)
+        # the first places of all GPUs before the second ones
+        for place, number in itertools.product(range(sharing), numbers):
+            lock, name = GpuLock(f"cuda:{number}", []), f"gpu-{names[number]}".replace("/", "_")
+            files = {name: fcntl.LOCK_EX}
+            if sharing > 1:
+                files = {name: fcntl.LOCK_SH, f"{name}.{place}": fcntl.LOCK_EX}
+            if all(_lock(lock, folder / file, kind) for file, kind in files.items()):
+                return lock
+            lock.release()
         if not waited:
             say(f"waiting for a free GPU: {', '.join(f'cuda:{n}' for n in numbers)} are all taken")
             waited = True
         time.sleep(POLL)
 
 
+def _lock(lock: GpuLock, file: Path, kind: int) -> bool:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    lock.held.append(descriptor)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def allowed(gpus: str, device: str, count: int = MOST) -> list[int]:
-    """The numbers of the GPUs that may be taken, of `count`. Raises UserError."""
-    kind, _, only = device.partition(":")
-    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and _is_number(only)):
-        raise UserError(f"device={device}: must be auto, cpu, cuda or cuda:<number>")
+    """Return the numbers of the GPUs that may be taken, of `count`. Raises UserError."""
+    only = cuda_number(device)
     parts = [part.strip() for part in gpus.split(",")]
     if gpus == "auto":
-        parts = [only] if only else [str(number) for number in range(count)]
+        parts = [str(number) for number in (range(count) if only is None else [only])]
     if not all(map(_is_number, parts)):
         raise UserError(f"gpus={gpus}: must be auto, or numbers such as 0,2,3")
     numbers = sorted({int(part) for part in parts})
-    if only and numbers != [int(only)]:
+    if only is not None and numbers != [only]:
         raise UserError(f"gpus={gpus} and device={device}: say which GPU with one of them")
     if numbers and numbers[-1] >= count:
-        named = f"device={device}" if gpus == "auto" else f"gpus={gpus}"
-        raise UserError(f"{named}: this machine has {count} CUDA devices; device=cpu works everywhere")
+        raise no_such_gpu(f"device={device}" if gpus == "auto" else f"gpus={gpus}", count)
     return numbers
+
+
+def cuda_number(device: str) -> int | None:
+    """Return N of cuda:N, None for auto, cpu and cuda. Raises UserError for anything else."""
+    if device in ("auto", "cpu", "cuda"):
+        return None
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not _is_number(number):
+        raise UserError(f"device={device}: must be auto, cpu, cuda or cuda:<number>")
+    return int(number)
+
+
+def no_such_gpu(typed: str, count: int) -> UserError:
+    return UserError(f"{typed}: this machine has {count} CUDA devices; device=cpu works everywhere")
 
 
 def _is_number(text: str) -> bool:
@@ -78,7 +110,7 @@ def _is_number(text: str) -> bool:
 
 
 def visible() -> list[str]:
-    """What each CUDA device that this process can see is called outside it."""
+    """Return what each CUDA device that this process can see is called outside it."""
     import torch
 
     count = torch.cuda.device_count()
@@ -86,40 +118,12 @@ def visible() -> list[str]:
     return names[:count] if len(names) >= count and all(names[:count]) else [str(i) for i in range(count)]
 
 
-def _places(
-    numbers: list[int], names: list[str], jobs_per_gpu: int
-) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
-    """Each place on a GPU with its locks, (file, exclusive); the first places of all GPUs before the second ones."""
-    for place in range(jobs_per_gpu):
-        for number in numbers:
-            name = f"gpu-{names[number]}".replace("/", "_")
-            alone = jobs_per_gpu == 1
-            yield number, [(name, True)] if alone else [(name, False), (f"{name}.{place}", True)]
-
-
-def _lock(folder: Path, files: list[tuple[str, bool]]) -> list[int] | None:
-    """All of the locks, or none."""
-    import fcntl
-
-    held: list[int] = []
-    for name, exclusive in files:
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        held.append(descriptor)
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            Lease("", held).release()
-            return None
-    return held
-
-
 def _folder() -> Path:
-    """The user's own, on this machine; within a Slurm job its own, where GPU 0 need not be that of another job."""
+    """Return the user's own on this machine; within a Slurm job its own, where GPU 0 may be another one."""
     job = "".join(c for c in os.environ.get("SLURM_JOB_ID", "") if c.isalnum())
     folder = Path(tempfile.gettempdir()) / f"ddpm-gpus-{os.getuid()}{'-' * bool(job)}{job}"
     try:
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder}, for the locks on GPUs, belongs to somebody else; gpus=null uses none")
     except OSError as error:

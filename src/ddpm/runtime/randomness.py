@@ -10,7 +10,6 @@ device, so a CPU and a GPU draw the same bits.
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,30 +18,23 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit; sums and products wrap
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
-
 # A step by its number, or by the keys of its streams: int64 tensors on the device where its numbers are drawn.
 Step = int | Mapping[str, Tensor]
 
 
-@overload
-def key(seed: int, stream: str, step: int = 0) -> int: ...
-@overload
-def key(seed: int, stream: str, step: Step) -> int | Tensor: ...
-def key(seed: int, stream: str, step: Step = 0) -> int | Tensor:
-    """A signed 64-bit number that depends on all three; hashed, so that neighbouring seeds share nothing."""
-    if not isinstance(step, int):
-        return step[stream]
+def key(seed: int, stream: str, step: int = 0) -> int:
+    """Hash all three into a signed 64-bit number, so that neighbouring seeds share nothing."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
+    """Draw standard normal numbers, float32, of shape (N, *shape) for image indices `index` (N,) int64.
 
     Box & Muller 1958: one 64-bit word makes two numbers. 32 bits of radius reach 6.66 standard deviations.
     """
     count = math.prod(shape)
-    words = _words(key(seed, stream, step), index, (count + 1) // 2)
+    words = _words(seed, stream, step, index, (count + 1) // 2)
     radius = _shift(words, 32).add_(1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = words.bitwise_and_(0xFFFFFFFF).float().mul_(2 * math.pi * 2**-32)
     pairs = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
@@ -50,12 +42,12 @@ def normal(seed: int, stream: str, step: Step, index: Tensor, shape: tuple[int, 
 
 
 def uniform(seed: int, stream: str, step: Step, index: Tensor) -> Tensor:
-    """One number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
-    return _shift(_words(key(seed, stream, step), index, 1)[:, 0], 40).float() * 2**-24
+    """Draw a number in [0, 1) for each index (N,) int64: float32 with all its 24 bits random."""
+    return _shift(_words(seed, stream, step, index, 1)[:, 0], 40).float() * 2**-24
 
 
 def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
-    """A permutation of 0 … n-1 (int64). Drawn on the CPU, so that it is the same for every device."""
+    """Draw a permutation of 0 … n-1 (int64) on the CPU, so that it is the same for every device."""
     generator = torch.Generator().manual_seed(key(seed, stream, step))
     return torch.randperm(n, generator=generator)
 
@@ -63,7 +55,7 @@ def permutation(seed: int, stream: str, step: int, n: int) -> Tensor:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed PyTorch's own generators of the CPU and, where it is a GPU, of `device`.
 
-    As torch.manual_seed, which takes 50 times as long because it looks for every other kind of device.
+    torch.manual_seed does the same but takes 50 times as long, because it looks for every other kind of device.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -71,8 +63,10 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
-def _words(key: int | Tensor, index: Tensor, count: int) -> Tensor:
-    image_key = _mix((index + 1) * _GOLDEN + key)
+def _words(seed: int, stream: str, step: Step, index: Tensor, count: int) -> Tensor:
+    """Return `count` random 64-bit words for each image, (N, count) int64."""
+    step_key = key(seed, stream, step) if isinstance(step, int) else step[stream]
+    image_key = _mix((index + 1) * _GOLDEN + step_key)
     return _mix(image_key[:, None] + torch.arange(1, count + 1, device=index.device) * _GOLDEN)
 
 
@@ -83,5 +77,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Shift to the right without keeping the sign, as torch's own does."""
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""What a program computes with: a device of its own, several processes as one, arithmetic that repeats."""
+"""Open a session: choose a device, join the processes, set up torch's arithmetic."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -34,21 +34,13 @@ class Session:
 
 @contextmanager
 def open_session(
-    world: World, device: str, *, gpus: str | None, jobs_per_gpu: int, deterministic: bool, tf32: bool
+    world: World, device: str, *, gpus: str | None, sharing: int, deterministic: bool, tf32: bool
 ) -> Iterator[Session]:
     """Set up torch, lock a GPU if `gpus` names some, and join the other processes. Raises UserError.
 
-    The lock is held until the process ends, when its memory on the GPU is free.
+    At most `sharing` processes lock one GPU; the lock is held until the process ends and its memory is free.
     """
     memory.keep_freed()
-    _set_up_torch(deterministic, tf32)
-    lock = gpu_locks.take(gpus, device, jobs_per_gpu, tell)
-    chosen = devices.device(lock.device if lock else device, world)
-    with distributed.process_group(world, chosen):
-        yield Session(world, chosen)
-
-
-def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     devices.set_up_cuda(tf32=tf32)
@@ -56,3 +48,7 @@ def _set_up_torch(deterministic: bool, tf32: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    lock = gpu_locks.take(gpus, device, sharing, tell)
+    chosen = devices.device(lock.device if lock else device, world)
+    with distributed.process_group(world, chosen):
+        yield Session(world, chosen)

@@ -37,10 +37,10 @@ _in_sweep = False
 
 
 @contextmanager
-def handle_signals(program: str, save: bool = False) -> Iterator[None]:
+def handle_signals(program: str) -> Iterator[None]:
     """Install handlers for a command. One that a signal stops prints a line and exits with 128 + the signal's number.
 
-    SIGUSR1 gets a handler only with `save`.
+    Only "train" handles SIGUSR1.
     """
     global _deferring, _in_sweep
     try:
@@ -48,23 +48,23 @@ def handle_signals(program: str, save: bool = False) -> Iterator[None]:
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, and `&` in a script, stay in force
                 signal.signal(number, _on_stop)
-        if save and hasattr(signal, "SIGUSR1"):
+        if program == "train" and hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, _on_save)
         if (parent := os.environ.pop(PARENT, "")).isdecimal():
             _in_sweep = True
             threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
         yield
     except Stopped as stopped:
-        _leave(program, stopped.number, stopped.said)
+        _exit(program, stopped.number, stopped.said)
     except Exception:
         if _stop is None:
             raise
-        _leave(program, _stop, said=False)  # other code turned Stopped into an error of its own
+        _exit(program, _stop, said=False)  # other code turned Stopped into an error of its own
     finally:
         _deferring = True  # the program ends already
 
 
-def pass_over() -> None:
+def ignore_stop_signals() -> None:
     """Ignore stop signals in a process that only watches jobs of a sweep, as its whole process group gets them.
 
     A handler does it, not SIG_IGN, which its jobs would inherit.
@@ -91,10 +91,8 @@ def _make_streams_safe() -> None:
             terminal.reconfigure(errors="backslashreplace")
 
 
-def _leave(program: str, number: int, said: bool) -> None:
-    if (
-        not said and world_for_errors().speaks
-    ):  # of several processes, which are all stopped, one on each machine
+def _exit(program: str, number: int, said: bool) -> None:
+    if not said and world_for_errors().local_rank == 0:  # all ranks are stopped: print once per machine
         before = " before the first step" if program == "train" and not _begun else ""
         print(f"ddpm-{program}: stopped by {name(number)}{before}", file=sys.stderr)
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, as torchrun says in the environment. No torch, so that it costs nothing."""
+"""Rank and world size of this process, from torchrun's environment variables. Imports no torch, to start fast."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ MOST = 1 << 20  # processes
 
 @dataclass(frozen=True)
 class World:
-    """Process `rank` of `size`; on its machine `local_rank` of `local_size`. The default is a process alone."""
+    """Process `rank` of `size`; on its machine `local_rank` of `local_size`. The default is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -20,35 +20,30 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and talks."""
+        """Whether this is rank zero, which writes files and prints."""
         return self.rank == 0
 
     @property
-    def speaks(self) -> bool:
-        """Whether this one says what went wrong, if it went wrong everywhere: once on each machine."""
-        return self.local_rank == 0
-
-    @property
     def name(self) -> str:
-        """In front of what only this process has to say."""
+        """Prefix for what only this process prints."""
         return f"rank {self.rank}: " if self.size > 1 else ""
 
     def share(self, n: int, rank: int | None = None) -> slice:
-        """The part of 0 … n-1 that is this rank's (or another's): in order, the first ones larger by at most 1."""
+        """Return this rank's part of 0 … n-1 (or another's): in order, the first parts larger by at most 1."""
         rank = self.rank if rank is None else rank
         each, more = divmod(n, self.size)
         return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
 
     def lengths(self, n: int) -> list[int]:
-        """How many each rank has."""
-        return [self.share(n, rank).stop - self.share(n, rank).start for rank in range(self.size)]
+        """Return the length of each rank's share."""
+        return [len(range(n)[self.share(n, rank)]) for rank in range(self.size)]
 
 
 ALONE = World()
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """Raises UserError where RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE make no sense together."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises UserError where they contradict each other."""
     if environment.get("WORLD_SIZE", "1") == "1":
         return ALONE
     size = _number(environment, "WORLD_SIZE", 1, MOST)
@@ -58,7 +53,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def world_for_errors() -> World:
-    """For who says what went wrong, even if it was the environment."""
+    """Return the world, or that of a single process where the environment contradicts itself."""
     try:
         return world()
     except UserError:

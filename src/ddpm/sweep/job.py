@@ -1,9 +1,10 @@
-"""One job of a sweep, as Hydra's launchers call it: `ddpm-train` in a process of its own, watched until its end.
+"""One job of a sweep, as Hydra's launchers call it: run `ddpm-train` as a subprocess and wait for it.
 
-A process for each job: what one does (its memory, its GPU, its death) is no other's concern, not even the launcher's.
+In a subprocess its memory, its GPU and its exit code are its own, and a launcher's worker outlives its death.
 """
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.hydra import quote_path, typed_value
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
 from ddpm.config.load_plugins import load_plugins
+from ddpm.config.overrides import quote_path, typed_value
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
-from ddpm.io.files import read_regular
 from ddpm.runs import run_dir
 from ddpm.runs.resume import same_run
 from ddpm.runs.run_dir import FAILED
@@ -27,12 +30,12 @@ from ddpm.train.metrics_file import lowest
 
 PLUGINS = "DDPM_PLUGINS"  # environment: what was typed as plugins=
 TOKEN = "DDPM_SWEEP_TOKEN"  # environment: which start of the sweep a job belongs to, as in
-OWNER = ".owner"  # in the sweep's folder
-STOP = ".stop"  # in the sweep's folder: all jobs are to end
+OWNER = ".owner"  # a file in the sweep's folder
+STOP = ".stop"  # a file in the sweep's folder: all jobs are to end
 POLL = 0.2  # seconds
 GRACE = 9  # seconds that a job has to save; a step may take a while
-UNEXPECTED = (1,)  # the status that Python leaves with a traceback
-MAX_ERROR = 10_000  # bytes of it
+TRACEBACK = 1  # the exit code that Python leaves with one
+MAX_ERROR = 10_000  # bytes of a traceback
 MAX_NAME = 180  # characters of a folder's name; file systems take 255 bytes
 
 
@@ -41,20 +44,13 @@ class JobFailed(Exception):
 
 
 def run(raw: Any) -> float:
-    """The job that Hydra has composed; returns the figure of `minimize`. Raises JobFailed."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    plugins = [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
-    load_plugins(plugins)  # this may be another process than the one that was told
+    """Run the job that Hydra has composed. Returns its `minimize`, at its lowest. Raises JobFailed."""
+    load_plugins(plugins())  # a worker may be another process than the one that loaded them
     hydra = HydraConfig.get()
-    sweep, overrides = Path(hydra.sweep.dir), list(hydra.overrides.task)
-    folder, number = sweep / name(overrides), hydra.job.num
-    plain = OmegaConf.to_container(raw, resolve=True)
-    assert isinstance(plain, dict)
-    config: TrainConfig = check(TrainConfig, {**plain, "run_dir": str(folder)})  # type: ignore[dict-item]
-    launcher = hydra.runtime.choices["hydra/launcher"]
-    far = is_far(launcher)
+    sweep, overrides, number = Path(hydra.sweep.dir), list(hydra.overrides.task), hydra.job.num
+    folder, far = sweep / name(overrides), is_far(launcher := hydra.runtime.choices["hydra/launcher"])
+    plain: Any = OmegaConf.to_container(raw, resolve=True)
+    config: TrainConfig = check(TrainConfig, {**plain, "run_dir": str(folder)})
     _wait_for_others(sweep, folder, number, far)
     if not config.overwrite and run_dir.read_result(folder) is not None and same_run(folder, config):
         tell(f"job {number}: done already: {folder}")
@@ -64,22 +60,25 @@ def run(raw: Any) -> float:
     (folder / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
     resume = [] if typed_value(overrides, "trainer.resume") or config.overwrite else ["trainer.resume=auto"]
-    place = quote_path(f"run_dir={folder}")
-    command = [*plugins, *overrides, *resume, place]
-    status, stopped = _watched(command, sweep, folder, quiet=launcher != "basic", alone=far)
+    arguments = [*plugins(), *overrides, *resume, quote_path(f"run_dir={folder}")]
+    status, stopped = _train(arguments, sweep, folder, quiet=launcher != "basic", far=far)
     if status != 0:
         why = _why(folder, status, stopped)
         tell(f"job {number}: {why}: {folder}")
         raise JobFailed(why)
     best = figure(folder, config.minimize)
-    tell(
-        f"job {number}: done in {duration(time.perf_counter() - started)}, {config.minimize} {best:.5f}: {folder}"
-    )
+    took = duration(time.perf_counter() - started)
+    tell(f"job {number}: done in {took}, {config.minimize} {best:.5f}: {folder}")
     return best
 
 
+def plugins() -> list[str]:
+    """Return what was typed as plugins=…, an argument or none."""
+    return [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
+
+
 def name(overrides: list[str]) -> str:
-    """The folder of a job: what was typed for it, so that the same command finds it again."""
+    """Return a folder name for a job: what was typed for it, so that the same command finds it again."""
     kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT)
     text = ",".join(kept) or "defaults"
     plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)
@@ -91,7 +90,7 @@ def name(overrides: list[str]) -> str:
 
 
 def figure(folder: Path, key: str) -> float:
-    """The lowest of a run's figures `key`. Raises JobFailed if there is none."""
+    """Return the lowest of a run's figures `key`. Raises JobFailed if there is none."""
     best = lowest(folder / "metrics.jsonl", key)
     if best is None:
         tell(f"{folder}: metrics.jsonl holds no {key}")
@@ -100,50 +99,41 @@ def figure(folder: Path, key: str) -> float:
 
 
 def is_far(launcher: str) -> bool:
-    """Whether a launcher runs jobs on other machines, which go on without whoever started the sweep."""
+    """Return whether a launcher runs jobs on other machines, which go on when the sweep's process has ended."""
     return "slurm" in launcher
 
 
 def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:
-    """Until no process works in the folder: of a sweep that has just been killed, or the same job drawn twice.
+    """Wait while a process works in the folder: of a sweep that has just been killed, or the same job drawn twice.
 
     Raises JobFailed where the sweep ends meanwhile.
     """
-    told = False
-    while True:
+    for attempt in itertools.count():
         if (sweep / STOP).exists() or (not far and _orphaned(sweep)):
             raise JobFailed("stopped before it began")
         if not run_dir.is_running(folder):
             return
-        if not told:
+        if attempt == 0:
             tell(f"job {number}: waits for another process to end in {folder}")
-        told = True
         time.sleep(POLL)
 
 
-def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone: bool) -> tuple[int, bool]:
-    """The exit status of ddpm-train, and whether it was told to save and end, as the sweep did, however that came.
-
-    `alone`: on another machine, where it lives on without whoever started the sweep.
-    """
+def _train(arguments: list[str], sweep: Path, folder: Path, quiet: bool, far: bool) -> tuple[int, bool]:
+    """Run ddpm-train and wait. Returns its exit status and whether the sweep asked it to stop."""
     command = [sys.executable, "-P", "-c", "from ddpm.cli.entry import train; train()", *arguments]
-    environment = {
-        **os.environ,
-        signals.PARENT: str(os.getpid()),
-        run_dir.FAILED_FILE: str(folder / FAILED),
-    }
-    signals.pass_over()
+    environment = {signals.PARENT: str(os.getpid()), run_dir.FAILED_FILE: str(folder / FAILED)}
+    signals.ignore_stop_signals()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if quiet else None,  # it is in train.log, too
             stderr=errors if quiet else None,
             start_new_session=True,
         )
-        stopped = _wait(child, sweep, alone)
-        if child.returncode in UNEXPECTED:  # a fault of ours, or of a plug-in: all of what it said
+        stopped = _wait(child, sweep, far)
+        if child.returncode == TRACEBACK:  # an error of ours, or of a plug-in: print all of it
             errors.seek(0)
             said = errors.read()[-MAX_ERROR:].decode(errors="replace").strip()
             tell(said)
@@ -152,12 +142,12 @@ def _watched(arguments: list[str], sweep: Path, folder: Path, quiet: bool, alone
     return child.returncode, stopped
 
 
-def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> bool:
-    """Until it ends, of itself or because the sweep does; returns whether the sweep did."""
+def _wait(child: "subprocess.Popen[bytes]", sweep: Path, far: bool) -> bool:
+    """Wait until it ends; ask it to stop when the sweep ends. Returns whether it was asked."""
     asked: float | None = None
     try:
         while child.poll() is None:
-            stop, orphan = (sweep / STOP).exists(), not alone and _orphaned(sweep)
+            stop, orphan = (sweep / STOP).exists(), not far and _orphaned(sweep)
             if asked is None and (stop or orphan):
                 asked = _ask(child)
             elif asked is not None and ((stop and orphan) or time.monotonic() - asked > GRACE):
@@ -174,28 +164,26 @@ def _wait(child: "subprocess.Popen[bytes]", sweep: Path, alone: bool) -> bool:
 
 
 def _orphaned(sweep: Path) -> bool:
-    """Whether whoever started the sweep is gone; another one may hold the folder by now."""
+    """Return whether the sweep's process is gone; another sweep may hold the folder by now."""
     with suppress(OSError):
-        if read_regular(sweep / OWNER, MAX_ERROR).decode(errors="replace") != os.environ.get(TOKEN):
+        if (sweep / OWNER).read_text() != os.environ.get(TOKEN):
             return True
     return not run_dir.is_running(sweep)
 
 
 def _ask(child: "subprocess.Popen[bytes]") -> float:
-    """To save and end. SIGHUP, which never counts as the second signal, as where a whole group gets SIGTERM."""
+    """Ask it to save and end, by a signal that never counts as a second one. Returns the time."""
     child.send_signal(signals.FORWARDED)
     return time.monotonic()
 
 
 def _why(folder: Path, status: int, stopped: bool) -> str:
-    """What became of a job that did not finish, in a few words; kept in its folder where it failed."""
+    """Return why a job did not finish, in a few words; write it to failed.txt where it is not there yet."""
     if stopped or status - 128 in signals.STOPPING:
         return "stopped"
-    why = ""
-    with suppress(OSError, UnicodeDecodeError):
-        why = read_regular(folder / FAILED, MAX_ERROR).decode()[:4096]
-    if not why:
-        why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        with suppress(OSError):
+    why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    with suppress(OSError):
+        if not (folder / FAILED).exists():
             (folder / FAILED).write_text(why)
+        why = (folder / FAILED).read_text(errors="replace") or why
     return f"failed: {printable(why)}"

@@ -1,11 +1,11 @@
-"""`ddpm-train -m`: every job checked, then Hydra's launcher in a process of its own, then a table of what came out.
+"""`ddpm-train -m`: check every job, run Hydra's launcher in a subprocess, print a table of the results.
 
-Who is responsible for whom: this process holds the lock of the sweep's folder and heeds signals; `launch.py` runs
-Hydra and its launcher, whose workers each run `job.py`, which watches one `ddpm-train`. A job ends, with a checkpoint,
-when the file `.stop` appears in the folder, when the lock is free or somebody else's, or when the one who watches it
-is gone.
+This process holds the lock of the sweep's folder and handles signals. `launch.py` runs Hydra and its launcher, whose
+workers each run `job.py`, which watches one `ddpm-train`. A job saves a checkpoint and ends when the file `.stop`
+appears in the folder, when the lock is free or another sweep's, or when its parent process is gone.
 """
 
+import itertools
 import os
 import secrets
 import signal
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import hydra
+from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
@@ -29,20 +30,24 @@ from ddpm.sweep import job
 from ddpm.train import loggers
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
-OF_SWEEP = ("run_dir",)  # what is said of the sweep and not of its jobs
+# A plug-in would end too early what the user did not limit: a search after one failure, jobs after an hour.
+UNLIMITED = {
+    ("hydra/sweeper", "optuna"): "hydra.sweeper.max_failure_rate=1.0",
+    ("hydra/launcher", "submitit_local"): "hydra.launcher.timeout_min=525600",
+}
 
 
 def sweep(overrides: list[str]) -> None:
-    """The whole of a multirun. Raises UserError, also where a job did not finish."""
+    """Run a multirun. Raises UserError, also where a job did not finish."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("-m makes several runs, torchrun several processes of one: leave one of them out")
-    if hydra.typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
+    if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
     resume_overrides.check_lengths(overrides)
-    if not (each := hydra.typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
+    if not (each := typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
         raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
-    of_jobs = [o for o in overrides if o not in of_hydra and o.partition("=")[0] not in OF_SWEEP]
+    of_jobs = [o for o in overrides if o not in of_hydra and not o.startswith("run_dir=")]
     if any(o.lstrip("+~").startswith(("hydra.sweep.", "hydra.run.")) for o in of_hydra):
         raise UserError(
             "run_dir=… names the sweep's folder, and each job's follows from what is typed for it"
@@ -51,12 +56,14 @@ def sweep(overrides: list[str]) -> None:
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
     shares, environment, note = _shares(of_jobs, choice["hydra/launcher"], settings, len(jobs))
-    shares += _patience(of_hydra, choice)
-    folder, lock = _claim(hydra.typed_value(overrides, "run_dir"))
+    for (group, name), limit in UNLIMITED.items():
+        if choice[group] == name and typed_value(of_hydra, limit.partition("=")[0]) is None:
+            shares.append(limit)
+    folder, lock = _claim(typed_value(overrides, "run_dir"))
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
         tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
-        where = hydra.quote_path(f"hydra.sweep.dir={folder}", always=True)
+        where = f"hydra.sweep.dir={quoted(str(folder))}"
         arguments = ["-m", *of_hydra, *of_jobs, *shares, where]
         status = _launch(arguments, environment, folder, job.is_far(choice["hydra/launcher"]))
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
@@ -70,32 +77,25 @@ def sweep(overrides: list[str]) -> None:
 
 
 def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
-    """The overrides of each job, composed and checked; none where a sweeper decides them as it goes.
+    """Return the overrides of each job, composed and checked; none where a sweeper decides them as it goes.
 
     Of such a sweeper's jobs one is checked, with the first of all values. Raises UserError.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
+    values: dict[str, list[str]] = {}  # by key: the last of several overrides of a key counts
     with hydra.parsed("train", overrides) as all_parsed:
-        if sweeper == "basic":
-            (jobs,) = BasicSweeper.split_arguments(all_parsed, max_batch_size=None)
-        else:
-            jobs = [[_first(override) for override in all_parsed]]
+        for override in all_parsed:
+            if sweeper != "basic" and override.is_sweep_override() and not override.is_discrete_sweep():
+                unrolled = [f"{override.get_key_element()}={override.value().start}"]
+            else:
+                unrolled = hydra.unrolled(override)
+            values[override.get_key_element()] = unrolled if sweeper == "basic" else unrolled[:1]
+    jobs = [list(each) for each in itertools.product(*values.values())]
     for each in jobs:
         _check(each)
     names = [job.name(each) for each in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two jobs are the same: {twice[0]}")
     return jobs if sweeper == "basic" else []
-
-
-def _first(override: Any) -> str:
-    """The override of one job, of the many that a sweeping one stands for."""
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    if override.is_discrete_sweep():
-        return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
-    return f"{override.get_key_element()}={override.value().start}"
 
 
 def _check(overrides: list[str]) -> None:
@@ -107,8 +107,8 @@ def _check(overrides: list[str]) -> None:
 
 
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
-    """The table of what is there, and what looks closer."""
-    figure = hydra.typed_value(of_jobs, "minimize") or "val_eps_mse"
+    """Print the table of the runs, the best of them, and how to look closer."""
+    figure = typed_value(of_jobs, "minimize") or "val_eps_mse"
     rows = []
     with suppress(UserError):  # no run at all
         rows = runs.read_all([folder], run_folder.is_running)
@@ -121,7 +121,7 @@ def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
 
 
 def _claim(run_dir: str | None) -> tuple[Path, Any]:
-    """The sweep's folder, new unless it was named, and its lock. Raises UserError."""
+    """Lock the sweep's folder, new unless it was named. Returns it and its lock. Raises UserError."""
     if run_dir in (None, "null"):
         folder = output_dirs.dated_folder("outputs/multirun")
     else:
@@ -134,22 +134,20 @@ def _claim(run_dir: str | None) -> tuple[Path, Any]:
 
 
 def _shares(
-    of_jobs: list[str], launcher: str, settings: dict[str, Any], planned: int
+    of_jobs: list[str], launcher: str, settings: Any, planned: int
 ) -> tuple[list[str], dict[str, str], str]:
-    """As many jobs at once as there are places: on GPUs, or with the CPU's threads divided among them.
+    """Run as many jobs at once as there are places: on GPUs, or with the CPU's threads divided among them.
 
-    Overrides and environment that make it so, and a note for the user. Raises UserError.
+    Returns overrides and environment variables for that, and a note for the user. Raises UserError.
     """
-    gpus, each = (hydra.typed_value(of_jobs, key) for key in ("gpus", "jobs_per_gpu"))
-    lease = [] if gpus else ["gpus=auto"]
-    device = hydra.typed_value(of_jobs, "device") or "auto"
-    if launcher not in LOCAL and not (launcher == "basic" and (gpus or device.startswith("cuda"))):
-        return lease, {}, ""
-    places = 0
-    if device != "cpu" and gpus != "null":
-        places = len(gpu_locks.allowed(gpus or "auto", device, len(gpu_locks.visible()))) * int(each or 1)
-    if launcher == "basic":
-        return lease, {}, ""
+    gpus, device = typed_value(of_jobs, "gpus"), typed_value(of_jobs, "device") or "auto"
+    shares, places = [] if gpus else ["gpus=auto"], 0
+    asked = launcher in LOCAL or (launcher == "basic" and (gpus or device.startswith("cuda")))
+    if asked and device != "cpu" and gpus != "null":
+        numbers = gpu_locks.allowed(gpus or "auto", device, len(gpu_locks.visible()))
+        places = len(numbers) * int(typed_value(of_jobs, "jobs_per_gpu") or 1)
+    if launcher not in LOCAL:
+        return shares, {}, ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = planned or settings["sweeper"].get("n_jobs") or cores
     if launcher == "joblib":
@@ -161,37 +159,23 @@ def _shares(
         if at_once == -1:
             at_once = min(places or cores, planned or sys.maxsize)
         # joblib would hand out short jobs in bundles
-        lease += [f"hydra.launcher.n_jobs={at_once}", "hydra.launcher.batch_size=1"]
+        shares += [f"hydra.launcher.n_jobs={at_once}", "hydra.launcher.batch_size=1"]
     if places or "OMP_NUM_THREADS" in os.environ:
-        return lease, {}, f", {at_once} at once"
+        return shares, {}, f", {at_once} at once"
     threads = max(1, cores // at_once)
-    return (
-        lease,
-        {"OMP_NUM_THREADS": str(threads)},
-        f", {at_once} at once with {threads} of {cores} CPU threads each",
-    )
-
-
-def _patience(of_hydra: list[str], choice: dict[str, str]) -> list[str]:
-    """Where a plug-in would end too early what the user did not limit: a search by one failure, jobs by an hour."""
-    patient = []
-    if choice["hydra/sweeper"] == "optuna":
-        patient.append("hydra.sweeper.max_failure_rate=1.0")
-    if choice["hydra/launcher"] == "submitit_local":
-        patient.append("hydra.launcher.timeout_min=525600")
-    return [o for o in patient if hydra.typed_value(of_hydra, o.partition("=")[0]) is None]
+    note = f", {at_once} at once with {threads} of {cores} CPU threads each"
+    return shares, {"OMP_NUM_THREADS": str(threads)}, note
 
 
 def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far: bool) -> int:
-    """Hydra with these arguments, until all its jobs have ended; returns its exit status.
+    """Run Hydra with these arguments in a subprocess and wait for all jobs. Returns its exit status.
 
-    `far`: the jobs are Slurm's, and end without us; one that is lost is no reason to stop the others.
+    `far`: the jobs run under Slurm, without this process; one that is lost is no reason to stop the others.
     """
     token = secrets.token_hex(8)
     write_atomically(folder / job.OWNER, token.encode(), durable=False)
     plugins = [a.removeprefix("plugins=").strip("[] ") for a in sys.argv[1:] if a.startswith("plugins=")]
-    environment = {**os.environ, **environment, "HYDRA_FULL_ERROR": "1"}
-    environment |= {job.PLUGINS: ",".join(plugins), job.TOKEN: token}
+    environment = {**os.environ, **environment, job.PLUGINS: ",".join(plugins), job.TOKEN: token}
     with signals.defer_signals():
         launcher = subprocess.Popen(
             [sys.executable, "-P", "-m", "ddpm.sweep.launch", *arguments],
@@ -217,7 +201,7 @@ def _launch(arguments: list[str], environment: dict[str, str], folder: Path, far
 
 
 def _end_all(folder: Path) -> None:
-    """Where the launcher did not end well, whatever it has left behind: first its jobs, which save."""
+    """Ask the jobs that a failed launcher left behind to save and end; wait for them for a while."""
     (folder / job.STOP).touch()
     for _ in range(round(signals.GRACE / job.POLL)):
         if not any(run_folder.is_running(path) for path in folder.iterdir() if path.is_dir()):
