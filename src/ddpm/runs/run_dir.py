@@ -1,6 +1,7 @@
 """The folder of a run: nobody else's, never overwritten by accident, and swept of what a killed process left."""
 
 import json
+import math
 import re
 import shutil
 from contextlib import suppress
@@ -131,12 +132,14 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def read_result(folder: Path) -> dict[str, float] | None:
-    """result.json of a finished run; None if it is absent or makes no sense."""
+    """Read result.json of a finished run: step, seconds and validation figures. None if it is absent or malformed."""
     try:
-        result = json.loads(read_regular(folder / "result.json", 1 << 16))
-        return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raw = json.loads(read_regular(folder / "result.json", 1 << 16))
+        result = {key: float(value) for key, value in raw.items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    needed = {"step", "val_eps_mse", "val_eps_mse_error"}
+    return result if needed <= result.keys() and all(map(math.isfinite, result.values())) else None
 
 
 def is_running(folder: Path) -> bool:
