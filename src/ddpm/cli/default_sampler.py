@@ -1,19 +1,18 @@
 """Which sampler a command takes where none is typed."""
 
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.config import hydra
 from ddpm.config.schema import check
 from ddpm.errors import printable
 from ddpm.runtime.world import world
+from ddpm.sample import sampler_file
 
-BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
+BACKWARDS = ("reconstruct", "interpolate")  # tasks that encode an image and need no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
-    """That of sampler.yaml beside the checkpoint, which it says, or else of the training. Raises UserError."""
-    from ddpm.checkpoint import file as checkpoint
-    from ddpm.checkpoint import locate
-    from ddpm.sample import sampler_file
-
+    """Return the sampler of sampler.yaml beside the checkpoint, and say so, else of the training. Raises UserError."""
     ckpt = hydra.typed_value(typed, "ckpt")
     if ckpt in (None, "null") or hydra.typed_value(typed, "sampler") is not None:
         return []

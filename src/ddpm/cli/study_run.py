@@ -80,7 +80,7 @@ def _evaluations(
         done.append(evaluation)
         one = sampler_study.gather([evaluation], varied)
         line = f"{len(done)}/{len(kept)}: {sampler_study.name(one.rows[0], one.varied)}: "
-        line += f"{one.rows[0].evaluations:g} evaluations, Fréchet excess {one.rows[0].excess or '–'}"
+        line += f"{one.rows[0].evaluations:g} evaluations, Fréchet excess {sampler_study.interval(one.rows[0].excess)}"
         tell(line + ", as it was there" * there)
     return done
 
@@ -155,7 +155,7 @@ def conclude(
         tell(printable(str(out / name)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
-    why = _unfit(settings[0], sum(row.excess is not None for row in plain.rows))
+    why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))
     if chosen is None or why:
         tell(printable(f"{file} is not written: {why}"))
         return

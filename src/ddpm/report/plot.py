@@ -22,7 +22,7 @@ MAX_NAMED = 20  # runs in the legend, two in a line
 MAX_POINTS = 300  # of a curve
 MAX_TICKS = 6  # at the values themselves
 LOG_RATIO = 8.0  # largest to smallest, from which an axis of settings is logarithmic; of figures from 2
-COLOURS = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]
+COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # dark ones first
 GREY = {"color": "0.8", "lw": 0.6, "zorder": 1}
 
 

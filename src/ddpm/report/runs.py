@@ -171,9 +171,9 @@ def _outline(path: Path) -> _Outline:
             return _Outline(settings, brief(note, path), False, meta.step, meta.figures, parameters)
     except (UserError, OSError) as error:
         wrong = brief(reason(error), path)
-    settings, of_config = _read_config(path)
+    typed, of_config = _read_config(path)
     wrong = wrong or of_config
-    return _Outline(settings, wrong, broken=bool(wrong))
+    return _Outline(typed, wrong, broken=bool(wrong))
 
 
 def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:

@@ -1,15 +1,17 @@
-"""The runs of a report as text: a table for the screen, CSV for everything else, labels for pictures."""
+"""Runs as text: a table for the screen, CSV for everything else, labels for pictures. Needs no torch."""
 
 import csv
 import io
 import itertools
 import json
 import shlex
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ddpm.config.choices import choices
 from ddpm.errors import printable
+from ddpm.evaluate.table import aligned
 from ddpm.report.runs import FIGURES, RunRow, ranked
 
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
@@ -23,29 +25,27 @@ HOUSEKEEPING = {f"trainer.{key}_every" for key in ("log", "validate", "sample", 
 
 
 def table(rows: Iterable[RunRow], figure: str) -> str:
-    """Best first, with the settings that differ; a line each, and the reason where something is wrong."""
+    """Format runs for a terminal, best first: the settings that differ, and the reason where something is wrong."""
     rows = ranked(rows, figure)
     keys = varying(rows)
-    names = [row.name for row in rows]  # whole, to be copied
-    reasons = [row.reason if len(row.reason) <= MAX_REASON else f"{row.reason[:MAX_REASON]}…" for row in rows]
-    ends = [f"{name}: {reason}" if reason else name for name, reason in zip(names, reasons, strict=True)]
-    columns = [(head, [setting(row, key) for row in rows]) for key, head in heads(keys[:MAX_COLUMNS]).items()]
-    columns += [
-        (figure, [measured(row, figure) for row in rows]),
-        ("step", [_steps(row) for row in rows]),
-        ("seconds", ["" if row.seconds is None else f"{row.seconds:.0f}" for row in rows]),
-        ("status", [row.status for row in rows]),
-        ("run", ends),
-    ]
-    lines = [""] * (len(rows) + 1)
-    for head, cells in columns:
-        width = max(map(len, [head, *cells]))
-        left = head in ("status", "run") or not all(_is_number(cell) for cell in cells)
-        for i, cell in enumerate([head, *cells]):
-            lines[i] += (cell.ljust(width) if left else cell.rjust(width)) + "  "
+    shown = heads(keys[:MAX_COLUMNS])
+    lines = [[*shown.values(), figure, "step", "seconds", "status", "run"]]
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
+        step = f"{row.step}" if row.max_steps in (None, row.step) else f"{row.step}/{row.max_steps}"
+        why = f": {textwrap.shorten(row.reason, MAX_REASON, placeholder='…')}" if row.reason else ""
+        results = [
+            measured(row, figure),
+            step,
+            seconds,
+            row.status,
+            row.name + why,
+        ]  # whole names, to be copied
+        lines.append([*(setting(row, key) for key in shown), *results])
+    left = [i for i, cells in enumerate(zip(*lines[1:], strict=True)) if not all(map(_is_number, cells))]
     more = len(keys) - MAX_COLUMNS
     note = [f"{more} more settings differ: {', '.join(keys[MAX_COLUMNS:])}"] if more > 0 else []
-    return "\n".join(printable(line).rstrip() for line in [*lines, *note])
+    return "\n".join(printable(line).rstrip() for line in [*aligned(lines, left), *note])
 
 
 def csv_text(rows: Iterable[RunRow], figure: str) -> str:
@@ -92,11 +92,10 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
     found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
     groups = list(dict.fromkeys(map(_group, found)))
     keys = sorted(
-        found.keys() - HOUSEKEEPING, key=lambda key: (groups.index(_group(key)), [*found].index(key))
+        (key for key in found if key not in HOUSEKEEPING), key=lambda key: groups.index(_group(key))
     )
-    different = [
-        key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
-    ]
+    values = {key: {text(row.settings[key]) for row in rows if key in row.settings} for key in keys}
+    different = [key for key in keys if len(values[key]) > 1]
     return [
         key
         for key in different
@@ -139,15 +138,8 @@ def heads(keys: Sequence[str]) -> dict[str, str]:
 
 def shortened(value: str, room: int) -> str:
     """The beginning and the end, which of a path say most."""
-    return (
-        value
-        if len(value) <= room
-        else f"{value[: room // 2]}…{value[len(value) + 1 - (room - room // 2) :]}"
-    )
-
-
-def _steps(row: RunRow) -> str:
-    return f"{row.step}" if row.max_steps in (None, row.step) else f"{row.step}/{row.max_steps}"
+    end = len(value) + 1 - (room - room // 2)
+    return value if len(value) <= room else f"{value[: room // 2]}…{value[end:]}"
 
 
 def _is_number(cell: str) -> bool:

@@ -132,14 +132,16 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def read_result(folder: Path) -> dict[str, float] | None:
-    """Read result.json of a finished run: step, seconds and validation figures. None if it is absent or malformed."""
+    """Read result.json of a finished run: step, seconds, validation figures. None if it is absent or malformed."""
     try:
-        raw = json.loads(read_regular(folder / "result.json", 1 << 16))
-        result = {key: float(value) for key, value in raw.items()}
+        result = json.loads(read_regular(folder / "result.json", 1 << 16))
+        result = {key: float(value) for key, value in result.items()}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    needed = {"step", "val_eps_mse", "val_eps_mse_error"}
-    return result if needed <= result.keys() and all(map(math.isfinite, result.values())) else None
+    whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
+        map(math.isfinite, result.values())
+    )
+    return result if whole else None
 
 
 def is_running(folder: Path) -> bool:
