@@ -1,4 +1,4 @@
-"""Which sampler a command takes where none is typed."""
+"""Choose the sampler where none is typed."""
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate

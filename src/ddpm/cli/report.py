@@ -39,7 +39,7 @@ def _with_folders(arguments: list[str]) -> list[str]:
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
-    """No defaults. Raises UserError without a folder, or for a sampler's parameter without the sampler."""
+    """Check what needs each other: a folder; a sampler for its parameters. Raises UserError. Returns no defaults."""
     if hydra.typed_value(overrides, "folder") is None:
         raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]

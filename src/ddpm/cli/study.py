@@ -23,7 +23,7 @@ def study(typed: list[str]) -> None:
 
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
-    """The checked config of every setting, and the keys that differ among them. Raises UserError."""
+    """Return the checked config of every setting, and the keys that differ among them. Raises UserError."""
     if world().size > 1:  # by whatever launcher
         raise UserError("-m measures one setting after the other in one process: leave torchrun out")
     for override in typed:
@@ -65,7 +65,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
 
 
 def _values(override: Any) -> list[str]:
-    """Each override that a parsed, perhaps sweeping one stands for."""
+    """Return the overrides that a parsed one, which may be a sweep, expands to."""
     key = override.get_key_element()
     if not override.is_sweep_override():
         return [f"{key}={override.get_value_element_as_str()}"]

@@ -50,7 +50,7 @@ def largest_difference(model: Model, folder: Path) -> float:
 
 @torch.inference_mode()
 def ours(model: Model, x_T: Tensor, y: Tensor | None) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] from x_T, in the steps that the exported folder's DDIM takes."""
+    """Draw images (N, C, H, W) in [-1, 1] from x_T in the steps that the exported folder's DDIM takes."""
     sampler = ddim_as_exported(model)
     denoise = denoiser(model, sampler, y, Guidance())
     steps = run(model, sampler, denoise, levels(model, sampler), x_T, torch.arange(len(x_T)), seed=0)
@@ -59,7 +59,7 @@ def ours(model: Model, x_T: Tensor, y: Tensor | None) -> Tensor:
 
 @torch.inference_mode()
 def theirs(model: Model, folder: Path, x: Tensor, y: Tensor | None) -> Tensor:
-    """The same from the folder's own network and scheduler. Raises what diffusers raises if it cannot load them."""
+    """Draw the same with the folder's network and scheduler. Raises what diffusers raises if it cannot load them."""
     import diffusers
 
     library: Any = diffusers

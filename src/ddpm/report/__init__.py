@@ -1,4 +1,4 @@
-"""What came of a set of runs: tables, plots, pictures."""
+"""Compare runs, and settings of one sampler: tables, plots, contact sheet."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""What came of a set of runs: found in folders, read with care, ranked. Needs no torch.
+"""Find, read and rank runs. Needs no torch.
 
-The folders may be anybody's, and their runs may train while they are read: files change, and go.
+Folders are untrusted, and their runs may train while they are read: files change, and go.
 """
 
 import math
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class RunRow:
-    """What is known of a run. `status` is done, running, failed, broken or stopped."""
+    """Results and settings of a run. `status` is done, running, failed, broken or stopped."""
 
     path: Path
     name: str
@@ -64,7 +64,7 @@ class RunRow:
 
 
 def find(root: Path) -> list[Path]:
-    """The run folders at and under `root`, by name; no link is followed. Raises UserError."""
+    """Return the run folders at and under `root`, by name. Links are not followed. Raises UserError."""
     if not root.is_dir():
         raise UserError(f"folder={root}: {'is not a folder' if root.exists() else 'does not exist'}")
     found = []
@@ -79,7 +79,7 @@ def find(root: Path) -> list[Path]:
 
 
 def read_all(roots: Sequence[Path], running: Callable[[Path], bool]) -> list[RunRow]:
-    """Every run at and under the folders, once. `running` says whether a process trains in a folder.
+    """Read every run at and under the folders, once. `running` says whether a process trains in a folder.
 
     Raises UserError where there is none.
     """
@@ -142,13 +142,13 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
 
 
 def ranked(rows: Iterable[RunRow], figure: str) -> list[RunRow]:
-    """Best first; those without the figure last."""
+    """Sort best first; runs without the figure come last."""
     return sorted(rows, key=lambda row: point.value if (point := row.best(figure)) else math.inf)
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """What checkpoint or config say of a run."""
+    """What a checkpoint or config.yaml says about a run."""
 
     settings: Mapping[str, Any]
     reason: str = ""
@@ -177,7 +177,7 @@ def _outline(path: Path) -> _Outline:
 
 
 def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
-    """Read config.yaml, which may be anybody's. Returns its settings, and what is wrong with it."""
+    """Read an untrusted config.yaml. Returns its settings, and what is wrong with it."""
     try:
         content = read_regular(path / "config.yaml", MAX_TEXT).decode()
         depth = 0
@@ -200,7 +200,7 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def _failed(path: Path) -> str | None:
-    """Return why a job of a sweep failed, or None where it has not said so."""
+    """Read why a job of a sweep failed. Returns None without such a file."""
     try:
         lines = read_regular(path / FAILED, MAX_TEXT).decode().splitlines()
     except FileNotFoundError:
@@ -217,6 +217,6 @@ def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[
 
 
 def brief(message: str, path: Path) -> str:
-    """Without the way to the run's folder, which is named anyway, and not longer than a line."""
+    """Shorten a message to a line, and cut the path of the run's folder, which is named anyway."""
     message = message.replace(f"{path / 'checkpoints'}{os.sep}", "").replace(f"{path}{os.sep}", "")
     return message if len(message) <= 160 else message[:159] + "…"

@@ -23,7 +23,7 @@ COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. evaluations: of the network for an image; seconds: for 1,000 images."""
+    """One setting. `evaluations` are network evaluations for an image, `seconds` those for 1,000 images."""
 
     sampler: Mapping[str, Any]  # its name and all keys
     guidance_scale: float
@@ -50,7 +50,7 @@ def _excess(figures: Mapping[str, Metric]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Study:
-    """All rows, and what they have in common (`about`): subject, checkpoint_sha256, n, seed, dataset, machine, …"""
+    """Rows, and the protocol they have in common (`about`): subject, checkpoint_sha256, n, seed, dataset, machine, …"""
 
     rows: tuple[Row, ...]
     varied: tuple[str, ...]  # keys that differ among the rows, beside the sampler and its steps
@@ -59,7 +59,7 @@ class Study:
 
 
 def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:
-    """Make a study of evaluations of one checkpoint, one for each setting."""
+    """Collect evaluations of one checkpoint, one for each setting, into a study."""
     first = evaluations[0]
     real = {name: figure for name, figure in first.figures.items() if name.startswith("real_")}
     about = {"subject": first.subject, **{key: first.protocol[key] for key in COMMON}}
@@ -85,14 +85,14 @@ def best(study: Study) -> Row | None:
 
 
 def cheapest(study: Study) -> Row | None:
-    """Of the rows whose excess lies within the interval of the best's: fewest evaluations, then fewest seconds."""
+    """Return the cheapest row, by evaluations then seconds, whose excess lies within the interval of the best."""
     top = best(study)
     good = [row for row in study.rows if top and row.excess and row.excess[0] <= top.excess[2]]
     return min(good, key=lambda row: row.cost, default=None)
 
 
 def name(row: Row, varied: Sequence[str] = (), steps: bool = True) -> str:
-    """Such as `ddim, 10 steps, eta 0.5`."""
+    """Name a row, such as `ddim, 10 steps, eta 0.5`."""
     more = [f"{key.rpartition('.')[2]} {setting(row, key)}" for key in varied]
     return ", ".join([row.sampler["name"], *([f"{row.num_steps} steps"] if steps else []), *more])
 
@@ -105,7 +105,7 @@ def setting(row: Row, key: str) -> str:
 
 
 def interval(excess: tuple[float, ...]) -> str:
-    """Such as `0.400 [0.300, 0.500]`; a dash for none."""
+    """Format an excess, such as `0.400 [0.300, 0.500]`; a dash for none."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(*excess) if excess else "–"
 
 
@@ -179,7 +179,7 @@ def write(path: Path, study: Study) -> None:
 
 
 def read(path: Path) -> Study:
-    """Read a study.json of one's own. Raises OSError, ValueError, KeyError, TypeError."""
+    """Read a trusted study.json. Raises OSError, ValueError, KeyError, TypeError."""
     raw = json.loads(path.read_text())
     rows = tuple(Row(**{**row, "figures": _figures(row["figures"])}) for row in raw["rows"])
     return Study(rows, tuple(raw["varied"]), _figures(raw["real"]), raw["about"])

@@ -49,7 +49,7 @@ def table(rows: Iterable[RunRow], figure: str) -> str:
 
 
 def csv_text(rows: Iterable[RunRow], figure: str) -> str:
-    """The same runs in the same order, every differing setting under its full key, numbers in full."""
+    """Format runs as CSV, best first: every setting that differs under its full key, numbers in full."""
     rows = ranked(rows, figure)
     keys = varying(rows)
     of_figures = ("best", "best_error", "best_step", "last", "last_error")
@@ -72,19 +72,19 @@ def csv_text(rows: Iterable[RunRow], figure: str) -> str:
 
 
 def label(row: RunRow, keys: Sequence[str]) -> str:
-    """A run in a picture: its differing settings or, where none differ, its name."""
+    """Describe a run in a picture: by the settings that differ, else by its name."""
     named = [f"{head}={setting(row, key)}" for key, head in heads(keys).items() if key in row.settings]
     return printable("  ".join(named)) or shortened(row.name, MAX_NAME)
 
 
 def best(rows: Iterable[RunRow], figure: str) -> str | None:
-    """The command that draws from the best run, or None where none has the figure."""
+    """Return the command that draws from the best run, or None where none has the figure."""
     first = next((row for row in ranked(rows, figure) if row.best(figure)), None)
     return None if first is None else f"best: ddpm-sample ckpt={shlex.quote(str(first.path))}"
 
 
 def varying(rows: Sequence[RunRow]) -> list[str]:
-    """The settings that differ between runs, in the config's order.
+    """Return the settings that differ between runs, in the config's order.
 
     A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
     that differs because another choice brings another default says no more than the choice itself.
@@ -104,14 +104,14 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
 
 
 def text(value: Any) -> str:
-    """A setting as it would be typed."""
+    """Format a setting as it would be typed."""
     if isinstance(value, float):
         return f"{value:.10g}"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def setting(row: RunRow, key: str) -> str:
-    """As it is typed, shortened; a dash where the run has no such setting."""
+    """Format a run's setting as it is typed, shortened; a dash where the run has no such setting."""
     if key not in row.settings:
         return "–"
     value = row.settings[key]
@@ -119,7 +119,7 @@ def setting(row: RunRow, key: str) -> str:
 
 
 def measured(row: RunRow, figure: str) -> str:
-    """The best figure with its error."""
+    """Format the best value of a figure with its standard error."""
     point = row.best(figure)
     if point is None:
         return ""
@@ -128,7 +128,7 @@ def measured(row: RunRow, figure: str) -> str:
 
 
 def heads(keys: Sequence[str]) -> dict[str, str]:
-    """Keys by their last part, where that is clear: lr, num_timesteps, but also schedule.s."""
+    """Shorten keys to their last part, where that is unique and longer than a letter: lr, but schedule.s."""
     lasts = [key.rpartition(".")[2] for key in keys]
     return {
         key: last if lasts.count(last) == 1 and len(last) > 1 else key
@@ -137,7 +137,7 @@ def heads(keys: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(value: str, room: int) -> str:
-    """The beginning and the end, which of a path say most."""
+    """Cut the middle: the beginning and the end of a path say most."""
     end = len(value) + 1 - (room - room // 2)
     return value if len(value) <= room else f"{value[: room // 2]}…{value[end:]}"
 
@@ -151,12 +151,12 @@ def _group(key: str) -> str:
 
 
 def _choice(key: str) -> str:
-    """The setting that says which file of its group a parameter's default is from."""
+    """Return the setting that selects the file of its group, which holds a parameter's default."""
     return "objective.prediction" if _group(key) == "objective" else _group(key)
 
 
 def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
-    """Whether every choice has one value in all runs, and that of one of its files."""
+    """Return whether every choice has one value in all runs, the default in one of its files."""
     group, _, parameter = key.partition(".")
     values: dict[str, set[str]] = {}
     for row in rows:
