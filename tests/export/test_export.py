@@ -381,6 +381,7 @@ def test_names_from_a_checkpoint_are_neither_markup_nor_commands(tmp_path: Path)
             "sampler=heun",
         ],
         ["schedule.beta_end=0.03", "sampler.spacing=[900,500,0]", "seed=3", "model.attention=[]"],
+        ["optimizer=muon", "trainer.max_epochs=2"],
     ],
     ids=str,
 )

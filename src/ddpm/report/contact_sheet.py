@@ -26,7 +26,6 @@ from ddpm.sample.sampling import draw_all, generation
 CELL = 64  # pixels of an image in the sheet, about: small ones are enlarged by whole factors
 LARGEST = 192  # larger ones are reduced to this
 MAX_ROWS = 100
-MAX_NAME = 28  # characters of a run's name
 GAP = 4
 LABEL = 330  # pixels: the column of labels
 FONT = 11
@@ -71,9 +70,8 @@ def write(
         except (UserError, OSError) as error:
             lines.append(f"no images of {row.name}: {brief(str(error), row.path)}")
             continue
-        name = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name repeats its settings
-        head = measured(row, figure) or f"no {figure}"
-        strips.append(Strip(head, label(row, keys), f"{row.status}, step {step}{name}", images))
+        head, foot = measured(row, figure) or f"no {figure}", f"{row.status}, step {step}: {row.name}"
+        strips.append(Strip(head, label(row, keys), foot, images))
     if not strips:
         return [*lines, f"nothing to draw from: no {picture.name}"]
     of = "each run's own sampler" if sampler is None else sampler.name

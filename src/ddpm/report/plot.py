@@ -38,6 +38,11 @@ def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
         for axes, key in zip(parts[0].subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             _panel(axes, compared, key, figure)
     _curves(parts[-1], [row for row in rows if row.loss or row.figures[figure]], figure, varying(rows))
+    save(page, picture)
+
+
+def save(page: Figure, picture: Path) -> None:
+    """Write a figure as PNG. Raises OSError."""
     data = io.BytesIO()
     with warnings.catch_warnings():  # a letter that the font has not becomes a box
         warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -1,13 +1,12 @@
 """study.png: how good a sampler's images are over what they cost."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ddpm.io.files import write_atomically
+from ddpm.report.plot import save
 from ddpm.report.sampler_study import QUALITY, Study, best, cheapest, name
 
 
@@ -46,6 +45,4 @@ def draw(study: Study, picture: Path) -> None:
     axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
     page.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    data = io.BytesIO()
-    page.savefig(data, dpi=110)
-    write_atomically(picture, data.getvalue(), durable=False)
+    save(page, picture)
