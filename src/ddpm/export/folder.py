@@ -40,8 +40,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"out={out}: exists already, and is no empty folder; choose another name")
-        beside = next(parent for parent in out.absolute().parents if parent.exists())
-        temporary = TemporaryDirectory(prefix=".ddpm-export-", dir=beside)
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        temporary = TemporaryDirectory(prefix=".ddpm-export-", dir=place)
     except OSError as error:
         raise UserError(f"cannot make out={out}: {reason(error)}") from None
     try:
