@@ -1,7 +1,10 @@
-"""ddpm-info: what a checkpoint is, read from its header alone."""
+"""ddpm-info: describe a checkpoint by its header alone."""
 
 import math
+from collections.abc import Mapping
 
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate
 from ddpm.cli import app
 from ddpm.config.schema import InfoConfig
 from ddpm.errors import printable
@@ -12,38 +15,29 @@ def main() -> None:
 
 
 def info(config: InfoConfig) -> None:
-    from ddpm.checkpoint import file as checkpoint
-    from ddpm.checkpoint import locate
-
+    """Run the command for one checked config. Raises UserError."""
     path, notes = locate.newest_good(locate.find(config.ckpt), check=checkpoint.read_meta)
     meta, tensors = checkpoint.read_meta(path)
     trained = checkpoint.config(path, meta)
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
-    facts, length = meta.facts, trained.trainer
-    size = facts["image_size"]
-    of = (
-        f"of {length.max_steps:,} steps"
-        if length.max_epochs is None
-        else f"steps of {length.max_epochs} epochs"
-    )
+    data, trainer = meta.facts, trained.trainer
+    size, epochs = data["image_size"], trainer.max_epochs
+    length = f"of {trainer.max_steps:,} steps" if epochs is None else f"steps of {epochs} epochs"
     rows = {
         "checkpoint": f"{path} ({path.stat().st_size / 2**20:.1f} MiB)",
-        "data": f"{facts['name']}, {size}×{size}×{facts['channels']}, {facts['num_classes']} classes",
+        "data": f"{data['name']}, {size}×{size}×{data['channels']}, {data['num_classes']} classes",
         "network": f"{trained.model.name}, {parameters:,} parameters ({_flat(trained.model.params)})",
         "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
         "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",
         "sampler": f"{trained.sampler.name} ({_flat(trained.sampler.params)})",
-        "trained": f"{meta.step:,} {of}, batch {length.batch_size}, seed {trained.seed}",
+        "trained": f"{meta.step:,} {length}, batch {trainer.batch_size}, seed {trained.seed}",
         "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
         "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
         "tensors": f"{len(tensors)}, SHA-256 {meta.sha256}",
     }
-    for note in notes:
-        print(printable(note))
-    for key, value in rows.items():
-        print(f"{key:<11} {printable(value)}")
+    for line in [*notes, *(f"{key:<11} {value}" for key, value in rows.items())]:
+        print(printable(line))
 
 
-def _flat(params: object) -> str:
-    assert hasattr(params, "items")
+def _flat(params: Mapping[str, object]) -> str:
     return ", ".join(f"{key}={value}" for key, value in params.items())

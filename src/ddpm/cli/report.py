@@ -1,7 +1,9 @@
 """ddpm-report: compare runs, of a sweep or any others, in a table, CSV and pictures."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ddpm.cli import app
 from ddpm.config.overrides import quoted, typed_value
@@ -37,7 +39,7 @@ def _with_folders(arguments: list[str]) -> list[str]:
 
 
 def _before_typed(overrides: list[str]) -> list[str]:
-    """No defaults. Raises UserError without a folder, or for a sampler's parameter without the sampler."""
+    """Check what needs each other: a folder; a sampler for its parameters. Raises UserError. Returns no defaults."""
     if typed_value(overrides, "folder") is None:
         raise UserError("name a folder of runs: ddpm-report outputs/multirun/…")
     parameters = [o for o in overrides if o.lstrip("+").startswith("sampler.")]
@@ -50,54 +52,53 @@ def report(config: ReportConfig) -> None:
     """Run the command for one checked config. Raises UserError."""
     if config.n > MAX_IMAGES:
         raise UserError(f"n={config.n}: must be a number from 1 to {MAX_IMAGES}")
-    if config.contact:
-        _check_device(config.device)
+    if config.contact and config.device not in ("auto", "cpu"):
+        _contact_sheet().runtime_device.device(config.device)  # a mistake comes before the table
     folders = [Path(folder) for folder in config.folder]
     rows = runs.ranked(runs.read_all(folders, run_dir.is_running), config.figure)
     print(table.table(rows, config.figure), flush=True)
     out = _out(config, folders, rows)
     try:
-        write_atomically(out / "report.csv", table.csv_text(rows, config.figure).encode())
-        print(printable(str(out / "report.csv")), flush=True)
-        if any(row.best(config.figure) for row in rows):
-            from ddpm.report import plot
-
-            plot.draw(rows, config.figure, out / "report.png")
-            print(printable(str(out / "report.png")), flush=True)
-        else:
-            print(f"no run has a {config.figure} yet, which comes with the first validation: no report.png")
-        if config.contact:
-            from ddpm.report import contact_sheet
-
-            options = (config.n, config.seed, config.sampler, config.figure, config.device)
-            for line in contact_sheet.write(out / "contact.png", rows, *options):
-                print(printable(line))
-        without = sum(row.best(config.figure) is None for row in rows)
-        if 0 < without < len(rows):
-            print(f"{without} of {len(rows)} runs have no {config.figure} and are only in table and CSV")
-        if best := table.best(rows, config.figure):
-            print(printable(best))
+        for line in _write(config, rows, out):
+            print(printable(line), flush=True)
     except BrokenPipeError:  # `ddpm-report … | head`
         raise
     except OSError as error:
         raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
 
 
-def _check_device(name: str) -> None:
-    """Raise UserError for a device that does not exist. `auto` and `cpu` are known without importing torch."""
-    if name not in ("auto", "cpu"):
-        from ddpm.runtime import device as runtime_device
+def _write(config: ReportConfig, rows: list[RunRow], out: Path) -> Iterator[str]:
+    """Write the files one by one. Yields lines that say which. Raises UserError, OSError."""
+    figure, without = config.figure, sum(row.best(config.figure) is None for row in rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "report.csv", table.csv_text(rows, figure).encode())
+    yield str(out / "report.csv")
+    if without == len(rows):
+        yield f"no run has a {figure} yet, which comes with the first validation: no report.png"
+    else:
+        from ddpm.report import plot
 
-        runtime_device.device(name)
+        plot.draw(rows, figure, out / "report.png")
+        yield str(out / "report.png")
+    if config.contact:
+        options = (config.n, config.seed, config.sampler, figure, config.device)
+        yield from _contact_sheet().write(out / "contact.png", rows, *options)
+    if 0 < without < len(rows):
+        yield f"{without} of {len(rows)} runs have no {figure} and are only in table and CSV"
+    if best := table.best(rows, figure):
+        yield best
+
+
+def _contact_sheet() -> Any:
+    """Import what draws images, and with it torch, which tables do without."""
+    from ddpm.report import contact_sheet
+
+    return contact_sheet
 
 
 def _out(config: ReportConfig, folders: list[Path], rows: list[RunRow]) -> Path:
-    """The folder for the results: beside the runs of one folder, but never a run's own folder."""
-    if config.out is None:
-        alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
-        return folders[0] if alone else dated_folder("outputs/report")
-    try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make out={config.out}: {reason(error)}") from None
-    return Path(config.out)
+    """Return the folder for the results: beside the runs of one folder, but never a run's own folder."""
+    if config.out is not None:
+        return Path(config.out)
+    alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
+    return folders[0] if alone else dated_folder("outputs/report")

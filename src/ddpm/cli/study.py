@@ -22,7 +22,7 @@ def study(typed: list[str]) -> None:
 
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
-    """The checked config of every setting, and the keys that differ among them. Raises UserError."""
+    """Return the checked config of every setting, and the keys that differ among them. Raises UserError."""
     from ddpm.config import hydra
 
     if world().size > 1:  # by whatever launcher

@@ -32,7 +32,6 @@ from ddpm.sample import sampler_file, sampling
 from ddpm.sample.model import Guidance, Model, denoiser, labels
 
 FEWEST = 1000  # images for a sampler to become the default
-FILES = ("study.md", "study.json", "study.png")
 Identity = dict[str, Any]  # all that decides an evaluation's figures, beside the features
 
 
@@ -67,37 +66,36 @@ def _evaluations(
     """Read the evaluation of each setting where it is there, else measure and write it."""
     identities = [_identity(setting, opened) for setting in settings]
     kept = [read_kept(out, identity) for identity in identities]
-    if None not in kept and len({_features(each) for each in kept}) == 1:
+    whole = [evaluation for evaluation in kept if evaluation is not None]
+    if len(whole) == len(settings) and len(set(map(_features, whole))) == 1:
         tell("all of them are there already")
-        return [each for each in kept if each is not None]
+        return whole
     clock, done = Clock(), list[Evaluation]()
     with evaluation_run.shown_parts(ALONE, clock):
         common = (settings[0].n, opened.model.device, clock)
         reference = evaluation_run.make_reference(settings[0], opened.data, *common)
-    for setting, identity, found in zip(settings, identities, kept, strict=True):
-        there = found is not None and _features(found) == reference.embedder.features.sha256
-        evaluation = found if there and found else _measured(setting, identity, opened, reference, out)
+    for setting, identity, evaluation in zip(settings, identities, kept, strict=True):
+        note = ", as it was there"
+        if evaluation is None or _features(evaluation) != reference.embedder.features.sha256:
+            evaluation, note = _measure(setting, identity, opened, reference), ""
+            file = evaluation_file(out, identity)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            record.write(file, evaluation)
         done.append(evaluation)
         one = sampler_study.gather([evaluation], varied)
-        line = f"{len(done)}/{len(kept)}: {sampler_study.name(one.rows[0], one.varied)}: "
-        line += f"{one.rows[0].evaluations:g} evaluations, Fréchet excess {one.rows[0].excess or '–'}"
-        tell(line + ", as it was there" * there)
+        row, name = one.rows[0], sampler_study.name(one.rows[0], one.varied)
+        costs = f"{row.evaluations:g} evaluations, Fréchet excess {sampler_study.interval(row.excess)}"
+        tell(f"{len(done)}/{len(settings)}: {name}: {costs}{note}")
     return done
 
 
-def _measured(
-    setting: EvalConfig, identity: Identity, opened: Opened, reference: Reference, out: Path
-) -> Evaluation:
-    """Draw, measure and write one setting."""
+def _measure(setting: EvalConfig, identity: Identity, opened: Opened, reference: Reference) -> Evaluation:
+    """Draw and measure the images of one setting."""
     clock = Clock()
     drawn = evaluation_run.draw(setting, ALONE, opened.model, clock)
     with evaluation_run.shown_parts(ALONE, clock):
         digest = digest_of(identity)
-        evaluation, _ = evaluation_run.measure(setting, opened, reference, drawn, clock, setting=digest)
-    file = evaluation_file(out, identity)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    record.write(file, evaluation)
-    return evaluation
+        return evaluation_run.measure(setting, opened, reference, drawn, clock, setting=digest)[0]
 
 
 def _identity(setting: EvalConfig, opened: Opened) -> Identity:
@@ -127,7 +125,7 @@ def evaluation_file(out: Path, identity: Identity) -> Path:
 
 
 def read_kept(out: Path, identity: Identity) -> Evaluation | None:
-    """Read what an earlier start measured. None where it is absent, or is not what a study writes."""
+    """Read what an earlier study measured. Returns None where it is absent or not what a study writes."""
     try:
         found = record.read(str(evaluation_file(out, identity)))
         sampler_study.table(sampler_study.gather([found], []))
@@ -138,8 +136,8 @@ def read_kept(out: Path, identity: Identity) -> Evaluation | None:
     return found if same else None
 
 
-def _features(evaluation: Evaluation | None) -> object:
-    return None if evaluation is None else evaluation.protocol.get("feature_sha256")
+def _features(evaluation: Evaluation) -> object:
+    return evaluation.protocol.get("feature_sha256")
 
 
 def conclude(
@@ -151,11 +149,11 @@ def conclude(
     sampler_study_plot.draw(result, out / "study.png")
     write_atomically(out / "study.md", f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
     tell(sampler_study.table(result))
-    for name in FILES:
+    for name in ("study.md", "study.json", "study.png"):
         tell(printable(str(out / name)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
-    why = _unfit(settings[0], sum(row.excess is not None for row in plain.rows))
+    why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))
     if chosen is None or why:
         tell(printable(f"{file} is not written: {why}"))
         return
@@ -165,17 +163,16 @@ def conclude(
         f"{about['seed']}, guidance_scale 1",
         "ddpm-sample and ddpm-eval take this sampler unless sampler=… is typed; deleting the file is safe",
     ]
+    written = f"{file}: what ddpm-sample now takes; sampler=… takes another"
     try:
         sampler_file.write(file, settings[result.rows.index(chosen)].sampler, lines)
     except OSError as error:
-        why = f"cannot write {file}: {reason(error)}; {sampler_study.name(chosen)} is not the default"
-        tell(printable(why))
-    else:
-        tell(printable(f"{file}: what ddpm-sample now takes; sampler=… takes another"))
+        written = f"cannot write {file}: {reason(error)}; {sampler_study.name(chosen)} is not the default"
+    tell(printable(written))
 
 
 def _unfit(common: EvalConfig, comparable: int) -> str:
-    """Why no setting becomes the default: ddpm-sample draws with averaged weights at guidance_scale=1."""
+    """Return why no setting becomes the default: ddpm-sample draws with averaged weights at guidance_scale=1."""
     if not common.ema:
         return "with ema=false these are not the weights that ddpm-sample takes"
     if common.n < FEWEST:

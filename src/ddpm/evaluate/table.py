@@ -86,12 +86,12 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return lines
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Format rows of cells as lines of text: the first column to the left, the others to the right."""
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Format rows of cells as lines of text: the columns `left` to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines

@@ -1,8 +1,1 @@
 """A model in other tools' formats."""
-
-from typing import TYPE_CHECKING
-
-if not TYPE_CHECKING:
-    from ddpm.old_names import names_of
-
-    __getattr__ = names_of(__name__)

@@ -1,4 +1,4 @@
-"""An exported folder, loaded with diffusers, against the model it was made from. The one module that imports it."""
+"""Load an exported folder with diffusers and compare its images. The one module that imports diffusers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.export.formats import ddim_as_exported, unet_config
+from ddpm.errors import UserError
+from ddpm.export.formats import ddim_as_exported
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 from ddpm.sample.sampling import last, run
 
@@ -14,55 +15,62 @@ IMAGES = 4
 ALLOWED = 0.02  # of images in [-1, 1]; a mistake makes other images altogether
 
 
-def largest_difference(model: Model, folder: Path) -> float:
-    """Between the images of both tools, in [-1, 1], from the same noise (DDIM with eta = 0).
+def check(model: Model, folder: Path) -> str:
+    """Compare both tools' images from the same noise. Returns a line for the user.
 
-    Raises ImportError where diffusers is not installed, and what diffusers raises if it cannot load the folder.
+    Raises UserError where diffusers cannot load the folder or draws other images.
     """
-    import diffusers
+    try:
+        import diffusers
+    except (ImportError, RuntimeError):
+        return "the folder is complete; to see that both tools draw the same images: pip install diffusers"
+    version = diffusers.__version__
+    try:
+        difference = largest_difference(model, folder)
+    except Exception as error:  # of other people's code
+        raise UserError(f"diffusers {version} cannot load what was written: {error}") from None
+    if not difference <= ALLOWED:
+        raise UserError(
+            f"diffusers {version} draws other images from the folder than ddpm: largest difference {difference:.2g} "
+            "in [-1, 1]; nothing was kept"
+        )
+    return (
+        f"checked with diffusers {version}: {IMAGES} images from the same noise, "
+        f"{ddim_as_exported(model).params['num_steps']} steps of DDIM: largest difference {difference:.1e} in [-1, 1]"
+    )
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+
+def largest_difference(model: Model, folder: Path) -> float:
+    """Return the largest difference between both tools' images in [-1, 1] from the same noise (DDIM with eta = 0)."""
     noise = torch.randn(IMAGES, *model.shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(IMAGES) % model.facts.num_classes if model.conditional else None
-    difference = ours(model, noise, labels) - theirs(diffusers, model, folder, noise, labels).clamp(-1, 1)
+    difference = ours(model, noise, labels) - theirs(model, folder, noise, labels)
     return difference.abs().max().item()
 
 
 @torch.inference_mode()
 def ours(model: Model, x_T: Tensor, y: Tensor | None) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] from x_T, in the steps that the exported folder's DDIM takes."""
+    """Draw images (N, C, H, W) in [-1, 1] from x_T in the steps that the exported folder's DDIM takes."""
     sampler = ddim_as_exported(model)
     denoise = denoiser(model, sampler, y, Guidance())
     steps = run(model, sampler, denoise, levels(model, sampler), x_T, torch.arange(len(x_T)), seed=0)
     return last(steps).clamp(-1, 1)
 
 
-def theirs(diffusers: Any, model: Model, folder: Path, noise: Tensor, labels: Tensor | None) -> Tensor:
-    """By the pipeline where there is one. It draws its noise from the generator, the same as here."""
-    steps: int = ddim_as_exported(model).params["num_steps"]
-    local = {"local_files_only": True, "low_cpu_mem_usage": False}
-    if labels is None:
-        assert (
-            diffusers.DDPMPipeline.from_pretrained(folder, **local).unet.config.sample_size == model.shape[1]
-        )
-        pipeline = diffusers.DDIMPipeline.from_pretrained(folder, **local)
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(
-            batch_size=len(noise),
-            generator=torch.Generator().manual_seed(0),
-            num_inference_steps=steps,
-            use_clipped_model_output=True,
-            output_type="np",  # "pt" is not the same in all versions
-        ).images
-        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
-    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **local)
-    assert unet.config.num_class_embeds == unet_config(model)["num_class_embeds"]
-    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    scheduler.set_timesteps(steps)
-    x = noise
-    with torch.inference_mode():
-        for t in scheduler.timesteps:
-            output = unet(x, t, labels).sample
-            x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
-    return x
+@torch.inference_mode()
+def theirs(model: Model, folder: Path, x: Tensor, y: Tensor | None) -> Tensor:
+    """Draw the same with the folder's network and scheduler. Raises what diffusers raises if it cannot load them."""
+    import diffusers
+
+    library: Any = diffusers
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    local = {"local_files_only": True}
+    if y is None:
+        library.DDPMPipeline.from_pretrained(folder, low_cpu_mem_usage=False, **local)
+    unet = library.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False, **local)
+    scheduler = library.DDIMScheduler.from_pretrained(folder / "scheduler", **local)
+    scheduler.set_timesteps(ddim_as_exported(model).params["num_steps"])
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t, y).sample, t, x, use_clipped_model_output=True).prev_sample
+    return x.clamp(-1, 1)

@@ -1,6 +1,6 @@
-"""Our U-Net's weights and settings in the words of diffusers' `UNet2DModel`, which computes the same.
+"""Rename our U-Net's weights and settings for diffusers' `UNet2DModel`, which computes the same.
 
-Pure renaming: diffusers itself is not imported.
+diffusers itself is not imported.
 """
 
 import re
@@ -30,7 +30,7 @@ _RULES = [
 
 
 def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `UNet`'s state dict as one for `UNet2DModel(**diffusers_config(...))`, sharing its tensors."""
+    """Rename a `UNet`'s state dict to one for `UNet2DModel(**diffusers_config(...))`, sharing its tensors."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in _RULES:
@@ -56,7 +56,7 @@ def diffusers_config(
     norm_groups: int = 8,
     dropout: float = 0.0,
 ) -> dict[str, object]:
-    """Keyword arguments of `UNet2DModel` for the arguments of `UNet`. Their last class is our null label."""
+    """Return `UNet2DModel`'s keyword arguments for those of `UNet`. Its last class is our null label."""
     down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(channels))]
     up = ["AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(channels)))]
     return {

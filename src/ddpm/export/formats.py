@@ -1,4 +1,4 @@
-"""A model in other tools' files: a folder of diffusers, or weights and config alone. What to write, as bytes by path.
+"""Convert a model to files of other tools, bytes by path: a folder of diffusers, or weights and config alone.
 
 diffusers itself is not needed: its folders hold JSON and safetensors.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ddpm.config.choices import Component
@@ -25,7 +26,7 @@ Files = dict[str, bytes]  # by path in the folder
 
 
 def diffusers_files(model: Model) -> Files:
-    """unet/, scheduler/ and, of an unconditional model, what makes a pipeline of them. Raises UserError."""
+    """Return unet/, scheduler/ and, for an unconditional model, model_index.json. Raises UserError."""
     if (reason := _not_in_diffusers(model)) is not None:
         raise UserError(f"format=diffusers: {reason}; format=safetensors takes any model")
     files = {
@@ -40,7 +41,7 @@ def diffusers_files(model: Model) -> Files:
 
 
 def safetensors_files(model: Model) -> Files:
-    """The weights under our own names, and all that rebuilds the model around them."""
+    """Return the weights under our own names, and the config that rebuilds the model."""
     about = {
         "config": public_config(model),
         "facts": {**vars(model.facts), "class_names": list(model.facts.class_names)},
@@ -57,7 +58,7 @@ FORMATS: dict[str, Callable[[Model], Files]] = {
 
 
 def unet_config(model: Model) -> dict[str, object]:
-    """Keyword arguments of diffusers' `UNet2DModel`."""
+    """Return the keyword arguments of diffusers' `UNet2DModel`."""
     channels, size, _ = model.shape
     params = {key: value for key, value in model.config.model.params.items() if key != "conditional"}
     num_classes = model.facts.num_classes if model.conditional else 0
@@ -65,7 +66,7 @@ def unet_config(model: Model) -> dict[str, object]:
 
 
 def scheduler_config(model: Model) -> dict[str, object]:
-    """Keyword arguments of diffusers' `DDPMScheduler` and `DDIMScheduler` for our schedule.
+    """Return the keyword arguments of diffusers' `DDPMScheduler` and `DDIMScheduler` for our schedule.
 
     `trailing` is the spacing in which diffusers goes from pure noise to the clean image, all steps alike.
     """
@@ -84,7 +85,7 @@ def scheduler_config(model: Model) -> dict[str, object]:
 
 
 def trained_betas(schedule: NoiseSchedule) -> list[float]:
-    """Betas (T,), each a float32, whose running product of 1 - beta is alpha_bar to float32's last digit.
+    """Return betas (T,), each a float32, whose running product of 1 - beta is alpha_bar to float32's last digit.
 
     Schedulers multiply float32 numbers; each beta takes up what the rounding of those before has left.
     """
@@ -97,13 +98,13 @@ def trained_betas(schedule: NoiseSchedule) -> list[float]:
 
 
 def ddim_steps(num_timesteps: int) -> int:
-    """About 50 steps, all of the same length: diffusers' DDIM takes the others for as long as the first."""
+    """Return about 50 steps that divide the timesteps: diffusers' DDIM takes all steps to be of one length."""
     steps = max(n for n in range(1, MOST_STEPS + 1) if num_timesteps % n == 0)
     return steps if steps >= FEWEST_STEPS else num_timesteps
 
 
 def ddim_as_exported(model: Model) -> Component:
-    """Our sampler that draws what diffusers' DDIM draws from the exported folder, from the same noise."""
+    """Return our sampler that draws what diffusers' DDIM draws from the exported folder, from the same noise."""
     params = {
         "num_steps": ddim_steps(model.schedule.num_timesteps),
         "spacing": "trailing",
@@ -116,7 +117,7 @@ def ddim_as_exported(model: Model) -> Component:
 
 
 def public_config(model: Model) -> dict[str, Any]:
-    """The config without paths and what else is of one machine: it is going to be published."""
+    """Return the config for publication: without paths and settings of one machine."""
     config = to_dict(model.config)
     config |= {"data_root": "data", "run_dir": None, "overwrite": False, "device": "auto"}
     config |= {
@@ -129,7 +130,7 @@ def public_config(model: Model) -> dict[str, Any]:
 
 
 def _not_in_diffusers(model: Model) -> str | None:
-    """Why diffusers cannot hold this model; None if it can."""
+    """Return why diffusers cannot hold this model, or None if it can."""
     objective, schedule = model.config.objective, model.schedule
     if not getattr(model.network, "in_diffusers", False):
         return f"model={model.config.model.name} is none of its networks, only unet is"
@@ -157,8 +158,6 @@ def _json(content: Mapping[str, object]) -> bytes:
 
 
 def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """`format` is what Hugging Face's readers look for."""
-    from safetensors.torch import save
-
+    """Serialize as safetensors, with the `format` that Hugging Face's readers look for."""
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     return save(own, metadata={"format": "pt"})

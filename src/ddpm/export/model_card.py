@@ -1,10 +1,16 @@
 """The model card: README.md of an exported folder, in the form that the Hugging Face Hub reads."""
 
+import shlex
 from pathlib import Path
 from string import Template
+from typing import Any
 
+from ddpm.config import hydra
+from ddpm.config.overrides import as_overrides
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check, to_dict
+from ddpm.config.tables import uses_plugin
 from ddpm.data.persian import NOTICE as PERSIAN
-from ddpm.export.formats import ddim_as_exported
+from ddpm.export.formats import ddim_as_exported, public_config
 from ddpm.sample.model import Model
 from ddpm.train.metrics_file import VALIDATED
 
@@ -13,11 +19,11 @@ NOTICES = {"persian": PERSIAN}
 SCALE = 2.0  # of guidance, in the example
 
 
-def card(model: Model, form: str, ema: bool, checkpoint_sha256: str, command: str) -> str:
+def card(model: Model, form: str, ema: bool, checkpoint_sha256: str) -> str:
     """Return the card in Markdown, from the files in `templates/`.
 
-    `form` is a key of `export.FORMATS`, `command` what trains such a model. Names from the checkpoint are shown as
-    code, so that none of them is taken for markup.
+    `form` is a key of `formats.FORMATS`. Names from the checkpoint are shown as code, so that none of them is taken
+    for markup.
     """
     facts, config, sampler = model.facts, model.config, ddim_as_exported(model).params
     guided = model.conditional and config.objective.label_dropout > 0
@@ -50,7 +56,7 @@ def card(model: Model, form: str, ema: bool, checkpoint_sha256: str, command: st
         "label": " label=all guidance_scale=2" if guided else "",
         "notice": NOTICES.get(config.dataset.name, "The licence of the images is that of their publishers."),
         "recipe": _table(_recipe(model)),
-        "command": command,
+        "command": training_command(model),
         "figures": _table(
             {_code(key): f"{model.figures[key]:.5g}" for key in VALIDATED if key in model.figures}
         ),
@@ -72,33 +78,50 @@ def _labels(names: tuple[str, ...]) -> str:
 
 
 def _recipe(model: Model) -> dict[str, str]:
-    config = model.config
-    length = config.trainer
-    planned = (
-        f"{length.max_steps:,} steps planned"
-        if length.max_epochs is None
-        else f"{length.max_epochs} epochs planned"
-    )
-    rows = {
-        "network": {"": config.model.name, **config.model.params},
-        "schedule": {"": config.schedule.name, **config.schedule.params},
-        "objective": {"predicts": config.objective.prediction, "weight": config.objective.weight},
-        "optimizer": {("" if key == "name" else key): value for key, value in vars(config.optimizer).items()},
-        "training": {
-            "": f"step {model.step:,}, {planned}",
-            "batch": length.batch_size,
-            "precision": length.precision,
-            "ema_decay": length.ema_decay,
-            "seed": config.seed,
-        },
-        "sampler": {"": config.sampler.name, **config.sampler.params},
-    }
-    if length.init_from is not None:
-        rows["training"]["began with"] = "the weights of another model"
+    """Return the settings of each part of the experiment, each as code."""
+    config = public_config(model)
+    parts = {"network": config["model"]}
+    parts |= {group: config[group] for group in ("schedule", "objective", "optimizer", "sampler")}
+    length = "max_steps" if config["trainer"]["max_epochs"] is None else "max_epochs"
+    trainer = {key: config["trainer"][key] for key in (length, "batch_size", "precision", "ema_decay")}
+    parts["training"] = {"name": f"step {model.step:,}", **trainer, "seed": config["seed"]}
+    if model.config.trainer.init_from is not None:
+        parts["training"]["init_from"] = "another model"
     return {
-        part: ", ".join(_code(f"{key} {value}".strip()) for key, value in values.items())
-        for part, values in rows.items()
+        part: ", ".join(_code(f"{key} {value}".removeprefix("name ")) for key, value in settings.items())
+        for part, settings in parts.items()
     }
+
+
+def training_command(model: Model) -> str:
+    """Return the shortest `ddpm-train` that composes the same config; paths are left for the reader to fill in."""
+    config = public_config(model)
+    with_path = "path" in config["dataset"]
+    given = ["dataset.path=here"] if with_path else []
+    wanted = _overrides(config)
+    begin = [next(o for o in wanted if o.startswith("dataset="))]
+    begin.append(f"objective={config['objective']['prediction']}")
+    usual = _overrides(_composed(begin + given))
+    begin += [o for o in wanted if o.partition("=")[0] in ("model", "schedule", "sampler") and o not in usual]
+    usual = _overrides(_composed(begin + given))
+    changed = [o for o in wanted if o not in (*begin, *usual) and not o.startswith("dataset.path=")]
+    blanks = {
+        "plugins=<module>": uses_plugin(config),
+        "dataset.path=<images>": with_path,
+        "trainer.init_from=<checkpoint>": model.config.trainer.init_from is not None,
+    }
+    words = [*(blank for blank, wanted in blanks.items() if wanted), *map(shlex.quote, begin + changed)]
+    return " ".join(["ddpm-train", *words])
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    return to_dict(check(TrainConfig, hydra.compose("train", overrides)))
+
+
+def _overrides(config: dict[str, Any]) -> list[str]:
+    """Return all that makes the experiment, as it is typed."""
+    experiment = {key: value for key, value in config.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    return as_overrides(experiment)
 
 
 def _table(rows: dict[str, str]) -> str:

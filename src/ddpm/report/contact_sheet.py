@@ -1,6 +1,7 @@
-"""The contact sheet: the same noise through every run of a report, one run in a row."""
+"""contact.png: the same noise through every run of a report, one run in a row."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +13,24 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ddpm.checkpoint import locate
+from ddpm.checkpoint import locate, verify
 from ddpm.config.choices import Component
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.images import Pixels, save_png, to_uint8
 from ddpm.report.runs import RunRow, brief
 from ddpm.report.table import label, measured, varying
 from ddpm.runtime import device as runtime_device
-from ddpm.runtime import memory
-from ddpm.sample.model import Guidance, Model, denoiser, labels, load
-from ddpm.sample.sampling import draw, finite, last
+from ddpm.sample.model import Guidance, Model, labels, load
+from ddpm.sample.sampling import draw_all, generation
 
 CELL = 64  # pixels of an image in the sheet, about: small ones are enlarged by whole factors
 LARGEST = 192  # larger ones are reduced to this
 MAX_ROWS = 100
-MAX_NAME = 28  # characters of a run's name
 GAP = 4
 LABEL = 330  # pixels: the column of labels
-FONT = 13
-LINE = 17  # from one line of text to the next
+FONT = 11
+CHARACTERS = 47  # in a line of a label
+LINE = 17  # pixels from one line of text to the next
 PAPER, INK, FAINT, PALE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (232, 232, 232)
 
 
@@ -70,9 +70,8 @@ def write(
         except (UserError, OSError) as error:
             lines.append(f"no images of {row.name}: {brief(str(error), row.path)}")
             continue
-        name = f": {row.name}" if len(row.name) <= MAX_NAME else ""  # a job's name repeats its settings
-        head = measured(row, figure) or f"no {figure}"
-        strips.append(Strip(head, label(row, keys), f"{row.status}, step {step}{name}", images))
+        head, foot = measured(row, figure) or f"no {figure}", f"{row.status}, step {step}: {row.name}"
+        strips.append(Strip(head, label(row, keys), foot, images))
     if not strips:
         return [*lines, f"nothing to draw from: no {picture.name}"]
     of = "each run's own sampler" if sampler is None else sampler.name
@@ -83,34 +82,24 @@ def write(
 def drawn(
     run: Path, n: int, seed: int, sampler: Component | None, device: torch.device
 ) -> tuple[Pixels, int]:
-    """Images 0 … n-1 of the seed from a run's newest whole checkpoint, and its step.
+    """Draw images 0 … n-1 of the seed from a run's newest whole checkpoint. Returns them and its step.
 
     `sampler` None: that of its training, so that a study of one run's samplers does not set it apart. Raises UserError.
     """
     files = locate.of_run(run)
     if not files:
         raise CheckpointError("no checkpoint yet")
-    loaded: list[tuple[Model, int]] = []
-
-    def try_to_load(path: Path) -> None:
-        model, meta = load(path, device)
-        loaded.append((model, meta.step))
-
-    locate.newest_good(files, check=try_to_load)
-    model, step = loaded[-1]
-    sampler = fitted(sampler or model.config.sampler, model)
-    index = torch.arange(n, device=device)
-    try:
-        denoise = denoiser(model, sampler, labels(model, None, index, Guidance()), Guidance())
-        return to_uint8(last(finite(draw(model, sampler, denoise, index, seed), index.cpu()))), step
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_exhausted(error):
-            raise
-        raise UserError(f"out of memory for {n} images at once") from None
+    model, _ = load(locate.newest_good(files, check=verify.examine)[0], device)
+    sampler, guidance, index = fitted(sampler or model.config.sampler, model), Guidance(), torch.arange(n)
+    y, steps = labels(model, None, index, guidance), generation(model, sampler, index, seed)
+    x, _ = draw_all(
+        model, sampler, guidance, y, index, steps, n, lambda at, step: None, lambda left, size: None
+    )
+    return to_uint8(x), model.step
 
 
 def fitted(sampler: Component, model: Model) -> Component:
-    """With no more steps than the model has timesteps; many are written for a thousand of them."""
+    """Limit the steps to the model's timesteps; many are written for a thousand of them."""
     steps = sampler.params["num_steps"]
     if steps is None:
         return sampler
@@ -118,22 +107,21 @@ def fitted(sampler: Component, model: Model) -> Component:
 
 
 def sheet(title: str, strips: Sequence[Strip]) -> Pixels:
-    """(H, W, 3): a title and a row for each strip, images of any size and channels in cells of one size."""
+    """Return (H, W, 3): a title and a row for each strip. Images have any size and channels, cells one size."""
     cell = max(_scaled_size(strip.images[0]) for strip in strips)
     columns = max(len(strip.images) for strip in strips)
     height = max(cell, 4 * LINE) + GAP  # room for four lines of text
-    top, room = LINE + 3 * GAP, LABEL - 4 * GAP
-    width = LABEL + columns * (cell + GAP) + GAP
+    top, width = LINE + 3 * GAP, LABEL + columns * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, top + len(strips) * height), PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((2 * GAP, GAP), _cut(title, _font(True), width - 4 * GAP), INK, _font(True))
+    pen.text((2 * GAP, GAP), title, INK, _font(bold=True))
     for row, strip in enumerate(strips):
         y = top + row * height
-        lines = [(_cut(strip.head, _font(True), room), INK, _font(True))]
-        lines += [(line, INK, _font()) for line in _wrapped(strip.text, room, lines=2)]
-        lines += [(_cut(strip.foot, _font(), room), FAINT, _font())]
-        for i, (line, colour, font) in enumerate(lines):
-            pen.text((2 * GAP, y + i * LINE), line, colour, font)
+        lines = [(line, INK, True) for line in _wrapped(strip.head, 1)]
+        lines += [(line, INK, False) for line in _wrapped(strip.text, 2)]
+        lines += [(line, FAINT, False) for line in _wrapped(strip.foot, 1)]
+        for i, (line, colour, bold) in enumerate(lines):
+            pen.text((2 * GAP, y + i * LINE), line, colour, _font(bold))
         for column, image in enumerate(strip.images):
             x = LABEL + column * (cell + GAP)
             pen.rectangle((x, y, x + cell - 1, y + cell - 1), PALE)
@@ -148,7 +136,7 @@ def _scaled_size(image: Pixels) -> int:
 
 
 def _scaled(image: Pixels) -> Any:
-    """(H, W, C) in colour, every pixel a square of pixels; more than three channels: the first three."""
+    """Return (H, W, C) in colour, every pixel a square of pixels; of more than three channels the first three."""
     colours = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, axis=-1)
     picture = Image.fromarray(np.ascontiguousarray(colours))
     size = _scaled_size(image)
@@ -156,30 +144,11 @@ def _scaled(image: Pixels) -> Any:
     return picture.resize((size, size), Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
 
 
-def _font(bold: bool = False) -> Any:
-    """DejaVu, which matplotlib brings along; it knows ± and most of the world's letters."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+def _font(bold: bool) -> Any:
+    """DejaVu, which matplotlib brings along; it knows ± and most of the world's letters. All are of one width."""
+    name = "DejaVuSansMono-Bold.ttf" if bold else "DejaVuSansMono.ttf"
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / name, FONT)
 
 
-def _wrapped(text: str, room: int, lines: int) -> list[str]:
-    """Broken at spaces into at most so many lines, of which the last may be cut."""
-    font, broken = _font(), [""]
-    for word in text.split():
-        longer = f"{broken[-1]}  {word}" if broken[-1] else word
-        if font.getlength(longer) <= room or not broken[-1]:
-            broken[-1] = longer
-        elif len(broken) < lines:
-            broken.append(word)
-        else:
-            broken[-1] += "  …"
-            break
-    return [_cut(line, font, room) for line in broken]
-
-
-def _cut(text: str, font: Any, room: int) -> str:
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"
+def _wrapped(text: str, lines: int) -> list[str]:
+    return textwrap.wrap(text, CHARACTERS, max_lines=lines, placeholder=" …")

@@ -1,14 +1,13 @@
-"""What came of a set of runs: found in folders, read with care, ranked. Needs no torch.
+"""Find, read and rank runs. Needs no torch.
 
-The folders may be anybody's, and their runs may train while they are read: files change, and go.
+Folders are untrusted, and their runs may train while they are read: files change, and go.
 """
 
-import json
 import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from ddpm.checkpoint.header import brought_up_to_date
 from ddpm.config.schema import TrainConfig, check, settings_of
 from ddpm.errors import UserError, printable
 from ddpm.io.files import read_regular, reason
-from ddpm.runs.run_dir import FAILED
+from ddpm.runs.run_dir import FAILED, read_result
 from ddpm.train import metrics_file
 
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000
-MAX_TEXT = 1 << 16  # bytes of a config, a result or a reason
+MAX_TEXT = 1 << 16  # bytes of a config or a reason
 MAX_DEPTH = 8  # of a config
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
 _PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
@@ -42,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class RunRow:
-    """What is known of a run. `status` is done, running, failed, broken or stopped."""
+    """Results and settings of a run. `status` is done, running, failed, broken or stopped."""
 
     path: Path
     name: str
@@ -65,7 +64,7 @@ class RunRow:
 
 
 def find(root: Path) -> list[Path]:
-    """The run folders at and under `root`, by name; no link is followed. Raises UserError."""
+    """Return the run folders at and under `root`, by name. Links are not followed. Raises UserError."""
     if not root.is_dir():
         raise UserError(f"folder={root}: {'is not a folder' if root.exists() else 'does not exist'}")
     found = []
@@ -80,7 +79,7 @@ def find(root: Path) -> list[Path]:
 
 
 def read_all(roots: Sequence[Path], running: Callable[[Path], bool]) -> list[RunRow]:
-    """Every run at and under the folders, once. `running` says whether a process trains in a folder.
+    """Read every run at and under the folders, once. `running` says whether a process trains in a folder.
 
     Raises UserError where there is none.
     """
@@ -96,24 +95,24 @@ def read_all(roots: Sequence[Path], running: Callable[[Path], bool]) -> list[Run
 
 
 def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
-    """One run, whatever is left of it: what cannot be read becomes its `reason`."""
+    """Read one run, whatever is left of it: what cannot be read becomes its `reason`."""
     busy = running(path)  # asked first, so that a run that ends now is not taken for a stopped one
-    result, outline = _result(path), _outline(path)
+    result, outline = read_result(path), _outline(path)
     loss: list[tuple[int, float]] = []
     speeds: list[float] = []
     figures: dict[str, list[Point]] = {figure: [] for figure in FIGURES}
-    steps, notes = [outline.step, int((result or {}).get("step", 0))], [outline.reason]
+    steps, notes = [outline.step, int(result["step"]) if result else 0], [outline.reason]
     try:
         for record in metrics_file.read(path / "metrics.jsonl"):
             steps.append(int(record["step"]))
             loss.append((steps[-1], record["loss"]))
-            if (speed := record.get("images_per_second")) is not None:
-                speeds.append(speed)
+            if "images_per_second" in record:
+                speeds.append(record["images_per_second"])
             _add_figures(figures, steps[-1], record)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        notes.append(f"metrics.jsonl: {reason(error) if isinstance(error, OSError) else error}")
+        notes.append(f"metrics.jsonl: {reason(error)}")
     if not any(figures.values()):
         _add_figures(figures, outline.step, outline.figures)
     failed = _failed(path)
@@ -125,7 +124,7 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
         status, notes = "failed", [failed]
     else:
         status = "broken" if outline.broken else "stopped"
-    max_steps = outline.settings.get("trainer.max_steps")
+    in_epochs = outline.settings.get("trainer.max_epochs")
     return RunRow(
         path,
         name,
@@ -133,8 +132,8 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
         printable("; ".join(filter(None, notes))),
         outline.settings,
         max(steps),
-        None if outline.settings.get("trainer.max_epochs") else max_steps,
-        result["seconds"] if result else None,
+        None if in_epochs else outline.settings.get("trainer.max_steps"),
+        result.get("seconds") if result else None,
         outline.parameters,
         statistics.median(speeds) if speeds else None,
         loss,
@@ -143,55 +142,46 @@ def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
 
 
 def ranked(rows: Iterable[RunRow], figure: str) -> list[RunRow]:
-    """Best first; those without the figure last."""
+    """Sort best first; runs without the figure come last."""
     return sorted(rows, key=lambda row: point.value if (point := row.best(figure)) else math.inf)
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """What checkpoint or config say of a run."""
+    """What a checkpoint or config.yaml says about a run."""
 
     settings: Mapping[str, Any]
-    step: int = 0
-    figures: Mapping[str, float] | None = None
-    parameters: int | None = None
     reason: str = ""
     broken: bool = False
+    step: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+    parameters: int | None = None
 
 
 def _outline(path: Path) -> _Outline:
-    """From the newest checkpoint whose header can be read, or from config.yaml where there is no checkpoint."""
-    for _ in range(3):  # older ones go while a run trains
-        try:
-            files = locate.of_run(path)
-            if not files:
-                break
+    """Read the newest checkpoint whose header is whole, or config.yaml where there is none."""
+    wrong = ""
+    try:
+        if files := locate.of_run(path):
             file, notes = locate.newest_good(files, check=checkpoint.read_meta)
             meta, tensors = checkpoint.read_meta(file)
-            stored = settings_of(checkpoint.config(file, meta))
-        except UserError as error:
-            wrong = brief(str(error), path)
-        except OSError as error:
-            wrong = f"checkpoints: {reason(error)}"
-        else:
+            settings = settings_of(checkpoint.config(file, meta))
             parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
-            note = brief(notes[0].removeprefix("warning: ").partition("; trying")[0], path) if notes else ""
-            return _Outline(stored, meta.step, meta.figures, parameters, note)
-    else:
-        settings, _ = _read_config(path)
-        return _Outline(settings, reason=wrong, broken=True)
-    settings, wrong = _read_config(path)
-    return _Outline(settings, reason=wrong, broken=bool(wrong))
+            note = notes[0].removeprefix("warning: ").partition("; trying")[0] if notes else ""
+            return _Outline(settings, brief(note, path), False, meta.step, meta.figures, parameters)
+    except (UserError, OSError) as error:
+        wrong = brief(reason(error), path)
+    typed, of_config = _read_config(path)
+    wrong = wrong or of_config
+    return _Outline(typed, wrong, broken=bool(wrong))
 
 
 def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
-    """config.yaml, which may be anybody's: small, plain data, without aliases; and what is wrong with it."""
+    """Read an untrusted config.yaml. Returns its settings, and what is wrong with it."""
     try:
-        content = _read_text(path / "config.yaml")
+        content = read_regular(path / "config.yaml", MAX_TEXT).decode()
         depth = 0
-        for event in yaml.parse(
-            content, Loader=yaml.SafeLoader
-        ):  # one by one: both can make a small file large
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):  # aliases make much of a small file
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
                 return {}, "config.yaml: has aliases or is nested, which no config of ddpm is"
@@ -205,23 +195,14 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
         return {}, f"config.yaml: {reason(error)}"
     except UserError as error:
         return {}, brief(f"config.yaml: {error}", path)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError):
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
         return {}, "config.yaml: is no YAML that can be read"
 
 
-def _result(path: Path) -> dict[str, float] | None:
-    """result.json of a finished run; None if it is absent or makes no sense."""
-    try:
-        raw = json.loads(_read_text(path / "result.json"))
-        result = {key: float(raw[key]) for key in ("step", "seconds", *metrics_file.VALIDATED)}
-        return result if all(math.isfinite(value) for value in result.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
 def _failed(path: Path) -> str | None:
+    """Read why a job of a sweep failed. Returns None without such a file."""
     try:
-        lines = _read_text(path / FAILED).splitlines()
+        lines = read_regular(path / FAILED, MAX_TEXT).decode().splitlines()
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -229,18 +210,13 @@ def _failed(path: Path) -> str | None:
     return lines[0].strip()[:300] if lines else "no reason given"
 
 
-def _read_text(path: Path) -> str:
-    """Raises OSError, also for a text that is too long, and ValueError for what is no text."""
-    return read_regular(path, MAX_TEXT).decode()
-
-
-def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float] | None) -> None:
+def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float]) -> None:
     for figure, points in figures.items():
-        if record and figure in record and f"{figure}_error" in record:
+        if figure in record and f"{figure}_error" in record:
             points.append(Point(step, record[figure], abs(record[f"{figure}_error"])))
 
 
 def brief(message: str, path: Path) -> str:
-    """Without the way to the run's folder, which is named anyway, and not longer than a line."""
+    """Shorten a message to a line, and cut the path of the run's folder, which is named anyway."""
     message = message.replace(f"{path / 'checkpoints'}{os.sep}", "").replace(f"{path}{os.sep}", "")
     return message if len(message) <= 160 else message[:159] + "…"

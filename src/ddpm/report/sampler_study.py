@@ -1,4 +1,4 @@
-"""A study of samplers: cost and quality of each setting, and the cheapest of the good ones. Needs no torch.
+"""Compare settings of one sampler by cost and quality. Needs no torch.
 
 One row for each evaluation of the same checkpoint, seed and number of images.
 """
@@ -7,63 +7,59 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ddpm.errors import printable
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.table import aligned
 from ddpm.io.files import write_atomically
 
 FORMAT_VERSION = 1
 QUALITY = "fd_excess"  # the figure that decides; less is better
-SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "sure of the class"}
+SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "classifier confidence"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
 COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
 
-class Span(NamedTuple):
-    """A figure and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
 @dataclass(frozen=True)
 class Row:
-    """One setting. evaluations: of the network for an image; seconds: for 1,000 images."""
+    """One setting. `evaluations` are network evaluations for an image, `seconds` those for 1,000 images."""
 
     sampler: Mapping[str, Any]  # its name and all keys
     guidance_scale: float
     num_steps: int
     evaluations: float
     seconds: float
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Metric]
 
     @property
-    def excess(self) -> Span | None:
-        return _excess(self.figures.get(QUALITY))
+    def excess(self) -> tuple[float, ...]:
+        return _excess(self.figures)
 
     @property
     def cost(self) -> tuple[float, float]:
         return self.evaluations, self.seconds
 
 
+def _excess(figures: Mapping[str, Metric]) -> tuple[float, ...]:
+    """Return the value of QUALITY and the ends of its interval; empty where it was not measured."""
+    if (found := figures.get(QUALITY)) is None:
+        return ()
+    return (found.value, *(found.value if end is None else end for end in (found.low, found.high)))
+
+
 @dataclass(frozen=True)
 class Study:
-    """All rows, and what they have in common (`about`): subject, checkpoint_sha256, n, seed, dataset, machine, …"""
+    """Rows, and the protocol they have in common (`about`): subject, checkpoint_sha256, n, seed, dataset, machine, …"""
 
     rows: tuple[Row, ...]
     varied: tuple[str, ...]  # keys that differ among the rows, beside the sampler and its steps
-    real: Mapping[str, Figure]  # of training images
+    real: Mapping[str, Metric]  # of training images
     about: Mapping[str, Any]
 
 
 def gather(evaluations: Sequence[Evaluation], varied: Sequence[str]) -> Study:
-    """Make a study of evaluations of one checkpoint, one for each setting."""
+    """Collect evaluations of one checkpoint, one for each setting, into a study."""
     first = evaluations[0]
     real = {name: figure for name, figure in first.figures.items() if name.startswith("real_")}
     about = {"subject": first.subject, **{key: first.protocol[key] for key in COMMON}}
@@ -82,95 +78,91 @@ def _row(evaluation: Evaluation) -> Row:
     return Row(about["sampler"], about["guidance_scale"], *costs, figures)
 
 
-def _excess(figure: Figure | None) -> Span | None:
-    if figure is None:
-        return None
-    low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
-    return Span(figure.value, low, high)
-
-
 def best(study: Study) -> Row | None:
-    """The row of the lowest excess, or None where no row has one."""
-    rows = [(row.excess.value, row.cost, row) for row in study.rows if row.excess]
-    return min(rows, key=lambda each: each[:2])[2] if rows else None
+    """Return the row of the lowest excess, the cheaper of equals; None where no row has one."""
+    measured = [row for row in study.rows if row.excess]
+    return min(measured, key=lambda row: (row.excess[0], row.cost), default=None)
 
 
 def cheapest(study: Study) -> Row | None:
-    """Of the rows whose excess lies within the interval of the best's: fewest evaluations, then fewest seconds."""
+    """Return the cheapest row, by evaluations then seconds, whose excess lies within the interval of the best."""
     top = best(study)
-    if top is None or top.excess is None:
-        return None
-    good = [row for row in study.rows if row.excess and row.excess.value <= top.excess.high]
-    return min(good, key=lambda row: row.cost)
+    good = [row for row in study.rows if top and row.excess and row.excess[0] <= top.excess[2]]
+    return min(good, key=lambda row: row.cost, default=None)
 
 
 def name(row: Row, varied: Sequence[str] = (), steps: bool = True) -> str:
-    """Such as `ddim, 10 steps, eta 0.5`."""
+    """Name a row, such as `ddim, 10 steps, eta 0.5`."""
     more = [f"{key.rpartition('.')[2]} {setting(row, key)}" for key in varied]
     return ", ".join([row.sampler["name"], *([f"{row.num_steps} steps"] if steps else []), *more])
 
 
 def setting(row: Row, key: str) -> str:
-    """The value of a key, in text."""
-    value = row.sampler.get(key.removeprefix("sampler."), "–")
-    value = row.guidance_scale if key == "guidance_scale" else value
+    """Return the value of a key, in text."""
+    known = {**row.sampler, "guidance_scale": row.guidance_scale}
+    value = known.get(key.removeprefix("sampler."), "–")
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
+def interval(excess: tuple[float, ...]) -> str:
+    """Format an excess, such as `0.400 [0.300, 0.500]`; a dash for none."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*excess) if excess else "–"
+
+
 def verdict(study: Study) -> str:
-    """The cheapest setting within the interval of the best, in one line."""
+    """Name the cheapest setting within the interval of the best, in one line."""
     top, chosen = best(study), cheapest(study)
     if top is None or chosen is None:
         return f"no setting has a {QUALITY}: {study.about['n']:,} images are too few, so none is named"
     text = f"cheapest within the interval of the best: {name(chosen, study.varied)}"
     if chosen is top:
-        return f"{text}, the best itself ({top.excess})"
-    return f"{text} ({chosen.excess}); best: {name(top, study.varied)} ({top.excess})"
+        return f"{text}, the best itself ({interval(top.excess)})"
+    return f"{text} ({interval(chosen.excess)}); best: {name(top, study.varied)} ({interval(top.excess)})"
 
 
 def cells(study: Study) -> list[list[str]]:
-    """A head and a line for each row, in the order they were typed; the last is what real images reach."""
+    """Return a head and a line for each row, in the order they were typed; last, what real images reach."""
     shown = [key for key in SHOWN if any(key in row.figures for row in study.rows)]
-
-    def measured(figures: Mapping[str, Figure], prefix: str = "") -> list[str]:
-        found = [figures.get(prefix + key) for key in shown]
-        excess = str(_excess(figures.get(prefix + QUALITY)) or "–")
-        return [excess, *("–" if figure is None else f"{figure.value:.3f}" for figure in found)]
-
     head = ["sampler", "steps", *(key.rpartition(".")[2] for key in study.varied)]
     head += ["evaluations", "s / 1,000 images"]
     lines = [[*head, "Fréchet excess", *(SHOWN[key] for key in shown)]]
+
+    def add(costs: list[str], figures: Mapping[str, Metric]) -> None:
+        others = [f"{figures[key].value:.3f}" if key in figures else "–" for key in shown]
+        lines.append([*costs, interval(_excess(figures)), *others])
+
     for row in study.rows:
         settings = [row.sampler["name"], str(row.num_steps), *(setting(row, key) for key in study.varied)]
-        lines.append([*settings, f"{row.evaluations:g}", f"{row.seconds:.3g}", *measured(row.figures)])
-    if f"real_{QUALITY}" in study.real:
-        lines.append(["real images", *["–"] * (len(head) - 1), *measured(study.real, "real_")])
+        add([*settings, f"{row.evaluations:g}", f"{row.seconds:.3g}"], row.figures)
+    real = {key.removeprefix("real_"): figure for key, figure in study.real.items()}
+    if QUALITY in real:
+        add(["real images", *["–"] * (len(head) - 1)], real)
     return lines
 
 
 def table(study: Study) -> str:
-    """For a terminal."""
+    """Format a study for a terminal."""
     lines = [line.rstrip() for line in aligned(cells(study))]
     return "\n".join([*lines, described(study), verdict(study)])
 
 
+def markdown(study: Study) -> str:
+    """Format a study for a page."""
+    head, *lines = cells(study)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    rows = ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
+    sentence = verdict(study)
+    return "\n".join([*rows, "", f"{described(study)}.", "", f"{sentence[0].upper()}{sentence[1:]}."])
+
+
 def described(study: Study) -> str:
-    """What the figures are of."""
+    """Say what was measured."""
     about = study.about
     return printable(
         f"{about['n']:,} images of each from {about['subject']} (step {about['step']:,}), seed {about['seed']}, "
         f"against {about['split_images']:,} test images of {about['dataset']}; features {about['feature_network']}; "
         f"on {about['machine']}"
     )
-
-
-def markdown(study: Study) -> str:
-    """The table for a page, with what it is of."""
-    head, *lines = cells(study)
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    rows = ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
-    sentence = verdict(study)
-    return "\n".join([*rows, "", f"{described(study)}.", "", f"{sentence[0].upper()}{sentence[1:]}."])
 
 
 def write(path: Path, study: Study) -> None:
@@ -187,15 +179,15 @@ def write(path: Path, study: Study) -> None:
 
 
 def read(path: Path) -> Study:
-    """Read a study.json of one's own. Raises OSError, ValueError, KeyError, TypeError."""
+    """Read a trusted study.json. Raises OSError, ValueError, KeyError, TypeError."""
     raw = json.loads(path.read_text())
     rows = tuple(Row(**{**row, "figures": _figures(row["figures"])}) for row in raw["rows"])
     return Study(rows, tuple(raw["varied"]), _figures(raw["real"]), raw["about"])
 
 
-def _plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
     return {key: figure.to_dict() for key, figure in figures.items()}
 
 
-def _figures(raw: Mapping[str, Any]) -> dict[str, Figure]:
-    return {key: Figure(**figure) for key, figure in raw.items()}
+def _figures(raw: Mapping[str, Any]) -> dict[str, Metric]:
+    return {key: Metric(**figure) for key, figure in raw.items()}

@@ -1,15 +1,17 @@
-"""The runs of a report as text: a table for the screen, CSV for everything else, labels for pictures."""
+"""Runs as text: a table for the screen, CSV for everything else, labels for pictures. Needs no torch."""
 
 import csv
 import io
 import itertools
 import json
 import shlex
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ddpm.config.choices import choices
 from ddpm.errors import printable
+from ddpm.evaluate.table import aligned
 from ddpm.report.runs import FIGURES, RunRow, ranked
 
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
@@ -23,33 +25,31 @@ HOUSEKEEPING = {f"trainer.{key}_every" for key in ("log", "validate", "sample", 
 
 
 def table(rows: Iterable[RunRow], figure: str) -> str:
-    """Best first, with the settings that differ; a line each, and the reason where something is wrong."""
+    """Format runs for a terminal, best first: the settings that differ, and the reason where something is wrong."""
     rows = ranked(rows, figure)
     keys = varying(rows)
-    names = [row.name for row in rows]  # whole, to be copied
-    reasons = [row.reason if len(row.reason) <= MAX_REASON else f"{row.reason[:MAX_REASON]}…" for row in rows]
-    ends = [f"{name}: {reason}" if reason else name for name, reason in zip(names, reasons, strict=True)]
-    columns = [(head, [setting(row, key) for row in rows]) for key, head in heads(keys[:MAX_COLUMNS]).items()]
-    columns += [
-        (figure, [measured(row, figure) for row in rows]),
-        ("step", [_steps(row) for row in rows]),
-        ("seconds", ["" if row.seconds is None else f"{row.seconds:.0f}" for row in rows]),
-        ("status", [row.status for row in rows]),
-        ("run", ends),
-    ]
-    lines = [""] * (len(rows) + 1)
-    for head, cells in columns:
-        width = max(map(len, [head, *cells]))
-        left = head in ("status", "run") or not all(_is_number(cell) for cell in cells)
-        for i, cell in enumerate([head, *cells]):
-            lines[i] += (cell.ljust(width) if left else cell.rjust(width)) + "  "
+    shown = heads(keys[:MAX_COLUMNS])
+    lines = [[*shown.values(), figure, "step", "seconds", "status", "run"]]
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
+        step = f"{row.step}" if row.max_steps in (None, row.step) else f"{row.step}/{row.max_steps}"
+        why = f": {textwrap.shorten(row.reason, MAX_REASON, placeholder='…')}" if row.reason else ""
+        results = [
+            measured(row, figure),
+            step,
+            seconds,
+            row.status,
+            row.name + why,
+        ]  # whole names, to be copied
+        lines.append([*(setting(row, key) for key in shown), *results])
+    left = [i for i, cells in enumerate(zip(*lines[1:], strict=True)) if not all(map(_is_number, cells))]
     more = len(keys) - MAX_COLUMNS
     note = [f"{more} more settings differ: {', '.join(keys[MAX_COLUMNS:])}"] if more > 0 else []
-    return "\n".join(printable(line).rstrip() for line in [*lines, *note])
+    return "\n".join(printable(line).rstrip() for line in [*aligned(lines, left), *note])
 
 
 def csv_text(rows: Iterable[RunRow], figure: str) -> str:
-    """The same runs in the same order, every differing setting under its full key, numbers in full."""
+    """Format runs as CSV, best first: every setting that differs under its full key, numbers in full."""
     rows = ranked(rows, figure)
     keys = varying(rows)
     of_figures = ("best", "best_error", "best_step", "last", "last_error")
@@ -72,19 +72,19 @@ def csv_text(rows: Iterable[RunRow], figure: str) -> str:
 
 
 def label(row: RunRow, keys: Sequence[str]) -> str:
-    """A run in a picture: its differing settings or, where none differ, its name."""
+    """Describe a run in a picture: by the settings that differ, else by its name."""
     named = [f"{head}={setting(row, key)}" for key, head in heads(keys).items() if key in row.settings]
     return printable("  ".join(named)) or shortened(row.name, MAX_NAME)
 
 
 def best(rows: Iterable[RunRow], figure: str) -> str | None:
-    """The command that draws from the best run, or None where none has the figure."""
+    """Return the command that draws from the best run, or None where none has the figure."""
     first = next((row for row in ranked(rows, figure) if row.best(figure)), None)
     return None if first is None else f"best: ddpm-sample ckpt={shlex.quote(str(first.path))}"
 
 
 def varying(rows: Sequence[RunRow]) -> list[str]:
-    """The settings that differ between runs, in the config's order.
+    """Return the settings that differ between runs, in the config's order.
 
     A parameter that only some choices of a group have (schedule.s) differs where those runs disagree about it; one
     that differs because another choice brings another default says no more than the choice itself.
@@ -92,11 +92,10 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
     found = dict.fromkeys(itertools.chain.from_iterable(row.settings for row in rows))
     groups = list(dict.fromkeys(map(_group, found)))
     keys = sorted(
-        found.keys() - HOUSEKEEPING, key=lambda key: (groups.index(_group(key)), [*found].index(key))
+        (key for key in found if key not in HOUSEKEEPING), key=lambda key: groups.index(_group(key))
     )
-    different = [
-        key for key in keys if len({text(row.settings[key]) for row in rows if key in row.settings}) > 1
-    ]
+    values = {key: {text(row.settings[key]) for row in rows if key in row.settings} for key in keys}
+    different = [key for key in keys if len(values[key]) > 1]
     return [
         key
         for key in different
@@ -105,14 +104,14 @@ def varying(rows: Sequence[RunRow]) -> list[str]:
 
 
 def text(value: Any) -> str:
-    """A setting as it would be typed."""
+    """Format a setting as it would be typed."""
     if isinstance(value, float):
         return f"{value:.10g}"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def setting(row: RunRow, key: str) -> str:
-    """As it is typed, shortened; a dash where the run has no such setting."""
+    """Format a run's setting as it is typed, shortened; a dash where the run has no such setting."""
     if key not in row.settings:
         return "–"
     value = row.settings[key]
@@ -120,7 +119,7 @@ def setting(row: RunRow, key: str) -> str:
 
 
 def measured(row: RunRow, figure: str) -> str:
-    """The best figure with its error."""
+    """Format the best value of a figure with its standard error."""
     point = row.best(figure)
     if point is None:
         return ""
@@ -129,7 +128,7 @@ def measured(row: RunRow, figure: str) -> str:
 
 
 def heads(keys: Sequence[str]) -> dict[str, str]:
-    """Keys by their last part, where that is clear: lr, num_timesteps, but also schedule.s."""
+    """Shorten keys to their last part, where that is unique and longer than a letter: lr, but schedule.s."""
     lasts = [key.rpartition(".")[2] for key in keys]
     return {
         key: last if lasts.count(last) == 1 and len(last) > 1 else key
@@ -138,16 +137,9 @@ def heads(keys: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(value: str, room: int) -> str:
-    """The beginning and the end, which of a path say most."""
-    return (
-        value
-        if len(value) <= room
-        else f"{value[: room // 2]}…{value[len(value) + 1 - (room - room // 2) :]}"
-    )
-
-
-def _steps(row: RunRow) -> str:
-    return f"{row.step}" if row.max_steps in (None, row.step) else f"{row.step}/{row.max_steps}"
+    """Cut the middle: the beginning and the end of a path say most."""
+    end = len(value) + 1 - (room - room // 2)
+    return value if len(value) <= room else f"{value[: room // 2]}…{value[end:]}"
 
 
 def _is_number(cell: str) -> bool:
@@ -159,12 +151,12 @@ def _group(key: str) -> str:
 
 
 def _choice(key: str) -> str:
-    """The setting that says which file of its group a parameter's default is from."""
+    """Return the setting that selects the file of its group, which holds a parameter's default."""
     return "objective.prediction" if _group(key) == "objective" else _group(key)
 
 
 def _is_default(key: str, rows: Sequence[RunRow]) -> bool:
-    """Whether every choice has one value in all runs, and that of one of its files."""
+    """Return whether every choice has one value in all runs, the default in one of its files."""
     group, _, parameter = key.partition(".")
     values: dict[str, set[str]] = {}
     for row in rows:

@@ -1,6 +1,7 @@
 """The folder of a run: nobody else's, never overwritten by accident, and swept of what a killed process left."""
 
 import json
+import math
 import re
 import shutil
 from contextlib import suppress
@@ -131,12 +132,16 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def read_result(folder: Path) -> dict[str, float] | None:
-    """result.json of a finished run; None if it is absent or makes no sense."""
+    """Read result.json of a finished run: step, seconds, validation figures. None if it is absent or malformed."""
     try:
         result = json.loads(read_regular(folder / "result.json", 1 << 16))
-        return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        result = {key: float(value) for key, value in result.items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
+        map(math.isfinite, result.values())
+    )
+    return result if whole else None
 
 
 def is_running(folder: Path) -> bool:

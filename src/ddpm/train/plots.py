@@ -1,7 +1,6 @@
 """Three pictures of a run: loss.png, forward.png and schedule.png."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.io.files import write_atomically
 from ddpm.io.images import grid, normalise, save_png, to_uint8
 from ddpm.runtime.randomness import normal
+from ddpm.train import metrics_file
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Training and validation curves from a run's metrics.jsonl. Raises OSError, as all three do."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = list(metrics_file.read(metrics))
     figure, axes = _axes()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss", lw=1)
     for key, label in (("val_loss", "validation loss (EMA)"), ("val_eps_mse", "val_eps_mse (EMA)")):
