@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS
+from ddpm.data import info
 from ddpm.data.info import FACT_LIMITS
-from ddpm.errors import CheckpointError, is_plain
+from ddpm.errors import CheckpointError, DataError, is_plain
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 had no hash of the text
@@ -127,16 +128,12 @@ def _meta(metadata: dict[str, Any]) -> Meta:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    if facts.keys() != {"name", "class_names", *FACT_LIMITS}:
+    if facts.keys() != {"name", "class_names", *FACT_LIMITS} or type(facts["class_names"]) is not list:
         raise CheckpointError("is no checkpoint of ddpm: the facts of its data are not complete")
-    for key, (low, high) in FACT_LIMITS.items():
-        if type(facts[key]) is not int or not low <= facts[key] <= high:
-            raise CheckpointError(f"cannot be used: {key} of its data must be a number from {low} to {high}")
-    names = facts["class_names"]
-    if not isinstance(names, list) or len(names) not in (0, facts["num_classes"]):
-        raise CheckpointError("cannot be used: it does not name as many classes as it has")
-    if not all(_is_text(name) for name in [facts["name"], *names]):
-        raise CheckpointError("cannot be used: the name of its data or of a class is no plain text")
+    try:
+        info.check_facts(info.facts(facts))
+    except DataError as error:
+        raise CheckpointError(f"cannot be used: {error}") from None
 
 
 def _is_text(value: object) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.data.info import DatasetInfo, _check_facts
+from ddpm.data.info import DatasetInfo, check_facts
 from ddpm.errors import DataError
 from ddpm.runtime.randomness import permutation
 
@@ -54,7 +54,7 @@ def check_dataset(data: Dataset) -> Dataset:
         raise DataError(f"the dataset function returned a {type(data).__name__}, not a Dataset")
     if not isinstance(data.notice, str):
         raise DataError(f"the dataset's notice is a {type(data.notice).__name__}, not a text")
-    _check_facts(data.facts)
+    check_facts(data.facts)
     for name in ("train", "val", "test"):
         _check_split(getattr(data, name), data.facts, f"dataset {data.facts.name}, split {name}")
     return data
