@@ -1,4 +1,4 @@
-"""What every dataset returns: facts about its images and three splits that are kept apart."""
+"""What every dataset returns: facts about its images, and its training, validation and test split."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,8 @@ from ddpm.data.info import DatasetInfo, check_facts
 from ddpm.errors import DataError
 from ddpm.runtime.randomness import permutation
 
-SPLIT_SEED = (
-    20_200_619  # fixed, not the user's seed: runs that are compared must share their validation images
-)
+# Not the user's seed: runs that are compared must share their validation images.
+SPLIT_SEED = 20_200_619
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +26,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`notice` is a text for the user, such as a licence; the command line prints it once."""
+    """Facts and splits of a dataset; `notice` is a text for the user, such as a licence, printed once."""
 
     facts: DatasetInfo
     train: Split
@@ -37,7 +36,7 @@ class Dataset:
 
 
 def hold_out(split: Split, n: int) -> tuple[Split, Split]:
-    """The split without n images drawn at random, and those n; both in the order they had.
+    """Split off n images drawn at random. Returns the rest and those n, each in the original order.
 
     The draw depends on the number of images alone. Raises ValueError unless 0 < n < len(split).
     """
@@ -49,7 +48,7 @@ def hold_out(split: Split, n: int) -> tuple[Split, Split]:
 
 
 def check_dataset(data: Dataset) -> Dataset:
-    """The same object, if all that the rest of the program relies on is so. Raises DataError with what is not."""
+    """Return the dataset unchanged if its types, shapes and labels are valid. Raises DataError otherwise."""
     if not isinstance(data, Dataset):
         raise DataError(f"the dataset function returned a {type(data).__name__}, not a Dataset")
     if not isinstance(data.notice, str):
@@ -93,7 +92,7 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
 
 
 def check_image_size(image_size: int, allowed: tuple[int, ...]) -> None:
-    """Raises DataError if a dataset cannot be had in this size."""
+    """Raise DataError unless a dataset is available in this size."""
     if image_size not in allowed:
         sizes = ", ".join(map(str, allowed))
         raise DataError(

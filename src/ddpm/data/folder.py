@@ -1,4 +1,4 @@
-"""Any folder of images: sub-folders, if there are any, are classes."""
+"""Load any folder of images; sub-folders, if there are any, are classes."""
 
 import hashlib
 import os
@@ -19,18 +19,18 @@ __all__ = ["SUFFIXES", "folder", "is_image", "read_image"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 MAX_IMAGE_SIZE = 1_024
-MAX_MEMORY = 1 << 33  # bytes of all images in the size asked for
-MAX_ENTRIES = 10_000_000  # files and folders looked at
+MAX_MEMORY = 1 << 33  # bytes of all images after scaling
+MAX_ENTRIES = 10_000_000  # files and folders
 
 
 def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
-    """Images uint8 (N, C, S, S) of the folder `path`: a tenth each for validation and test, at least one.
+    """Load the images of the folder `path` as uint8 (N, C, S, S): a tenth each for validation and test, at least one.
 
-    Images lie either all in `path` (no labels) or all in its sub-folders (one class each, in the order of
-    their names). Each is scaled and cut around its middle to S×S; transparency becomes white; of an animation
-    the first frame is taken. C is 1 if every image is grey, else 3. Hidden files and other kinds of files are
-    passed over. What took long to decode is decoded again only when a file has come, gone or changed. `data_root` is
-    not used. Raises DataError for too few or misplaced images and for a file that cannot be read.
+    Images lie either all in `path` (no labels) or all in its sub-folders (one class each, sorted by name). Each is
+    scaled and cropped around its centre to S×S; transparency becomes white; an animation gives its first frame. C is 1
+    if every image is grey, else 3. Hidden files and other kinds of files are ignored. If decoding takes long, the
+    images are cached until a file is added, removed or changed. `data_root` is not used. Raises DataError for too few
+    or misplaced images and for a file that cannot be read.
     """
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise DataError(f"dataset.image_size={image_size}; allowed: 1 to {MAX_IMAGE_SIZE}")
@@ -48,7 +48,7 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
 
 
 def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
-    """(N, C, S, S), where C is 1 if all are grey."""
+    """Return uint8 (N, C, S, S), where C is 1 if all images are grey."""
     needed = len(files) * 3 * size**2
     if needed > MAX_MEMORY:
         raise DataError(
@@ -62,7 +62,7 @@ def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
 
 
 def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """All image files, sorted, and the names of the classes; none if the images lie in root itself."""
+    """Return all image files, sorted, and the classes' names; no names if the images lie in root itself."""
     if not os.path.isdir(root):
         raise DataError(f"dataset.path={root}: there is no such folder")
     files = sorted(_walk(root))
@@ -84,7 +84,7 @@ def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _walk(root: Path) -> list[Path]:
-    """The image files of the folder and its sub-folders, links to folders left out, however deep they lie."""
+    """Return the image files of the folder and of all folders below it; do not follow links to folders."""
     found, folders, seen = [], [root], 0
     while folders:
         here = folders.pop()
