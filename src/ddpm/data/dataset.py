@@ -73,12 +73,11 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
             f"{where}: its images have the shape {tuple(images.shape)}; by its facts it must be "
             f"(N, {', '.join(map(str, wanted))}) with N ≥ 1"
         )
-    if labels is None and facts.num_classes == 0:
+    if (labels is None) != (facts.num_classes == 0):
+        has = "no labels" if labels is None else "labels"
+        raise DataError(f"{where}: has {has}, but facts.num_classes={facts.num_classes}")
+    if labels is None:
         return
-    if labels is None or facts.num_classes == 0:
-        raise DataError(
-            f"{where}: has {'no labels' if labels is None else 'labels'}, but facts.num_classes={facts.num_classes}"
-        )
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"{where}: its labels are {kind}; they must be an int64 tensor on the CPU")

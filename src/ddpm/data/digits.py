@@ -32,11 +32,6 @@ def digits(data_root: Path) -> Dataset:
 def _table() -> NDArray[np.float64]:
     """Return (1797, 65): 64 pixels and the label. Read scikit-learn's file, as importing it takes two seconds."""
     package = find_spec("sklearn")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if file.exists():
-            return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits  # if scikit-learn has moved the file
-
-    images, labels = load_digits(return_X_y=True)
-    return np.column_stack([images, labels])
+    assert package is not None and package.submodule_search_locations  # a dependency of ddpm
+    folder = Path(package.submodule_search_locations[0])
+    return np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", delimiter=",")

@@ -59,7 +59,9 @@ def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -
         splits[name], cached[name] = _load_part(source, PARTS[name].count, image_size)
     train, val = hold_out(splits["train"], HELD_OUT)
     if remaining:
-        train = _join(train, splits["remaining"])
+        rest = splits["remaining"]
+        assert train.labels is not None and rest.labels is not None
+        train = Split(torch.cat([train.images, rest.images]), torch.cat([train.labels, rest.labels]))
     facts = DatasetInfo("persian", 1, image_size, NUM_CLASSES, class_names=tuple("0123456789"), levels=256)
     return Dataset(facts, train, val, splits["test"], "" if all(cached.values()) else NOTICE)
 
@@ -152,8 +154,3 @@ def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
 
 def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
     return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
-
-
-def _join(first: Split, second: Split) -> Split:
-    assert first.labels is not None and second.labels is not None
-    return Split(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))

@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ddpm.errors import DataError
-from ddpm.io.files import open_bounded, reason
+from ddpm.io.files import open_regular, reason
 
 MAX_BYTES = 1 << 31  # of a file, and of an array in it
 MAX_HEADER = 4_096  # bytes of an array's header
@@ -57,14 +57,13 @@ class _BoundedReads:
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an archive. Raises DataError that names the file, also for errors within the block."""
-    with open_bounded(path, MAX_BYTES) as file:
-        try:
-            with zipfile.ZipFile(_BoundedReads(file)) as archive:
-                yield archive
-        except _ERRORS as error:
-            raise DataError(f"{path}: is no whole .npz file of plain numbers ({reason(error)})") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+    try:
+        with open_regular(path, MAX_BYTES) as file, zipfile.ZipFile(_BoundedReads(file)) as archive:
+            yield archive
+    except _ERRORS as error:
+        raise DataError(f"{path}: is no whole .npz file of plain numbers ({reason(error)})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def read(archive: zipfile.ZipFile, name: str, check: Callable[[Header], object]) -> NDArray[Any]:
