@@ -36,7 +36,7 @@ def step_of(file: Path) -> int:
 
 
 def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
-    """Return the files that `spec` may mean, best first: one file, or `of_run` of a run folder or the "latest" run.
+    """Return the files that `spec` may mean, best first: a file, or `of_run` of a folder or "latest".
 
     Raises CheckpointError if there is none.
     """

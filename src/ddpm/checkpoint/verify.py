@@ -18,9 +18,9 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
-    """Read a checkpoint's metadata and config, build its network on the meta device, and compare all tensor shapes.
+    """Read a checkpoint's metadata and config, and compare its header with the network that they need.
 
-    No memory is allocated for tensors. Raises CheckpointError.
+    The network is on the meta device: no memory is allocated for tensors. Raises CheckpointError.
     """
     meta, table = checkpoint.read_meta(path)
     config = checkpoint.config(path, meta)
@@ -64,7 +64,7 @@ def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, nu
 
 
 def load_weights(path: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights that passed `check_tensors` into the network. Raises CheckpointError if one is not finite."""
+    """Load weights that passed `check_tensors`. Raises CheckpointError if one is not finite."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers that are not finite")

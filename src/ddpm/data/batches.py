@@ -29,7 +29,7 @@ class Batches:
         return normalise(self.images[chosen]), None if self.labels is None else self.labels[chosen]
 
     def positions(self, start: int, stop: int) -> Tensor:
-        """Return the split's indices at positions start … stop - 1 of the endless sequence, (stop - start,) int64."""
+        """Return the images' indices at positions start … stop - 1 of the sequence, (stop - start,) int64."""
         n, parts = len(self.images), []
         while start < stop:
             epoch, offset = divmod(start, n)

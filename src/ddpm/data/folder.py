@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ddpm.data.dataset import Dataset, Split, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain, printable
-from ddpm.io.cache import kept, stamp
+from ddpm.io.cache import cached_images, fingerprint
 from ddpm.io.files import reason, user_path
 from ddpm.io.pictures import read_image
 
@@ -24,20 +24,22 @@ MAX_ENTRIES = 10_000_000  # files and folders
 
 
 def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
-    """Load the images of the folder `path` as uint8 (N, C, S, S): a tenth each for validation and test, at least one.
+    """Load the images of the folder `path` as uint8 (N, C, S, S).
 
-    Images lie either all in `path` (no labels) or all in its sub-folders (one class each, sorted by name). Each is
-    scaled and cropped around its centre to S×S; transparency becomes white; an animation gives its first frame. C is 1
-    if every image is grey, else 3. Hidden files and other kinds of files are ignored. If decoding takes long, the
-    images are cached until a file is added, removed or changed. `data_root` is not used. Raises DataError for too few
-    or misplaced images and for a file that cannot be read.
+    A tenth each are for validation and test, at least one. Images lie either all in `path` (no labels) or all in its
+    sub-folders (one class each, sorted by name). Each is scaled and cropped around its centre to S×S; transparency
+    becomes white; an animation gives its first frame. C is 1 if every image is grey, else 3. Hidden files and other
+    kinds of files are ignored. If decoding takes long, the images are cached until a file is added, removed or changed.
+    `data_root` is not used. Raises DataError for too few or misplaced images and for a file that cannot be read.
     """
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise DataError(f"dataset.image_size={image_size}; allowed: 1 to {MAX_IMAGE_SIZE}")
     root = user_path(path)
     files, class_names = _list_images(root)
     name = f"folder-{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}-{image_size}"
-    images = kept(name, stamp(files), len(files), image_size, lambda: _read_all(files, image_size))
+    images = cached_images(
+        name, fingerprint(files), len(files), image_size, lambda: _read_all(files, image_size)
+    )
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = torch.tensor([numbers[_class_of(file, root)] for file in files]) if class_names else None
     part = max(1, round(len(files) / 10))

@@ -56,7 +56,7 @@ def pack(images: Sequence[NDArray[np.uint8]], labels: Sequence[int]) -> Crops:
 
 def save_crops(path: Path, crops: Crops) -> None:
     """Write the three arrays to a safetensors file. Raises OSError."""
-    save_arrays(path, {"pixels": crops.pixels, "sizes": crops.sizes, "labels": crops.labels})
+    save_arrays(path, vars(crops))
 
 
 def load_crops(path: Path) -> Crops:

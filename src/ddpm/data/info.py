@@ -24,7 +24,7 @@ class DatasetInfo:
 
 
 def check_facts(facts: DatasetInfo) -> None:
-    """Raise DataError for a value that is not allowed. The message is one short line, whatever the value is."""
+    """Raise DataError, one short line whatever the value is, for a value that is not allowed."""
     if not isinstance(facts, DatasetInfo) or not _is_name(facts.name):
         raise DataError("the dataset's facts must be a DatasetInfo, with a name of plain text")
     for key, (low, high) in FACT_LIMITS.items():

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import kept
+from ddpm.io.cache import cached_images
 from ddpm.io.files import leftovers, read_bounded, read_regular, reason, write_atomically
 
 SIZES = (28, 32, 64)
@@ -77,11 +77,11 @@ _KMNIST = _Variant(
 
 
 def mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
-    """Load handwritten digits (LeCun et al. 1998, *Gradient-based learning applied to document recognition*).
+    """Load handwritten digits.
 
-    Images uint8 (N, 1, S, S), ink 255 on 0: 55,000 to train on, 5,000 for validation, 10,000 for test. S = 28
-    is as published, 32 adds a border of 2, 64 is scaled up. Raises DataError for another size, a file that is
-    not the published one, or a failed download.
+    LeCun et al. 1998, *Gradient-based learning applied to document recognition*. Images uint8 (N, 1, S, S), ink 255 on
+    0: 55,000 to train on, 5,000 for validation, 10,000 for test. S = 28 is as published, 32 adds a border of 2, 64 is
+    scaled up. Raises DataError for another size, a file that is not the published one, or a failed download.
     """
     return _load("mnist", _MNIST, data_root, image_size)
 
@@ -119,7 +119,7 @@ def _resize(name: str, images: Tensor, size: int) -> Tensor:
         return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)]).numpy()
 
     key = f"{torch.__version__}-{hashlib.sha256(images.numpy().data).hexdigest()}"
-    return torch.from_numpy(kept(f"{name}-{size}", key, len(images), size, scaled))
+    return torch.from_numpy(cached_images(f"{name}-{size}", key, len(images), size, scaled))
 
 
 def _scale(images: Tensor, size: int) -> Tensor:
@@ -160,9 +160,10 @@ def _says(note: Path, sha256: str) -> bool:
 
 
 def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read the unsigned bytes of an IDX file (LeCun's format: magic, then sizes, big-endian) as a writable array.
+    """Read the unsigned bytes of an IDX file as a writable array of this shape.
 
-    Raises DataError, beginning with `name`, unless the file holds exactly this shape and ends there.
+    LeCun's format: magic number, sizes (big-endian), bytes. Raises DataError, beginning with `name`, for any other
+    shape or length.
     """
     header, magic = 4 + 4 * len(shape), bytes([0, 0, 8, len(shape)])
     if len(data) < header:

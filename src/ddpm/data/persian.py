@@ -16,7 +16,7 @@ from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import cache_folder, load_arrays, save_arrays, stamp
+from ddpm.io.cache import cache_folder, fingerprint, load_arrays, save_arrays
 from ddpm.io.files import reason
 
 SIZES = (28, 32, 64)
@@ -72,9 +72,9 @@ def converted_name(part: str) -> str:
 
 
 def draw(crops: Crops, image_size: int) -> NDArray[np.uint8]:
-    """Scale each digit's longer side to 20/28 of S and centre its mass, as in MNIST. Returns uint8 (N, S, S).
+    """Scale each digit's longer side to 20/28 of S and centre its mass. Returns uint8 (N, S, S).
 
-    Method: LeCun et al. 1998, section III-A. No digit is cut off, even where its mass lies far to one side.
+    As MNIST was made: LeCun et al. 1998, section III-A. No digit is cut off, even where its mass lies far to one side.
     """
     images = np.zeros((len(crops), image_size, image_size), np.uint8)
     box = round(20 / 28 * image_size)
@@ -123,7 +123,7 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
 
 def _load_part(source: Path, count: int, image_size: int) -> tuple[Split, bool]:
     """Return a part and whether it came from the cache; draw and cache it if not."""
-    path = cache_folder() / f"persian-{image_size}-v{DRAWING}-{stamp([source])}.safetensors"
+    path = cache_folder() / f"persian-{image_size}-v{DRAWING}-{fingerprint([source])}.safetensors"
     if (cached := _load_cached(path, count, image_size)) is not None:
         return cached, True
     crops = load_crops(source) if source.suffix == ".safetensors" else read_cdb(source)

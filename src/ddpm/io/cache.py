@@ -37,14 +37,14 @@ def cache_folder() -> Path:
 
 
 def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
-    """Write a safetensors file atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
+    """Write a safetensors file atomically, with notes and the SHA-256 of its content. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
     write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 
 
 def load_arrays(path: Path, limit: int) -> Arrays:
-    """Read what `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
+    """Read what `save_arrays` wrote. Raises DataError for any other file, and above `limit` bytes."""
     try:
         with open_regular(path, limit) as file:
             header = int.from_bytes(file.read(8), "little")
@@ -72,13 +72,13 @@ def content_hash(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def kept(
+def cached_images(
     name: str, key: str, count: int, size: int, make: Callable[[], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    """Return images uint8 (count, C, size, size) from the cache, else make them and cache them if that took long.
+    """Return images uint8 (count, C, size, size) from the cache, else make them.
 
-    `key` identifies the images' sources. Only the images of a name's last key are cached. Where no cache can be
-    written, the images are made at each start.
+    They are cached if making them took longer than WORTH. `key` identifies the images' sources. Only the images of a
+    name's last key are cached. Where no cache can be written, the images are made at each start.
     """
     try:
         path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
@@ -99,8 +99,8 @@ def kept(
     return images
 
 
-def stamp(files: Iterable[Path]) -> str:
-    """Hash paths, sizes and modification times of files, without reading them. Raises DataError where one is gone."""
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash paths, sizes and modification times of files. Raises DataError if one is gone."""
     digest = hashlib.sha256()
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Read whole numbers from an .npz file of unknown origin, in memory bounded by what the file can hold."""
+"""Read arrays of whole numbers from an .npz file of unknown origin, with limits on sizes and memory."""
 
 import io
 import math
@@ -67,7 +67,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read(archive: zipfile.ZipFile, name: str, check: Callable[[Header], object]) -> NDArray[Any]:
-    """Read the array `name` after `check` has accepted its header. Raises ValueError, to be caught by `opened`."""
+    """Read the array `name` once `check` accepts its header. Raises ValueError, for `opened` to catch."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"its array '{name}' is packed in another way than numpy's")

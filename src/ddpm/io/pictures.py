@@ -43,7 +43,7 @@ def decode(
     max_bytes: int,
     max_pixels: int,
 ) -> NDArray[np.uint8]:
-    """Decode a picture of 8 bits a channel and return `convert` of it. Raises DataError that names the file."""
+    """Decode a picture of 8 bits a channel; return `convert` of it. Raises DataError with the file's name."""
     data = read_bounded(file, max_bytes)
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise DataError(f"{file}: a JPEG with more than {MAX_JPEG_SCANS} scans")

@@ -9,7 +9,7 @@ from ddpm.networks.unet import add_class, class_table, sinusoids
 
 
 class MLP(nn.Module):
-    """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
+    """x (N, in_channels, S, S), t (N,), y (N,) or None → (N, out_channels, S, S); S = image_size.
 
     Pixels → hidden (× num_layers) → pixels, 784-512-784 for MNIST; the embedding of time (and label) is added
     to every hidden layer. Times and labels as in `UNet`.

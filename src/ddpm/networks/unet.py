@@ -18,7 +18,7 @@ WIDE_HEAD, FEW_TOKENS = 32, 256  # limits for plain matrix products to beat fuse
 
 
 class UNet(nn.Module):
-    """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
+    """x (N, in_channels, S, S), t (N,), y (N,) or None → (N, out_channels, S, S); S = image_size.
 
     Times are indices 0 … T-1 and may be fractional. `num_classes` = 0 makes it unconditional; else labels
     run from 0 to num_classes, the last one (and None) meaning "no label" (Ho & Salimans 2022).
@@ -155,7 +155,7 @@ class Attention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v (Vaswani et al. 2017, eq. 1) for (N, heads, tokens, d).
+    """Return softmax(q k' / sqrt(d)) v for (N, heads, tokens, d) (Vaswani et al. 2017, eq. 1).
 
     On a CPU, the backward pass of PyTorch's fused attention is up to 12 times slower in bf16 than in float32. Plain
     matrix products are fastest with wide heads, which suit the CPU's bf16 units, and few tokens, as weights are stored.
@@ -211,9 +211,10 @@ def add_class(emb: Tensor, table: nn.Embedding | None, y: Tensor | None) -> Tens
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """Return cosines, then sines, of t (N,) at dim / 2 frequencies from 1 to almost 1/10000: (N, dim) float32.
+    """Return cosines, then sines, of t (N,) at dim / 2 frequencies: (N, dim) float32.
 
-    Vaswani et al. 2017, section 3.5. Float32 under autocast, too: bf16 tells apart only half of 1,000 times.
+    Frequencies fall from 1 to almost 1/10000 (Vaswani et al. 2017, section 3.5). Float32 under autocast, too: bf16
+    tells apart only half of 1,000 times.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))

@@ -57,7 +57,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
-    """Rebuild the model from a checkpoint alone. Returns it and the metadata. Raises CheckpointError, UserError."""
+    """Rebuild the model from a checkpoint alone. Returns it and the metadata. Raises UserError."""
     meta, config, network = verify.outline(path)
     which = "ema" if ema else "model"
     _, tensors = checkpoint.load(path, which)
@@ -71,7 +71,7 @@ def load(path: Path, device: torch.device, ema: bool = True, precision: str = "f
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
-    """Return the class of each image: wanted[i mod K] for image i, with all classes where `wanted` is None.
+    """Return the class of each image: wanted[i mod K] for image i; `wanted` defaults to all classes.
 
     None for an unconditional model. Raises UserError for labels and scales that do not fit the model.
     """

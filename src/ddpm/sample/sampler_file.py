@@ -20,7 +20,7 @@ MAX_MESSAGE = 300  # characters
 
 
 def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path | None]:
-    """Return the default sampler and the file it is from: that of `folder`, else the training's sampler and None.
+    """Return the default sampler and its file: `folder`'s sampler.yaml, else the training's and None.
 
     Raises UserError with one line that names a file that cannot be used.
     """

@@ -52,7 +52,7 @@ def run(
 
 
 def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
-    """Yield the same steps; after the last, raise UserError if images were not finite: which, and from which step.
+    """Yield the same steps; then raise UserError with the images that were not finite, and since when.
 
     `names` (N,) are the images' numbers. The check stays on the device and is read once, so that no step waits for it.
     """
@@ -117,10 +117,10 @@ def draw_all(
     watch: Callable[[Tensor, Step], object],
     halved: Callable[[int, int], object],
 ) -> tuple[Tensor, int]:
-    """Draw the results at some `places` (k,), in batches, and count the network's evaluations for each of them.
+    """Draw the results at some `places` (k,), in batches, and count the evaluations for each of them.
 
-    Returns images (k, C, H, W) on the CPU. y (n,) are the classes of all places 0 … n-1; `watch` gets each step and
-    its places; for `halved` see `memory.in_batches`. Raises UserError.
+    Returns images (k, C, H, W) on the CPU and the count. y (n,) are the classes of all places 0 … n-1; `watch` gets
+    each step and its places; for `halved` see `memory.in_batches`. Raises UserError.
     """
 
     def run_batch(now: Tensor) -> tuple[Tensor, int]:

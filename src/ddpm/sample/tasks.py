@@ -30,7 +30,7 @@ ENCODED_ALPHA = 0.05  # images are encoded up to this alpha, where 1/400 of the 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """n results and how to draw them: `steps` draws those at some places (k,) of 0 … n-1, in `num_steps` steps."""
+    """n results: `steps` draws those at some places (k,) of 0 … n-1, in `num_steps` steps."""
 
     n: int
     y: Tensor | None  # classes (n,)
@@ -79,7 +79,7 @@ _HOW = {
 
 
 def _for_inputs(brought: Brought, sampler: Component, num_steps: int, steps: Steps, **more: Any) -> Plan:
-    """Plan results that start from the user's images, which stand in the grid's left column."""
+    """Plan results that start from the user's images, shown in the grid's left column."""
     shared = {"left": [brought.column], "notes": brought.notes, "about": brought.about}
     y, rows = _each(brought.y, brought.row), len(brought.numbers)
     return Plan(len(brought.index), y, sampler, num_steps, steps, rows, **{**shared, **more})

@@ -59,7 +59,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _gnu_threads() -> bool:
-    """Whether PyTorch has loaded GNU OpenMP, whose threads code compiled with gcc then shares."""
+    """Return whether PyTorch has loaded GNU OpenMP, whose threads code compiled with gcc then shares."""
     with open("/proc/self/maps", errors="replace") as maps:
         names = {line.rsplit("/", 1)[-1] for line in maps if "omp" in line}
     return any(name.startswith("libgomp.so.1") for name in names) and not any(
