@@ -140,7 +140,7 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
             raise DataError(
                 f"{path}: its SHA-256 is not that of the published file; delete it and start again"
             )
-    elif os.path.exists(packed) and not _says(note, sha256):
+    elif os.path.exists(packed) and not _has_passed(note, sha256):
         source = read_bounded(packed, MAX_BYTES)
         if _md5(source) != variant.md5[index] or _unpack(source, packed, shape) != data:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
@@ -153,7 +153,7 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     return array
 
 
-def _says(note: Path, sha256: str) -> bool:
+def _has_passed(note: Path, sha256: str) -> bool:
     with suppress(OSError):
         return read_regular(note, 64) == sha256.encode()
     return False

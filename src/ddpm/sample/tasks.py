@@ -81,7 +81,7 @@ _HOW = {
 def _for_inputs(brought: Brought, sampler: Component, num_steps: int, steps: Steps, **more: Any) -> Plan:
     """Plan results that start from the user's images, shown in the grid's left column."""
     shared = {"left": [brought.column], "notes": brought.notes, "about": brought.about}
-    y, rows = _each(brought.y, brought.row), len(brought.numbers)
+    y, rows = _classes_of(brought.y, brought.row), len(brought.numbers)
     return Plan(len(brought.index), y, sampler, num_steps, steps, rows, **{**shared, **more})
 
 
@@ -151,18 +151,20 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
     if len(seeds) != 2:
         raise UserError(f"seeds={seeds}: must be the two ends, such as [0,1]")
     index = torch.tensor(config.index or [0])
-    row, part = _stretch(len(index), each)
+    row, fraction = _rows_and_fractions(len(index), each)
     y = labels(model, wanted(config), index, guidance(config))
     path = levels(model, config.sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         own = index[row[places]].to(model.device)
         a, b = (normal(seed, "x_T", 0, own, model.shape) * path[0].sigma for seed in seeds)
-        x_T = editing.slerp(a, b, part[places].to(model.device))
+        x_T = editing.slerp(a, b, fraction[places].to(model.device))
         return run(model, config.sampler, denoise, path, x_T, own, config.seed)
 
     about = {"seeds": seeds}
-    return Plan(len(row), _each(y, row), config.sampler, len(path) - 1, steps, rows=len(index), about=about)
+    return Plan(
+        len(row), _classes_of(y, row), config.sampler, len(path) - 1, steps, rows=len(index), about=about
+    )
 
 
 def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
@@ -181,17 +183,17 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
             encoder = denoiser(model, sampler, part_y, guidance(config))
             codes.append(editing.encode(encoder, path, brought.x_0[places].to(model.device)))
     x_T = torch.cat(codes)
-    row, part = _stretch(len(x_T) // 2, each)
+    row, fraction = _rows_and_fractions(len(x_T) // 2, each)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:
         a, b = 2 * row[places], 2 * row[places] + 1
-        x = editing.slerp(x_T[a], x_T[b], part[places].to(model.device))
+        x = editing.slerp(x_T[a], x_T[b], fraction[places].to(model.device))
         return run(model, sampler, denoise, path, x, row[places].to(model.device), config.seed)
 
     cost = f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping"
     return Plan(
         len(row),
-        _each(brought.y, 2 * row + (part > 0.5)),
+        _classes_of(brought.y, 2 * row + (fraction > 0.5)),
         sampler,
         len(path) - 1,
         steps,
@@ -256,10 +258,10 @@ def _reversible_levels(model: Model, sampler: Component) -> list[Level]:
     )
 
 
-def _stretch(rows: int, each: int) -> tuple[Tensor, Tensor]:
+def _rows_and_fractions(rows: int, each: int) -> tuple[Tensor, Tensor]:
     """Return each result's row, and its place in the row from 0 to 1."""
     return torch.arange(rows).repeat_interleave(each), torch.linspace(0, 1, each).repeat(rows)
 
 
-def _each(y: Tensor | None, row: Tensor) -> Tensor | None:
+def _classes_of(y: Tensor | None, row: Tensor) -> Tensor | None:
     return None if y is None else y[row]
