@@ -140,10 +140,7 @@ def _backward(
 def forward(
     x: Tensor, extra: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, shaped like x (N, C, H, W), and float32 mean and 1 / std, (N, groups) each.
-
-    x is in channels_last; extra is (N, C) float32 or None; weight and bias are (C,) float32.
-    """
+    """Return y like x (N, C, H, W) in channels_last, mean and 1 / std (N, groups); extra is (N, C) or None."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
