@@ -1,4 +1,4 @@
-"""ddpm as a library: what `import ddpm` offers, imported when it is first asked for, as torch takes its time.
+"""The library behind `import ddpm`, which imports it and torch at the first use.
 
 import ddpm
 
@@ -29,7 +29,7 @@ __all__ = ["Model", "load", "save_grid", "to_uint8"]
 
 
 class Model(models.Model):
-    """A trained network and all that is needed to draw from it."""
+    """A trained model. Draw images with `sample`."""
 
     def sample(
         self,
@@ -43,13 +43,13 @@ class Model(models.Model):
         batch_size: int = 256,
         **settings: Any,
     ) -> Tensor:
-        """New images, float32 (n, C, H, W) in [-1, 1] on the CPU: those that ddpm-sample draws for the same values.
+        """Draw images, float32 (n, C, H, W) in [-1, 1] on the CPU; ddpm-sample draws the same for the same values.
 
-        Image i of a seed is the same whatever n, batch_size or the others are; `index` names the images, instead
-        of 0 … n-1. Image i has the class label[i mod K], of all classes where none is given. `sampler` is that of
-        sampler.yaml beside the checkpoint, else of the training or, by name, another one with its own defaults;
-        `settings` are its keys, such as num_steps, spacing, clip, eta. Raises UserError, with the key, for what is
-        out of range or does not fit the model.
+        Image i of a seed does not depend on n, batch_size or the other images; `index` gives the images' numbers
+        instead of 0 … n-1. Image i has the class label[i mod K]; `label` defaults to all classes. `sampler` names a
+        sampler with its own defaults; without it, sampler.yaml beside the checkpoint counts, else the training's
+        sampler. `settings` are the sampler's keys, such as num_steps, spacing, clip, eta. Raises UserError that names
+        the key for a value that is out of range or does not fit the model.
         """
         typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
         typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
@@ -61,7 +61,7 @@ class Model(models.Model):
         y = labels(self, todo.label, numbers, guidance)
 
         def halved(left: int, size: int) -> None:
-            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=5)
 
         steps = generation(self, chosen, numbers, todo.seed)
         places, size = torch.arange(len(numbers)), todo.batch_size
@@ -70,11 +70,11 @@ class Model(models.Model):
 
 
 def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True) -> Model:
-    """The model in a checkpoint file, in a run's folder, or in the "latest" run under outputs/, ready to draw from.
+    """Load the model of a checkpoint file, of a run's folder, or of the "latest" run under outputs/.
 
-    `device` is auto, cpu, cuda or cuda:1; `ema=False` takes the last weights in place of the averaged ones. Of a run
-    the newest whole checkpoint counts; a UserWarning tells of newer ones that are broken. Nothing in a file is run.
-    Raises UserError: CheckpointError where there is nothing to load.
+    `device` is auto, cpu, cuda or cuda:1; `ema=False` loads the last weights instead of their moving average. Of a run,
+    the newest intact checkpoint is loaded; a UserWarning names newer ones that are broken. No code in a file is run.
+    Raises UserError; CheckpointError if there is no checkpoint.
     """
     path, notes = locate.newest_good(locate.find(str(ckpt)), check=verify.examine)
     for note in notes:
@@ -84,7 +84,7 @@ def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True
 
 
 def _plain(value: Any) -> Any:
-    """Sequences and numbers of other libraries as config checks know them."""
+    """Convert arrays and numbers of other libraries to Python's, which config checks accept."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value

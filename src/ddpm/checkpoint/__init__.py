@@ -1,4 +1,4 @@
-"""The file that holds a run: its header, reading and writing, where it lies, whether it fits."""
+"""Checkpoints: the header, reading and writing a file, finding one, and whether it fits its network."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""One file that holds everything a run is: tensors by name and, as JSON, the config, the data's facts and figures.
+"""Write and read checkpoints: a run's tensors by name and, as JSON, its config, data facts and figures.
 
-The format is safetensors, so that no file can run code; header.py says what its header holds and checks it. A file
-is either whole or not there, and a SHA-256 over all tensors, verified on load, finds every flipped bit.
+The format is safetensors, so that no file can run code; header.py describes and checks its header. Files are written
+atomically. A SHA-256 over all tensors is verified on load.
 """
 
 import hashlib
@@ -27,14 +27,11 @@ from ddpm.io.files import open_regular, reason, write_atomically
 if TYPE_CHECKING:  # reading a header needs no torch
     from torch import Tensor
 
-CHUNK = 1 << 20  # bytes read at a time of tensors that are not wanted
+CHUNK = 1 << 20  # bytes read at a time of tensors that are only hashed
 
 
 def save(path: Path, tensors: Mapping[str, "Tensor"], meta: Meta) -> None:
-    """Write the file so that it is either whole or not there, and read it back. Raises CheckpointError.
-
-    `meta.sha256` is ignored: the hash is computed here.
-    """
+    """Write the file atomically and verify it. Raises CheckpointError. `meta.sha256` is computed here."""
     from safetensors.torch import save as serialize
 
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -47,14 +44,14 @@ def save(path: Path, tensors: Mapping[str, "Tensor"], meta: Meta) -> None:
 
 
 def read_meta(path: Path) -> tuple[Meta, dict[str, Entry]]:
-    """The metadata and what the header says of each tensor, by name. No tensor is read. Raises CheckpointError."""
+    """Read the metadata and each tensor's entry in the header, but no tensor. Raises CheckpointError."""
     with _opened(path) as file:
         meta, table, _ = _read_header(file)
     return meta, table
 
 
 def config(path: Path, meta: Meta) -> TrainConfig:
-    """The file's config, through the same checks as a typed one. Raises CheckpointError."""
+    """Return the file's config, checked like a typed one. Raises CheckpointError."""
     if "${" in str(meta.config):
         raise CheckpointError(
             f"{path} cannot be used: its config holds '${{', and only plain values are read"
@@ -66,30 +63,27 @@ def config(path: Path, meta: Meta) -> TrainConfig:
 
 
 def verify(path: Path) -> None:
-    """Read the whole file, in little memory. Raises CheckpointError unless all of it is as it was written."""
+    """Read the whole file in chunks. Raises CheckpointError unless its hashes match."""
     _read(path, lambda name: False)
 
 
 def load(path: Path, *prefixes: str) -> tuple[Meta, dict[str, "Tensor"]]:
-    """The metadata and the tensors called `<prefix>.…` (all of them if none is given), on the CPU.
+    """Read the metadata and the tensors named `<prefix>.…` (all if no prefix is given), on the CPU.
 
-    All of the file is verified, whatever is wanted of it. Raises CheckpointError.
+    The hash covers the whole file, whichever tensors are read. Raises CheckpointError.
     """
     starts = tuple(prefix + "." for prefix in prefixes) or ("",)
     return _read(path, lambda name: name.startswith(starts))
 
 
 def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
-    """The tensors called `prefix.…`, without the prefix."""
-    return {
-        name.removeprefix(prefix + "."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix + ".")
-    }
+    """Return the tensors named `prefix.…`, without the prefix."""
+    start = prefix + "."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 def digest(tensors: Mapping[str, "Tensor"]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all tensors."""
     import torch
 
     sha = hashlib.sha256()
@@ -102,7 +96,7 @@ def digest(tensors: Mapping[str, "Tensor"]) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file whose every error ends as a CheckpointError that names it."""
+    """Open a file; turn errors within the block into a CheckpointError that names it."""
     try:
         with open_regular(path) as file:
             yield file
@@ -113,7 +107,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
-    """Also where the tensors begin."""
+    """Return metadata, entries by name, and the offset of the tensors."""
     whole = os.fstat(file.fileno()).st_size
     size = int.from_bytes(file.read(8), "little")
     if not 2 <= size <= whole - 8:
@@ -124,7 +118,7 @@ def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
 
 
 def _read(path: Path, wanted: Callable[[str], bool]) -> tuple[Meta, dict[str, "Tensor"]]:
-    """What is hashed are the very bytes that become tensors."""
+    """Read the wanted tensors, and hash the bytes that they are made from with all others."""
     kept: dict[str, bytearray] = {}
     sha = hashlib.sha256()
     with _opened(path) as file:
@@ -148,6 +142,6 @@ def _tensor(data: bytearray, entry: Entry) -> "Tensor":
     import torch
 
     dtype = getattr(torch, DTYPES[entry.dtype][0].removeprefix("torch."))
-    if not data:  # which frombuffer refuses
+    if not data:  # frombuffer refuses an empty buffer
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)

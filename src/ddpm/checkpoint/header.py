@@ -1,8 +1,8 @@
-"""What a checkpoint says about itself, and the checks that stand before any of it is believed. Needs no torch.
+"""Parse and check a checkpoint's header, without torch.
 
-A checkpoint is a safetensors file: 8 bytes of length, a JSON header (name → dtype, shape and place of each tensor,
+A checkpoint is a safetensors file: 8 bytes of length, a JSON header (dtype, shape and offsets of each tensor by name,
 and `__metadata__`), then the tensors' bytes. In the metadata, `ddpm` is a JSON text and `sha256` the hash of that
-text; the text holds the hash of the tensors. So every byte that means something is covered.
+text; the text holds the hash of the tensors. So the two hashes cover the text and all tensors.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS
+from ddpm.data import info
 from ddpm.data.info import FACT_LIMITS
-from ddpm.errors import CheckpointError, is_plain
+from ddpm.errors import CheckpointError, DataError, is_plain
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 had no hash of the text
@@ -23,7 +24,7 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 64  # of figures, of versions
 MAX_TEXT = 512  # characters of each
-# As safetensors calls them: torch's name, bytes of an element
+# safetensors' name: torch's name, bytes of an element
 DTYPES = {
     "F64": ("torch.float64", 8),
     "F32": ("torch.float32", 4),
@@ -37,7 +38,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Meta:
-    """The metadata. `config` and `facts` are plain data that their own checks still have to pass."""
+    """The metadata. `config` is plain data, to be checked by `file.config`."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
@@ -49,7 +50,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as the header describes it; its bytes are start … stop - 1 behind the header."""
+    """A tensor's entry in the header; its bytes are start … stop - 1 after the header."""
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
@@ -58,18 +59,18 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What the hash says of it beside its name and bytes."""
+        """Dtype and shape as the hash includes them."""
         return f"{DTYPES[self.dtype][0]} {self.shape}"
 
 
 def to_metadata(meta: Meta) -> dict[str, str]:
-    """The two texts of a file's `__metadata__`. Raises ValueError for figures that are not finite."""
+    """Return the two texts of a file's `__metadata__`. Raises ValueError for figures that are not finite."""
     text = json.dumps({**vars(meta), "format_version": FORMAT_VERSION}, allow_nan=False)
     return {"ddpm": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def parse_header(header: bytes, data_size: int) -> tuple[Meta, dict[str, Entry]]:
-    """A file's header, all of it checked. Raises CheckpointError that says what is wrong, without the file's name."""
+    """Parse and check a file's header. Raises CheckpointError without the file's name, for `file` to add."""
     top = _parse(header)
     metadata = top.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("ddpm"), str):
@@ -78,7 +79,7 @@ def parse_header(header: bytes, data_size: int) -> tuple[Meta, dict[str, Entry]]
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:
-    """A JSON object, strictly: no name twice, no NaN or Infinity."""
+    """Parse a JSON object strictly: no duplicate names, no NaN or Infinity."""
     try:
         parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -127,16 +128,12 @@ def _meta(metadata: dict[str, Any]) -> Meta:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    if facts.keys() != {"name", "class_names", *FACT_LIMITS}:
+    if facts.keys() != {"name", "class_names", *FACT_LIMITS} or type(facts["class_names"]) is not list:
         raise CheckpointError("is no checkpoint of ddpm: the facts of its data are not complete")
-    for key, (low, high) in FACT_LIMITS.items():
-        if type(facts[key]) is not int or not low <= facts[key] <= high:
-            raise CheckpointError(f"cannot be used: {key} of its data must be a number from {low} to {high}")
-    names = facts["class_names"]
-    if not isinstance(names, list) or len(names) not in (0, facts["num_classes"]):
-        raise CheckpointError("cannot be used: it does not name as many classes as it has")
-    if not all(_is_text(name) for name in [facts["name"], *names]):
-        raise CheckpointError("cannot be used: the name of its data or of a class is no plain text")
+    try:
+        info.check_facts(info.facts(facts))
+    except DataError as error:
+        raise CheckpointError(f"cannot be used: {error}") from None
 
 
 def _is_text(value: object) -> bool:
@@ -144,7 +141,7 @@ def _is_text(value: object) -> bool:
 
 
 def _table(entries: dict[str, Any], data_size: int) -> dict[str, Entry]:
-    """Every tensor, one behind the other from the first byte of the data to the last."""
+    """Return every tensor's entry. The tensors must fill the data without gap or overlap."""
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"cannot be used: {len(entries)} tensors; allowed: {MAX_TENSORS}")
     table = {name: _entry(name, fields) for name, fields in entries.items()}
@@ -181,7 +178,7 @@ def _entry(name: str, fields: Any) -> Entry:
 
 
 def brought_up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A config from a checkpoint with the keys that came after it."""
+    """Add the keys that are newer than the checkpoint to its config."""
     config = dict(stored)
     for key, value in DEFAULTS_FOR_OLD_CHECKPOINTS.items():
         part, _, name = key.rpartition(".")

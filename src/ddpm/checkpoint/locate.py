@@ -1,4 +1,4 @@
-"""Find checkpoints: of a run, of a step, the latest, the newest that is whole."""
+"""Find checkpoints: those of a run, those that `ckpt=` names, the newest one that is intact."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,19 +8,17 @@ from ddpm.checkpoint.file import read_meta, verify
 from ddpm.errors import CheckpointError
 
 _STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
-
-
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
 def saved_steps(run: Path) -> list[Path]:
-    """The step files of a run, oldest first: by the step in the name, whatever the clock said."""
+    """Return the step files of a run by increasing step in their names, whatever their modification times."""
     files = [file for file in (run / "checkpoints").glob("step_*.safetensors") if _STEP.fullmatch(file.name)]
     return sorted(files, key=step_of)
 
 
 def of_run(run: Path) -> list[Path]:
-    """The checkpoints of a run, the one of the highest step first; `best`, if its header is broken, last."""
+    """Return the checkpoints of a run by decreasing step; `best` is last if its header is broken."""
     files, best = list(reversed(saved_steps(run))), run / "checkpoints" / "best.safetensors"
     if not best.exists():
         return files
@@ -33,14 +31,14 @@ def of_run(run: Path) -> list[Path]:
 
 
 def step_of(file: Path) -> int:
-    """The step in a step file's name."""
+    """Return the step in a step file's name."""
     return int(file.stem.removeprefix("step_"))
 
 
 def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
-    """The files that `spec` may mean, best first: a file; or those of a run folder, or of the "latest" run.
+    """Return the files that `spec` may mean, best first: a file, or `of_run` of a folder or "latest".
 
-    Of a run these are those of `of_run`. Raises CheckpointError if there is none.
+    Raises CheckpointError if there is none.
     """
     if spec == "latest":
         files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
@@ -48,7 +46,7 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
             raise CheckpointError(
                 f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
             )
-        return of_run(max(files, key=lambda file: (_age(file), file.name)).parent.parent)
+        return of_run(max(files, key=lambda file: (_modified(file), file.name)).parent.parent)
     path = Path(spec)
     if path.is_dir():
         inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
@@ -67,9 +65,9 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
 
 
 def newest_good(files: Sequence[Path], check: Callable[[Path], object] = verify) -> tuple[Path, list[str]]:
-    """The first of the files that passes the check, and a line for the user about each one before it.
+    """Return the first file that passes the check, and a warning for each file before it.
 
-    Raises CheckpointError if none does.
+    Raises CheckpointError if none passes.
     """
     notes: list[str] = []
     for number, file in enumerate(files):
@@ -86,8 +84,8 @@ def newest_good(files: Sequence[Path], check: Callable[[Path], object] = verify)
     raise CheckpointError(f"{first}; nor is any other of the {len(files)} checkpoints there whole")
 
 
-def _age(file: Path) -> int:
-    """When it was written; a file that has just gone is the oldest."""
+def _modified(file: Path) -> int:
+    """Return the modification time in ns, 0 for a file that is gone."""
     try:
         return file.stat().st_mtime_ns
     except OSError:

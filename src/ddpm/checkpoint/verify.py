@@ -14,11 +14,13 @@ from ddpm.data.info import facts
 from ddpm.diffusion.timesteps import HISTORY
 from ddpm.errors import CheckpointError, UserError
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+
 
 def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
-    """What a checkpoint says it is, compared with its header before memory is taken: its network is on the meta device.
+    """Read a checkpoint's metadata and config, and compare its header with the network that they need.
 
-    Raises CheckpointError.
+    The network is on the meta device: no memory is allocated for tensors. Raises CheckpointError.
     """
     meta, table = checkpoint.read_meta(path)
     config = checkpoint.config(path, meta)
@@ -33,15 +35,15 @@ def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
 
 
 def examine(path: Path) -> None:
-    """All of a checkpoint: first that it fits its own config, then that it is whole. Raises CheckpointError."""
+    """Check that a checkpoint fits its own config and that its hashes match. Raises CheckpointError."""
     outline(path)
     checkpoint.verify(path)
 
 
 def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, num_timesteps: int) -> None:
-    """Compare what a header promises with what its own config needs, before memory is taken for either.
+    """Compare a header's entries with the tensors that the checkpoint's config needs.
 
-    The network may be on the meta device. Raises CheckpointError, naming the first tensor that does not fit.
+    The network may be on the meta device. Raises CheckpointError that names the first tensor that does not fit.
     """
     weights = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in network.state_dict().items()}
     needed = {f"{part}.{name}": kind for part in ("model", "ema") for name, kind in weights.items()}
@@ -62,11 +64,8 @@ def check_tensors(path: Path, table: Mapping[str, Entry], network: nn.Module, nu
 
 
 def load_weights(path: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights that `check_tensors` has seen into the network. Raises CheckpointError if one is not finite."""
+    """Load weights that passed `check_tensors`. Raises CheckpointError if one is not finite."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path} cannot be used: '{name}' holds numbers that are not finite")
     network.load_state_dict(weights, assign=any(parameter.is_meta for parameter in network.parameters()))
-
-
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")

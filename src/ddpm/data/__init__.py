@@ -1,1 +1,1 @@
-"""Datasets: what one is, one file for each, and the batches made of them."""
+"""Datasets, one file each; what every dataset returns; batches."""

@@ -1,4 +1,4 @@
-"""Feeding: a split on the device, and the batch of any step as a pure function of (seed, step)."""
+"""Hold a split on the device, and compute the batch of any step from (seed, step) alone."""
 
 from functools import lru_cache
 
@@ -13,8 +13,8 @@ from ddpm.runtime.randomness import permutation
 class Batches:
     """Batches of a split that is held as uint8 on `device`.
 
-    Batch k holds positions k B … (k + 1) B - 1 of an endless sequence in which each epoch is a permutation of its
-    own: nothing has to be remembered to go on in the middle of an epoch, and nothing is dropped at its end.
+    Batch k holds positions k B … (k + 1) B - 1 of an endless sequence of epochs, each with its own permutation. So
+    training resumes within an epoch without stored state, and no image is dropped at the end of an epoch.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device) -> None:
@@ -24,12 +24,12 @@ class Batches:
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def batch(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """x_0 (B, C, H, W) float32 in [-1, 1] and labels (B,) int64 or None."""
+        """Return x_0 (B, C, H, W) float32 in [-1, 1] and labels (B,) int64 or None."""
         chosen = self.positions(k * self.batch_size, (k + 1) * self.batch_size)
         return normalise(self.images[chosen]), None if self.labels is None else self.labels[chosen]
 
     def positions(self, start: int, stop: int) -> Tensor:
-        """Indices into the split for positions start … stop - 1 of the endless sequence, (stop - start,) int64."""
+        """Return the images' indices at positions start … stop - 1 of the sequence, (stop - start,) int64."""
         n, parts = len(self.images), []
         while start < stop:
             epoch, offset = divmod(start, n)
@@ -39,6 +39,6 @@ class Batches:
 
     def _draw_order(self, epoch: int) -> Tensor:
         order = permutation(self.seed, "order", epoch, len(self.images))
-        if self.images.is_cuda:  # from other memory the copy would wait for all that the GPU has yet to do
+        if self.images.is_cuda:  # from pageable memory the copy would wait for the GPU's queued work
             order = order.pin_memory()
         return order.to(self.images.device, non_blocking=True)

@@ -1,17 +1,16 @@
-"""What every dataset returns: facts about its images and three splits that are kept apart."""
+"""What every dataset returns: facts about its images, and its training, validation and test split."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpm.data.info import DatasetInfo, _check_facts
+from ddpm.data.info import DatasetInfo, check_facts
 from ddpm.errors import DataError
 from ddpm.runtime.randomness import permutation
 
-SPLIT_SEED = (
-    20_200_619  # fixed, not the user's seed: runs that are compared must share their validation images
-)
+# Not the user's seed: runs that are compared must share their validation images.
+SPLIT_SEED = 20_200_619
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +26,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`notice` is a text for the user, such as a licence; the command line prints it once."""
+    """Facts and splits of a dataset; `notice` is a text for the user, such as a licence, printed once."""
 
     facts: DatasetInfo
     train: Split
@@ -37,7 +36,7 @@ class Dataset:
 
 
 def hold_out(split: Split, n: int) -> tuple[Split, Split]:
-    """The split without n images drawn at random, and those n; both in the order they had.
+    """Split off n images drawn at random. Returns the rest and those n, each in the original order.
 
     The draw depends on the number of images alone. Raises ValueError unless 0 < n < len(split).
     """
@@ -49,12 +48,12 @@ def hold_out(split: Split, n: int) -> tuple[Split, Split]:
 
 
 def check_dataset(data: Dataset) -> Dataset:
-    """The same object, if all that the rest of the program relies on is so. Raises DataError with what is not."""
+    """Return the dataset unchanged if its types, shapes and labels are valid. Raises DataError otherwise."""
     if not isinstance(data, Dataset):
         raise DataError(f"the dataset function returned a {type(data).__name__}, not a Dataset")
     if not isinstance(data.notice, str):
         raise DataError(f"the dataset's notice is a {type(data.notice).__name__}, not a text")
-    _check_facts(data.facts)
+    check_facts(data.facts)
     for name in ("train", "val", "test"):
         _check_split(getattr(data, name), data.facts, f"dataset {data.facts.name}, split {name}")
     return data
@@ -74,12 +73,11 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
             f"{where}: its images have the shape {tuple(images.shape)}; by its facts it must be "
             f"(N, {', '.join(map(str, wanted))}) with N ≥ 1"
         )
-    if labels is None and facts.num_classes == 0:
+    if (labels is None) != (facts.num_classes == 0):
+        has = "no labels" if labels is None else "labels"
+        raise DataError(f"{where}: has {has}, but facts.num_classes={facts.num_classes}")
+    if labels is None:
         return
-    if labels is None or facts.num_classes == 0:
-        raise DataError(
-            f"{where}: has {'no labels' if labels is None else 'labels'}, but facts.num_classes={facts.num_classes}"
-        )
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"{where}: its labels are {kind}; they must be an int64 tensor on the CPU")
@@ -93,7 +91,7 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
 
 
 def check_image_size(image_size: int, allowed: tuple[int, ...]) -> None:
-    """Raises DataError if a dataset cannot be had in this size."""
+    """Raise DataError unless a dataset is available in this size."""
     if image_size not in allowed:
         sizes = ", ".join(map(str, allowed))
         raise DataError(

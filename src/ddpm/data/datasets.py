@@ -1,7 +1,6 @@
-"""Datasets: functions `(data_root, **params) -> Dataset`.
+"""The table of datasets: functions `(data_root, **params) -> Dataset`.
 
-To add one, write the function, put it into `DATASETS` and add `configs/dataset/<name>.yaml` with its
-parameters.
+To add one, write the function, put it into `DATASETS` and add `configs/dataset/<name>.yaml` with its parameters.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten 8×8 digits that come with scikit-learn: nothing to download, trained in a minute."""
+"""Load the 1,797 handwritten 8×8 digits of scikit-learn, which need no download and train in a minute."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +14,10 @@ HELD_OUT = 180  # images each for validation and test: a tenth
 
 
 def digits(data_root: Path) -> Dataset:
-    """Grey digits, images uint8 (N, 1, 8, 8): 1,437 to train on, 180 each for validation and test.
+    """Load grey digits uint8 (N, 1, 8, 8): 1,437 to train on, 180 each for validation and test.
 
     The pixels count ink in 17 levels, 0 … 16 (Alpaydin & Kaynak 1998, *Optical Recognition of Handwritten
-    Digits*, test part); here they are spread over 0 … 255. `data_root` is not used.
+    Digits*, test part); here they are scaled to 0 … 255. `data_root` is not used.
     """
     table = torch.from_numpy(_table())
     images = (table[:, :-1].view(-1, 1, 8, 8) * 255 / 16).round().to(torch.uint8)
@@ -30,13 +30,8 @@ def digits(data_root: Path) -> Dataset:
 
 
 def _table() -> NDArray[np.float64]:
-    """(1797, 65): 64 pixels and the label. Read from scikit-learn's file, as to import it takes a second or two."""
+    """Return (1797, 65): 64 pixels and the label. Read scikit-learn's file, as importing it takes two seconds."""
     package = find_spec("sklearn")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if file.exists():
-            return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits  # some day they may put it elsewhere
-
-    images, labels = load_digits(return_X_y=True)
-    return np.column_stack([images, labels])
+    assert package is not None and package.submodule_search_locations  # a dependency of ddpm
+    folder = Path(package.submodule_search_locations[0])
+    return np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", delimiter=",")

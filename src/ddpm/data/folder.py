@@ -1,4 +1,4 @@
-"""Any folder of images: sub-folders, if there are any, are classes."""
+"""Load any folder of images; sub-folders, if there are any, are classes."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ddpm.data.dataset import Dataset, Split, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain, printable
-from ddpm.io.cache import kept, stamp
+from ddpm.io.cache import cached_images, fingerprint
 from ddpm.io.files import reason, user_path
 from ddpm.io.pictures import read_image
 
@@ -19,25 +19,27 @@ __all__ = ["SUFFIXES", "folder", "is_image", "read_image"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 MAX_IMAGE_SIZE = 1_024
-MAX_MEMORY = 1 << 33  # bytes of all images in the size asked for
-MAX_ENTRIES = 10_000_000  # files and folders looked at
+MAX_MEMORY = 1 << 33  # bytes of all images after scaling
+MAX_ENTRIES = 10_000_000  # files and folders
 
 
 def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
-    """Images uint8 (N, C, S, S) of the folder `path`: a tenth each for validation and test, at least one.
+    """Load the images of the folder `path` as uint8 (N, C, S, S).
 
-    Images lie either all in `path` (no labels) or all in its sub-folders (one class each, in the order of
-    their names). Each is scaled and cut around its middle to S×S; transparency becomes white; of an animation
-    the first frame is taken. C is 1 if every image is grey, else 3. Hidden files and other kinds of files are
-    passed over. What took long to decode is decoded again only when a file has come, gone or changed. `data_root` is
-    not used. Raises DataError for too few or misplaced images and for a file that cannot be read.
+    A tenth each are for validation and test, at least one. Images lie either all in `path` (no labels) or all in its
+    sub-folders (one class each, sorted by name). Each is scaled and cropped around its centre to S×S; transparency
+    becomes white; an animation gives its first frame. C is 1 if every image is grey, else 3. Hidden files and other
+    kinds of files are ignored. If decoding takes long, the images are cached until a file is added, removed or changed.
+    `data_root` is not used. Raises DataError for too few or misplaced images and for a file that cannot be read.
     """
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise DataError(f"dataset.image_size={image_size}; allowed: 1 to {MAX_IMAGE_SIZE}")
     root = user_path(path)
     files, class_names = _list_images(root)
     name = f"folder-{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}-{image_size}"
-    images = kept(name, stamp(files), len(files), image_size, lambda: _read_all(files, image_size))
+    images = cached_images(
+        name, fingerprint(files), len(files), image_size, lambda: _read_all(files, image_size)
+    )
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = torch.tensor([numbers[_class_of(file, root)] for file in files]) if class_names else None
     part = max(1, round(len(files) / 10))
@@ -48,7 +50,7 @@ def folder(data_root: Path, *, path: str, image_size: int = 32) -> Dataset:
 
 
 def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
-    """(N, C, S, S), where C is 1 if all are grey."""
+    """Return uint8 (N, C, S, S), where C is 1 if all images are grey."""
     needed = len(files) * 3 * size**2
     if needed > MAX_MEMORY:
         raise DataError(
@@ -62,7 +64,7 @@ def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
 
 
 def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """All image files, sorted, and the names of the classes; none if the images lie in root itself."""
+    """Return all image files, sorted, and the classes' names; no names if the images lie in root itself."""
     if not os.path.isdir(root):
         raise DataError(f"dataset.path={root}: there is no such folder")
     files = sorted(_walk(root))
@@ -84,7 +86,7 @@ def _list_images(root: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _walk(root: Path) -> list[Path]:
-    """The image files of the folder and its sub-folders, links to folders left out, however deep they lie."""
+    """Return the image files of the folder and of all folders below it; do not follow links to folders."""
     found, folders, seen = [], [root], 0
     while folders:
         here = folders.pop()

@@ -1,7 +1,7 @@
-"""Files of the Hoda set: the official `.cdb` form, and the form that scripts/convert_persian.py makes.
+"""Read files of the Hoda set: the official `.cdb` format, and the output of scripts/convert_persian.py.
 
-Both end as `Crops`, images of different sizes packed one after another. Nothing a file says is believed
-before it is checked, and no memory is taken for what it only promises.
+Both give `Crops`, images of different sizes stored one after another. Every size in a file is checked before it is
+used, and memory is allocated only for bytes that the file holds.
 """
 
 import struct
@@ -20,7 +20,7 @@ INK = 255  # on a background of 0
 NUM_CLASSES = 10
 MAX_BYTES = 1 << 24  # of an official file; the three have 2 to 7 million
 MAX_RECORDS = 200_000  # the whole set has 102,352
-MAX_PIXELS = 1 << 28  # of all images together; run lengths may unpack to 255 times their bytes
+MAX_PIXELS = 1 << 28  # of all images together; a run length of one byte stands for up to 255
 MAX_SIDE = 255  # a side is stored in one byte
 
 # year, month, day, height, width, records; records of each class; image type; comment; reserved
@@ -41,7 +41,7 @@ class Crops:
         return len(self.labels)
 
     def images(self) -> Iterator[NDArray[np.uint8]]:
-        """Views of the images, (height, width) each."""
+        """Yield views of the images, (height, width) each."""
         start = 0
         for height, width in self.sizes.tolist():
             yield self.pixels[start : start + height * width].reshape(height, width)
@@ -49,18 +49,18 @@ class Crops:
 
 
 def pack(images: Sequence[NDArray[np.uint8]], labels: Sequence[int]) -> Crops:
-    """Images (height, width), ink on 0, sides 1 … 255, and their labels 0 … 9 as one object."""
+    """Pack images (height, width), ink on 0, sides 1 … 255, and their labels 0 … 9."""
     sizes = np.array([image.shape for image in images], np.int32)
     return Crops(np.concatenate([image.ravel() for image in images]), sizes, np.array(labels, np.uint8))
 
 
 def save_crops(path: Path, crops: Crops) -> None:
-    """Write the converter's form, a safetensors file of the three arrays. Raises OSError."""
-    save_arrays(path, {"pixels": crops.pixels, "sizes": crops.sizes, "labels": crops.labels})
+    """Write the three arrays to a safetensors file. Raises OSError."""
+    save_arrays(path, vars(crops))
 
 
 def load_crops(path: Path) -> Crops:
-    """Read the converter's form. Raises DataError unless all of it holds together."""
+    """Read what `save_crops` wrote. Raises DataError unless labels, sizes and pixels agree."""
     arrays = load_arrays(path, MAX_PIXELS + MAX_BYTES)
     wanted = {"labels": ("uint8", 1), "pixels": ("uint8", 1), "sizes": ("int32", 2)}
     if {name: (array.dtype.name, array.ndim) for name, array in arrays.items()} != wanted:
@@ -76,13 +76,13 @@ def load_crops(path: Path) -> Crops:
 
 
 class _Malformed(Exception):
-    """Carries (byte offset, what is wrong) out of a record."""
+    """A record is malformed: (byte offset, reason)."""
 
 
 def read_cdb(path: Path) -> Crops:
     """Read an official file (Khosravi & Kabir 2007), binary images only.
 
-    Raises DataError with the file, the record (from 0) and the byte offset where it stops making sense.
+    Raises DataError with the file, the record (from 0) and the byte offset of the first malformed value.
     """
     data = read_bounded(path, MAX_BYTES)
     if len(data) < HEADER.size:
@@ -124,7 +124,7 @@ def read_cdb(path: Path) -> Crops:
 def _read_record(
     data: bytes, offset: int, size: tuple[int, int]
 ) -> tuple[int, tuple[int, int], bytearray, int]:
-    """Label, (height, width), pixels, offset behind the record. A size of (0, 0) stands in the record."""
+    """Return label, (height, width), pixels and the next record's offset. A size of (0, 0) is read from the record."""
     own_size = size == (0, 0)
     head = 6 if own_size else 4
     if len(data) - offset < head:
@@ -148,7 +148,7 @@ def _read_record(
 
 
 def _unpack_runs(data: bytes, at: int, end: int, size: tuple[int, int]) -> bytearray:
-    """Each row begins with background (a run of 0 if it has none), then ink and background take turns."""
+    """Decode run lengths. Each row begins with background (a run of 0 if it has none); ink and background alternate."""
     height, width = size
     pixels = bytearray()
     for _ in range(height):

@@ -1,4 +1,4 @@
-"""What a dataset says of itself, without torch."""
+"""Describe a dataset's images, without importing torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,14 @@ from typing import Any
 
 from ddpm.errors import DataError, is_plain
 
-# Of a dataset, for a number in its facts: lowest, highest
+# Lowest and highest value of each number in a DatasetInfo
 FACT_LIMITS = {"channels": (1, 16), "image_size": (1, 1024), "num_classes": (0, 10_000), "levels": (2, 256)}
-
-
 MAX_NAME = 255  # characters, as many as a file name can have
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the rest of the program needs to know about the images, read off the data and set nowhere else."""
+    """Shape, classes and grey levels of a dataset's images. A dataset function sets them; no config does."""
 
     name: str
     channels: int
@@ -25,14 +23,15 @@ class DatasetInfo:
     levels: int  # grey levels a pixel can take
 
 
-def _check_facts(facts: DatasetInfo) -> None:
+def check_facts(facts: DatasetInfo) -> None:
+    """Raise DataError, one short line whatever the value is, for a value that is not allowed."""
     if not isinstance(facts, DatasetInfo) or not _is_name(facts.name):
         raise DataError("the dataset's facts must be a DatasetInfo, with a name of plain text")
     for key, (low, high) in FACT_LIMITS.items():
         value = getattr(facts, key)
         if type(value) is not int or not low <= value <= high:
             raise DataError(
-                f"dataset {facts.name}: facts.{key}={value!r}; must be a whole number from {low} to {high}"
+                f"dataset {facts.name}: facts.{key}={value!r:.40}; must be a whole number from {low} to {high}"
             )
     names = facts.class_names
     if not isinstance(names, tuple) or len(names) not in (0, facts.num_classes):
@@ -40,7 +39,7 @@ def _check_facts(facts: DatasetInfo) -> None:
             f"dataset {facts.name}: facts.class_names must be a tuple, empty or of {facts.num_classes} names"
         )
     if strange := [name for name in names if not _is_name(name)]:
-        raise DataError(f"dataset {facts.name}: the class name {strange[0]!a} is no plain, short text")
+        raise DataError(f"dataset {facts.name}: the class name {strange[0]!a:.40} is no plain, short text")
 
 
 def _is_name(name: object) -> bool:
@@ -48,5 +47,5 @@ def _is_name(name: object) -> bool:
 
 
 def facts(stored: Mapping[str, Any]) -> DatasetInfo:
-    """Rebuild the facts of the data a checkpoint was trained on, as checkpoint/header.py has checked them."""
+    """Build a DatasetInfo from a checkpoint's JSON."""
     return DatasetInfo(**{**stored, "class_names": tuple(stored["class_names"])})

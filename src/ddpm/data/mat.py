@@ -1,7 +1,7 @@
-"""MATLAB files (version 5, `save -v6` or `-v7`), just as far as the forms of the Hoda set need it.
+"""Read MATLAB files (version 5, `save -v6` or `-v7`) that hold the Hoda set, and nothing else of the format.
 
-scipy reads far more of the format: nested cells and objects that can exhaust the stack or the memory before
-anything can be checked. Here every size is checked against the bytes that are there before it is used.
+scipy reads nested cells and objects, too, which can exhaust the stack or the memory before they can be checked.
+Here every size is checked against the bytes of the file before it is used.
 """
 
 import struct
@@ -18,12 +18,12 @@ from ddpm.data.hoda import MAX_PIXELS, MAX_RECORDS
 from ddpm.errors import DataError
 from ddpm.io.files import read_bounded
 
-MAX_BYTES = MAX_PIXELS + 64 * MAX_RECORDS  # of the file, and of all that it unpacks to
+MAX_BYTES = MAX_PIXELS + 64 * MAX_RECORDS  # of the file, and of its decompressed variables together
 MAX_VARIABLES = 100
 HEADER = 128  # bytes; the last four hold version and byte order
 ORDERS = {b"IM": "<", b"MI": ">"}
 
-# Types of data, and classes of arrays, as the format numbers them.
+# The format's numbers for data types and for classes of arrays
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 INT8, UINT8, INT32, UINT32, MATRIX, COMPRESSED = 1, 2, 5, 6, 14, 15
 CELL_CLASS, UINT8_CLASS, NUMBER_CLASSES = 1, 9, range(6, 16)
@@ -31,7 +31,7 @@ COMPLEX_OR_LOGICAL = 0x0A00
 
 
 class _Malformed(Exception):
-    """What is wrong."""
+    """The file is malformed; the text says where."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Matrix:
 
 
 def read_mat(path: Path) -> tuple[list[NDArray[np.uint8]], list[Any]]:
-    """The images of the cell array `Data`, each uint8 (height, width), and the numbers of `labels`.
+    """Read the images of the cell array `Data`, each uint8 (height, width), and the numbers of `labels`.
 
     Raises DataError for any other file.
     """
@@ -67,7 +67,7 @@ def read_mat(path: Path) -> tuple[list[NDArray[np.uint8]], list[Any]]:
 class _Reader:
     def __init__(self, order: str) -> None:
         self.order = order
-        self.left = MAX_BYTES  # that may still be unpacked
+        self.left = MAX_BYTES  # that may still be decompressed
         self.word = struct.Struct(order + "I")
 
     def variables(self, data: memoryview) -> Iterator[_Matrix]:
@@ -126,7 +126,7 @@ class _Reader:
             yield kind, content
 
     def _element(self, data: memoryview, at: int) -> tuple[int, memoryview, int]:
-        """Its type, its content, and where the next one begins."""
+        """Return the type and content of the element at `at`, and where the next one begins."""
         if len(data) - at < 8:
             raise _Malformed("an element is cut off")
         (kind,), (size,) = self.word.unpack_from(data, at), self.word.unpack_from(data, at + 4)

@@ -1,6 +1,6 @@
-"""MNIST and the datasets of its form: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
+"""Load MNIST, Fashion-MNIST and KMNIST: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
 
-Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent ones are downloaded once; present ones are
+Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent files are downloaded once; present files are
 verified. To add such a dataset, describe it as a `_Variant` and write its three-line function.
 """
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import kept
+from ddpm.io.cache import cached_images
 from ddpm.io.files import leftovers, read_bounded, read_regular, reason, write_atomically
 
 SIZES = (28, 32, 64)
@@ -38,18 +38,18 @@ SHAPES = {
     "t10k-images-idx3-ubyte": (10_000, 28, 28),
     "t10k-labels-idx1-ubyte": (10_000,),
 }
-TIMEOUT = 30.0  # seconds without an answer
-DEADLINE = 900.0  # seconds for one file from one mirror, which may send a byte now and then for ever
+TIMEOUT = 30.0  # seconds without a byte
+DEADLINE = 900.0  # seconds for one file from one mirror, which may send a byte every TIMEOUT
 MAX_BYTES = 1 << 26  # of any file; the largest has 47 million
-CHUNK = 4_096  # images resized at a time, so that their float copy stays small
+CHUNK = 4_096  # images resized at a time, which bounds the float copy
 
 
 @dataclass(frozen=True)
 class _Variant:
-    folder: str  # also the name of the torchvision class that knows the mirrors
+    folder: str  # also the name of torchvision's class, which lists the mirrors
     class_names: tuple[str, ...]
-    md5: tuple[str, ...]  # of the packed files, in the order of SHAPES; the same as torchvision's
-    sha256: tuple[str, ...] | None = None  # of the unpacked files, where known
+    md5: tuple[str, ...]  # of the .gz files, in the order of SHAPES; the same as torchvision's
+    sha256: tuple[str, ...] | None = None  # of the decompressed files, where known
 
 
 _MNIST = _Variant(
@@ -77,22 +77,22 @@ _KMNIST = _Variant(
 
 
 def mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
-    """Handwritten digits (LeCun et al. 1998, *Gradient-based learning applied to document recognition*).
+    """Load handwritten digits.
 
-    Images uint8 (N, 1, S, S), ink 255 on 0: 55,000 to train on, 5,000 for validation, 10,000 for test. S = 28
-    is as published, 32 adds a border of 2, 64 is scaled up. Raises DataError for another size, a file that is
-    not what it should be, or a failed download.
+    LeCun et al. 1998, *Gradient-based learning applied to document recognition*. Images uint8 (N, 1, S, S), ink 255 on
+    0: 55,000 to train on, 5,000 for validation, 10,000 for test. S = 28 is as published, 32 adds a border of 2, 64 is
+    scaled up. Raises DataError for another size, a file that is not the published one, or a failed download.
     """
     return _load("mnist", _MNIST, data_root, image_size)
 
 
 def fashion_mnist(data_root: Path, *, image_size: int = 28) -> Dataset:
-    """Photographs of clothes (Xiao et al. 2017, *Fashion-MNIST*); everything else as in `mnist`."""
+    """Load photographs of clothes (Xiao et al. 2017, *Fashion-MNIST*); everything else as in `mnist`."""
     return _load("fashion_mnist", _FASHION_MNIST, data_root, image_size)
 
 
 def kmnist(data_root: Path, *, image_size: int = 28) -> Dataset:
-    """Cursive hiragana (Clanuwat et al. 2018, *Deep Learning for Classical Japanese Literature*)."""
+    """Load cursive hiragana (Clanuwat et al. 2018, *Deep Learning for Classical Japanese Literature*)."""
     return _load("kmnist", _KMNIST, data_root, image_size)
 
 
@@ -112,14 +112,14 @@ def _load(name: str, variant: _Variant, data_root: Path, image_size: int) -> Dat
 def _resize(name: str, images: Tensor, size: int) -> Tensor:
     if size == 28:
         return images
-    if size == 32:  # the digits stay as they were drawn
+    if size == 32:
         return F.pad(images, (2, 2, 2, 2))
 
     def scaled() -> NDArray[np.uint8]:
         return torch.cat([_scale(part, size) for part in torch.split(images, CHUNK)]).numpy()
 
     key = f"{torch.__version__}-{hashlib.sha256(images.numpy().data).hexdigest()}"
-    return torch.from_numpy(kept(f"{name}-{size}", key, len(images), size, scaled))
+    return torch.from_numpy(cached_images(f"{name}-{size}", key, len(images), size, scaled))
 
 
 def _scale(images: Tensor, size: int) -> Tensor:
@@ -127,9 +127,9 @@ def _scale(images: Tensor, size: int) -> Tensor:
 
 
 def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
-    """Read and verify one file. Where its SHA-256 is not known, compare it with the packed file, by that file's MD5.
+    """Read and verify one file. Where its SHA-256 is not known, compare it with its .gz, whose MD5 is known.
 
-    A note beside the file keeps the SHA-256 of one that has passed, so that the packed file is read once only.
+    A file `<name>.sha256` keeps the hash of one that has passed, so that the .gz is decompressed only once.
     """
     file, shape = list(SHAPES.items())[index]
     path, packed, note = raw / file, raw / f"{file}.gz", raw / f"{file}.sha256"
@@ -140,11 +140,11 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
             raise DataError(
                 f"{path}: its SHA-256 is not that of the published file; delete it and start again"
             )
-    elif os.path.exists(packed) and not _says(note, sha256):
+    elif os.path.exists(packed) and not _has_passed(note, sha256):
         source = read_bounded(packed, MAX_BYTES)
         if _md5(source) != variant.md5[index] or _unpack(source, packed, shape) != data:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
-        with suppress(OSError):  # without a note the packed file is read at each start
+        with suppress(OSError):  # if it cannot be written, the .gz is read at each start
             write_atomically(note, sha256.encode())
     array = parse_idx(data, str(path), shape)
     if array.ndim == 1 and array.max() >= len(variant.class_names):
@@ -153,16 +153,17 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     return array
 
 
-def _says(note: Path, sha256: str) -> bool:
+def _has_passed(note: Path, sha256: str) -> bool:
     with suppress(OSError):
         return read_regular(note, 64) == sha256.encode()
     return False
 
 
 def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read the unsigned bytes of an IDX file (LeCun's format: magic, then sizes, big-endian) as a writable array.
+    """Read the unsigned bytes of an IDX file as a writable array of this shape.
 
-    Raises DataError, beginning with `name`, unless the file holds exactly this shape and ends there.
+    LeCun's format: magic number, sizes (big-endian), bytes. Raises DataError, beginning with `name`, for any other
+    shape or length.
     """
     header, magic = 4 + 4 * len(shape), bytes([0, 0, 8, len(shape)])
     if len(data) < header:
@@ -181,7 +182,7 @@ def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint
 
 
 def _download(variant: _Variant, raw: Path) -> None:
-    """Download and unpack the absent files, in one process at a time; the others wait for the lock."""
+    """Download and decompress the absent files under a lock, so that one process does."""
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / "download.lock"):
@@ -189,9 +190,7 @@ def _download(variant: _Variant, raw: Path) -> None:
                 left_by_a_killed_process.unlink()
             for (file, shape), md5 in zip(SHAPES.items(), variant.md5, strict=True):
                 packed = raw / f"{file}.gz"
-                if os.path.exists(
-                    raw / file
-                ):  # looked up under the lock: another process may have written it
+                if os.path.exists(raw / file):  # another process may have written it
                     continue
                 if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
                     write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
@@ -205,7 +204,7 @@ def _download(variant: _Variant, raw: Path) -> None:
 
 
 def _mirrors(variant: _Variant) -> list[str]:
-    import torchvision.datasets  # takes seconds, and is needed for a download only
+    import torchvision.datasets  # takes seconds; needed for downloads only
 
     return list(getattr(torchvision.datasets, variant.folder).mirrors)
 
@@ -226,9 +225,9 @@ def _from_mirrors(mirrors: Sequence[str], file: str, md5: str) -> bytes:
 
 
 def _get(address: str) -> bytes:
-    """Download at most MAX_BYTES within DEADLINE. Raises OSError and others.
+    """Download at most MAX_BYTES within DEADLINE. Raises OSError, HTTPException or ValueError.
 
-    torchvision's own download has neither limit, and prints its progress.
+    torchvision's download has neither limit, and prints its progress.
     """
     data, end = bytearray(), time.monotonic() + DEADLINE
     with urlopen(Request(address, headers={"User-Agent": "ddpm"}), timeout=TIMEOUT) as answer:
@@ -240,7 +239,7 @@ def _get(address: str) -> bytes:
 
 
 def _unpack(packed: bytes, path: Path, shape: tuple[int, ...]) -> bytes:
-    """Unpack at most one byte more than the file should have, so that a wrong file cannot fill the memory."""
+    """Decompress at most one byte more than the file should have, so that a wrong file cannot fill the memory."""
     limit = 4 + 4 * len(shape) + math.prod(shape)
     try:
         return zlib.decompressobj(wbits=31).decompress(packed, limit + 1)

@@ -1,6 +1,6 @@
-"""The Hoda set of handwritten Persian digits, drawn into squares the way MNIST was made, and cached.
+"""Read the Hoda set of handwritten Persian digits, centre them in squares as in MNIST, and cache the images.
 
-Its licence forbids commercial use, so it is never downloaded and never shipped: the user has to have it.
+The licence forbids commercial use, so the set is neither downloaded nor shipped: the user provides the files.
 """
 
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
+from PIL import Image
 
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import cache_folder, load_arrays, save_arrays, stamp
+from ddpm.io.cache import cache_folder, fingerprint, load_arrays, save_arrays
 from ddpm.io.files import reason
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the 60,000 training images
-DRAWING = 1  # count up when `draw` changes, so that no older cache is used
+DRAWING = 1  # version of `draw`: increase it when the result changes, so that no older cache is used
 NOTICE = (
     "Hoda set of handwritten Persian digits: Khosravi & Kabir 2007, Introducing a very large dataset of "
     "handwritten Farsi digits and a study on their varieties (http://farsiocr.ir). "
@@ -45,40 +45,36 @@ PARTS = {
 
 
 def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -> Dataset:
-    """Persian digits (Khosravi & Kabir 2007), images uint8 (N, 1, S, S), ink 255 on 0, S = 28, 32 or 64.
+    """Load Persian digits (Khosravi & Kabir 2007): uint8 (N, 1, S, S), ink 255 on 0, S = 28, 32 or 64.
 
-    55,000 images to train on, 5,000 for validation, 20,000 for test; `remaining` adds the 22,352 that the
-    authors left over to the training images, validation and test stay the same. The files are read from
-    `<data_root>/hoda/`; a part without its `.cdb` is read from what scripts/convert_persian.py made. The
-    notice is empty when everything came from the cache. Raises DataError for absent or malformed files.
+    55,000 images to train on, 5,000 for validation, 20,000 for test. `remaining` adds the 22,352 images of the
+    third official part to the training images. Files are read from `<data_root>/hoda/`; a part without its
+    `.cdb` is read from the output of scripts/convert_persian.py. The notice is empty if all images came from
+    the cache. Raises DataError for absent or malformed files.
     """
     check_image_size(image_size, SIZES)
     names = ["train", "test", "remaining"] if remaining else ["train", "test"]
-    sources = _find(data_root / "hoda", names)
-    splits, notice = {}, ""
-    for name, source in sources.items():
-        cached = cache_folder() / f"persian-{image_size}-v{DRAWING}-{stamp([source])}.safetensors"
-        count = PARTS[name].count
-        split = _load_cached(cached, count, image_size)
-        if split is None:
-            split, notice = _build(cached, source, count, image_size), NOTICE
-        splits[name] = split
+    splits, cached = {}, {}
+    for name, source in _find(data_root / "hoda", names).items():
+        splits[name], cached[name] = _load_part(source, PARTS[name].count, image_size)
     train, val = hold_out(splits["train"], HELD_OUT)
     if remaining:
-        train = _join(train, splits["remaining"])
+        rest = splits["remaining"]
+        assert train.labels is not None and rest.labels is not None
+        train = Split(torch.cat([train.images, rest.images]), torch.cat([train.labels, rest.labels]))
     facts = DatasetInfo("persian", 1, image_size, NUM_CLASSES, class_names=tuple("0123456789"), levels=256)
-    return Dataset(facts, train, val, splits["test"], notice)
+    return Dataset(facts, train, val, splits["test"], "" if all(cached.values()) else NOTICE)
 
 
 def converted_name(part: str) -> str:
-    """Name of a part's converted file, which is looked for in `<data_root>/hoda/` and the cache folder."""
+    """Return the name of a part's converted file, in `<data_root>/hoda/` or in the cache folder."""
     return f"hoda-{part}.safetensors"
 
 
 def draw(crops: Crops, image_size: int) -> NDArray[np.uint8]:
-    """uint8 (N, S, S): each digit with a longer side of 20/28 of S, its centre of mass in the middle.
+    """Scale each digit's longer side to 20/28 of S and centre its mass. Returns uint8 (N, S, S).
 
-    So MNIST was made (LeCun et al. 1998, section III-A). A digit with its mass far to one side stays inside.
+    As MNIST was made: LeCun et al. 1998, section III-A. No digit is cut off, even where its mass lies far to one side.
     """
     images = np.zeros((len(crops), image_size, image_size), np.uint8)
     box = round(20 / 28 * image_size)
@@ -91,8 +87,6 @@ def draw(crops: Crops, image_size: int) -> NDArray[np.uint8]:
 
 
 def _scale(crop: NDArray[np.uint8], box: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
     height, width = crop.shape
     longer = max(height, width)
     size = max(1, round(width * box / longer)), max(1, round(height * box / longer))
@@ -102,7 +96,7 @@ def _scale(crop: NDArray[np.uint8], box: int) -> NDArray[np.uint8]:
 
 
 def _corner(mass: NDArray[np.uint64], image_size: int) -> int:
-    """Where a digit with this ink per row (or column) begins, so that its centre of mass is in the middle."""
+    """Return the first row (or column) of a digit with this ink per row, its centre of mass in the middle."""
     total = int(mass.sum())
     centre = float(np.arange(len(mass)) @ mass) / total if total else (len(mass) - 1) / 2
     return min(max(round((image_size - 1) / 2 - centre), 0), image_size - len(mass))
@@ -127,8 +121,26 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
     return found
 
 
+def _load_part(source: Path, count: int, image_size: int) -> tuple[Split, bool]:
+    """Return a part and whether it came from the cache; draw and cache it if not."""
+    path = cache_folder() / f"persian-{image_size}-v{DRAWING}-{fingerprint([source])}.safetensors"
+    if (cached := _load_cached(path, count, image_size)) is not None:
+        return cached, True
+    crops = load_crops(source) if source.suffix == ".safetensors" else read_cdb(source)
+    if len(crops) != count:
+        raise DataError(f"{source}: holds {len(crops)} images; this part of the Hoda set has {count}")
+    images = draw(crops, image_size)
+    try:
+        save_arrays(path, {"images": images, "labels": crops.labels})
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({reason(error)}); set DDPM_CACHE to another folder"
+        ) from error
+    return _split(images, crops.labels), False
+
+
 def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
-    """None if there is no such file, or it is broken or not what `_build` wrote: then it is built again."""
+    """Return None unless the file is whole and holds what `_load_part` writes."""
     try:
         arrays = load_arrays(path, count * image_size**2 + MAX_BYTES)
     except DataError:
@@ -142,31 +154,3 @@ def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
 
 def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
     return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
-
-
-def _build(cached: Path, source: Path, count: int, image_size: int) -> Split:
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{cached}.lock"):
-            split = _load_cached(cached, count, image_size)  # another process may have built it meanwhile
-            if split is None:
-                for left_by_a_killed_process in cached.parent.glob(f".{cached.name}.*.tmp"):
-                    left_by_a_killed_process.unlink()
-                crops = load_crops(source) if source.suffix == ".safetensors" else read_cdb(source)
-                if len(crops) != count:
-                    raise DataError(
-                        f"{source}: holds {len(crops)} images; this part of the Hoda set has {count}"
-                    )
-                images = draw(crops, image_size)
-                save_arrays(cached, {"images": images, "labels": crops.labels})
-                split = _split(images, crops.labels)
-            return split
-    except OSError as error:
-        raise DataError(
-            f"{cached}: cannot be written ({reason(error)}); set DDPM_CACHE to another folder"
-        ) from error
-
-
-def _join(first: Split, second: Split) -> Split:
-    assert first.labels is not None and second.labels is not None
-    return Split(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))

@@ -1,4 +1,4 @@
-"""The user's cache folder, and safetensors files that carry their own hash."""
+"""Locate the user's cache folder, and keep arrays there in safetensors files with a hash of their content."""
 
 import hashlib
 import os
@@ -19,14 +19,14 @@ from ddpm.io.files import open_regular, reason, user_path, write_atomically
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
 MAX_KEPT = 1 << 31  # bytes of images
-DRAWING = 1  # count up when how images are decoded or scaled changes, so that none of before are used
-WORTH = 1.0  # seconds; what is made in less is not kept
+DRAWING = 1  # version of decoding and scaling: increase it when their result changes, so that no older cache is used
+WORTH = 1.0  # seconds; images made in less are not cached
 
 
 def cache_folder() -> Path:
-    """`$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`. It need not exist yet.
+    """Return `$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`. It need not exist yet.
 
-    Raises DataError if none of them is known.
+    Raises DataError if there is no home folder either.
     """
     if own := os.environ.get("DDPM_CACHE"):
         return user_path(own)
@@ -37,14 +37,14 @@ def cache_folder() -> Path:
 
 
 def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
-    """Write a safetensors file atomically, with the SHA-256 of its content and notes in it. Raises OSError."""
+    """Write a safetensors file atomically, with notes and the SHA-256 of its content. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
     write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 
 
 def load_arrays(path: Path, limit: int) -> Arrays:
-    """Read what `save_arrays` wrote. Raises DataError if the file is absent, broken, altered or above `limit` bytes."""
+    """Read what `save_arrays` wrote. Raises DataError for any other file, and above `limit` bytes."""
     try:
         with open_regular(path, limit) as file:
             header = int.from_bytes(file.read(8), "little")
@@ -54,7 +54,7 @@ def load_arrays(path: Path, limit: int) -> Arrays:
             metadata = tensors.metadata() or {}
             arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
-        # The last three: types and shapes that numpy lacks.
+        # safetensors raises the last three for types and shapes that numpy lacks
         raise DataError(f"{path}: cannot be read as a safetensors file ({reason(error)})") from error
     if metadata.get("sha256") != content_hash(arrays):
         raise DataError(
@@ -72,13 +72,13 @@ def content_hash(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def kept(
+def cached_images(
     name: str, key: str, count: int, size: int, make: Callable[[], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    """Return images uint8 (count, C, size, size) from the cache, or make them and, if that takes long, cache them.
+    """Return images uint8 (count, C, size, size) from the cache, else make them.
 
-    `key` identifies all that they are made from. For a name only the images of the last key are cached. Where
-    nothing can be cached they are made at each start.
+    They are cached if making them took longer than WORTH. `key` identifies the images' sources. Only the images of a
+    name's last key are cached. Where no cache can be written, the images are made at each start.
     """
     try:
         path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
@@ -86,12 +86,7 @@ def kept(
         return make()
     with suppress(DataError):
         images: NDArray[np.uint8] = load_arrays(path, MAX_KEPT + MAX_HEADER).get("images", np.empty(0))
-        if (
-            images.dtype == np.uint8
-            and images.ndim == 4
-            and images.shape[1]
-            and images[:, 0].shape == (count, size, size)
-        ):
+        if images.dtype == np.uint8 and images.shape[:1] + images.shape[2:] == (count, size, size):
             return images
     begun = time.monotonic()
     images = make()
@@ -104,8 +99,8 @@ def kept(
     return images
 
 
-def stamp(files: Iterable[Path]) -> str:
-    """Hash paths, sizes and modification times of files, without reading them. Raises DataError where one is gone."""
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash paths, sizes and modification times of files. Raises DataError if one is gone."""
     digest = hashlib.sha256()
     for file in files:
         try:

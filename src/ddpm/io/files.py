@@ -69,17 +69,9 @@ def read_regular(path: Path, limit: int) -> bytes:
     """Read a whole regular file. Raises OSError, also for more than `limit` bytes."""
     with open_regular(path, limit) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # it has grown, or the system does not know its size, as in /proc
+    if len(data) > limit:  # it has grown, or its size is reported as 0, as in /proc
         raise OSError(errno.EFBIG, f"{path.name} has more than the {limit} bytes allowed")
     return data
-
-
-def open_bounded(path: Path, limit: int) -> BinaryIO:
-    """Like `open_regular`, but raise DataError that names the file."""
-    try:
-        return open_regular(path, limit)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Images for people: tensors in [-1, 1] to uint8, grids, files and films."""
+"""Convert tensors in [-1, 1] to uint8, arrange images in grids, and write PNG and GIF files."""
 
 import io
 import math
@@ -22,7 +22,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Pixels:
-    """Convert (N, C, H, W), clipped to [-1, 1], to uint8 (N, H, W, C) in 0 … 255, rounded to the nearest level."""
+    """Clip (N, C, H, W) to [-1, 1] and round it to uint8 (N, H, W, C) in 0 … 255."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -62,7 +62,7 @@ def save_grid(images: Tensor, path: str | Path, nrow: int | None = None) -> None
 
 
 def save_gif(path: Path, frames: Sequence[Pixels], milliseconds: int = 60) -> None:
-    """Write frames (H, W, C) as a looping GIF that rests on its last frame, atomically. Raises OSError."""
+    """Write frames (H, W, C) as a looping GIF that pauses on its last frame. Raises OSError."""
     first, *rest = [_pillow(frame) for frame in frames]
     durations = [milliseconds] * len(rest) + [1500]
     data = io.BytesIO()

@@ -1,104 +1,98 @@
-"""Arrays in an .npz file of unknown origin: numbers only, and no memory taken before it is known how much is needed."""
+"""Read arrays of whole numbers from an .npz file of unknown origin, with limits on sizes and memory."""
 
+import io
 import math
-import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ddpm.errors import DataError
-from ddpm.io.files import open_bounded, reason
+from ddpm.io.files import open_regular, reason
 
 MAX_BYTES = 1 << 31  # of a file, and of an array in it
-CHUNK = 1 << 20
-# What numpy.save writes in front of an array of plain numbers; anything else in there is not read.
-_HEADER = re.compile(
-    r"\{'descr': '([<|](?:b1|[iu][1248]))', 'fortran_order': False, 'shape': \(((?:\d{1,12}, ?)*\d{0,12})\), \} *\n"
+MAX_HEADER = 4_096  # bytes of an array's header
+MAX_RATIO = 1_032  # to which deflate can compress
+MAX_READ = 1 << 20  # bytes at a time; also of the archive's directory
+# What zipfile and zlib raise for a damaged archive, a password (RuntimeError) or an unknown compression.
+_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
 )
 
 
 class Header(NamedTuple):
-    """What an array in a file claims to be."""
+    """Element type and shape that an array in a file declares."""
 
-    dtype: str
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
 
-class _Careful:
-    """A file from which nobody reads more than a chunk at a time: zipfile takes a directory of any length at once."""
+class _BoundedReads:
+    """A file with a limit on each read: zipfile reads an archive's directory at once, whatever its length."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= CHUNK:
-            rest = self.file.read(CHUNK + 1)
-            if len(rest) > CHUNK:
-                raise ValueError("it holds too many entries")
-            return rest
-        return self.file.read(size)
+        if size > MAX_READ:
+            raise ValueError("it holds too many entries")
+        return self.file.read(size if size >= 0 else MAX_READ)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Raises DataError that names the file, also for what goes wrong within the block."""
-    wrong = (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        RuntimeError,  # zipfile's: a password is asked for, or it does not know the compression
-        EOFError,
-        ValueError,
-        OverflowError,
-    )
-    with open_bounded(path, MAX_BYTES) as file:
-        try:
-            with zipfile.ZipFile(_Careful(file)) as archive:
-                yield archive
-        except wrong as error:
-            raise DataError(f"{path}: is no whole .npz file of plain numbers ({reason(error)})") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+    """Open an archive. Raises DataError that names the file, also for errors within the block."""
+    try:
+        with open_regular(path, MAX_BYTES) as file, zipfile.ZipFile(_BoundedReads(file)) as archive:
+            yield archive
+    except _ERRORS as error:
+        raise DataError(f"{path}: is no whole .npz file of plain numbers ({reason(error)})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
 
 
-def read(archive: zipfile.ZipFile, name: str, check: Callable[[Header], object]) -> NDArray[np.generic]:
-    """The array `name`, once `check` has let its header pass. Raises ValueError, for `opened` to name the file."""
+def read(archive: zipfile.ZipFile, name: str, check: Callable[[Header], object]) -> NDArray[Any]:
+    """Read the array `name` once `check` accepts its header. Raises ValueError, for `opened` to catch."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"its array '{name}' is packed in another way than numpy's")
     with archive.open(info) as member:
-        header, length = _header(name, member)
-        check(header)
-        expected = math.prod(header.shape) * np.dtype(header.dtype).itemsize
-        if not expected == info.file_size - length <= MAX_BYTES:
-            raise ValueError(f"its array '{name}' has not as many bytes as its shape {header.shape} says")
-        data = bytearray()
-        while len(data) < expected and (part := member.read(CHUNK)):
-            data += part
-    if len(data) != expected:
-        raise ValueError(f"its array '{name}' is cut off")
-    return np.frombuffer(data, header.dtype).reshape(header.shape)
+        start = io.BytesIO(member.read(MAX_HEADER))
+    header = _read_header(name, start)
+    check(header)
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if not size == info.file_size - start.tell() <= min(MAX_BYTES, MAX_RATIO * info.compress_size):
+        raise ValueError(f"its array '{name}' has not as many bytes as its shape {header.shape} says")
+    with archive.open(info) as member:
+        return npy.read_array(member, allow_pickle=False, max_header_size=MAX_HEADER)
 
 
-def _header(name: str, member: IO[bytes]) -> tuple[Header, int]:
-    """And its length in bytes. Numpy's own reader would evaluate it as Python."""
-    magic = member.read(8)
-    digits = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(magic[6:8])
-    if magic[:6] != b"\x93NUMPY" or digits is None:
-        raise ValueError(f"its array '{name}' is no array of numpy")
-    size = int.from_bytes(member.read(digits), "little")
-    if size > 4096:
-        raise ValueError(f"its array '{name}' has a header of {size} bytes; allowed: 4096")
-    text = member.read(size).decode("latin-1")
-    if (match := _HEADER.fullmatch(text)) is None:
-        raise ValueError(f"its array '{name}' must be whole numbers (uint8 for images), in C order")
-    shape = tuple(int(number) for number in match[2].replace(" ", "").split(",") if number)
-    return Header(match[1], shape), 8 + digits + size
+def _read_header(name: str, start: io.BytesIO) -> Header:
+    try:
+        with warnings.catch_warnings(action="error"):  # about headers that numpy has not written
+            read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[
+                npy.read_magic(start)
+            ]
+            shape, _, dtype = read(start, max_header_size=MAX_HEADER)
+    except Exception:  # numpy parses it as Python, and raises what the parser raises
+        raise ValueError(
+            f"its array '{name}' is no array of numpy with a header of at most {MAX_HEADER} bytes"
+        ) from None
+    if dtype.kind not in "biu":
+        raise ValueError(f"its array '{name}' must be whole numbers (uint8 for images)")
+    return Header(dtype, shape)

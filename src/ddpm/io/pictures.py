@@ -1,35 +1,31 @@
-"""One picture file of unknown origin, decoded within bounds of size, memory and time."""
+"""Decode a picture file of unknown origin, with limits on its bytes, pixels and time."""
 
 import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm.errors import DataError
 from ddpm.io.files import read_bounded, reason
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # Pillow knows dozens, and goes by the content, not the name
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # Pillow would accept dozens, whatever the file's suffix
 MAX_SOURCE_BYTES = 1 << 27
-MAX_SOURCE_PIXELS = 50_000_000  # known before they are unpacked
-MAX_JPEG_SCANS = 200  # a progressive JPEG has ten; each costs a pass over all pixels, however short it is
+MAX_SOURCE_PIXELS = 50_000_000  # checked before decoding
+MAX_JPEG_SCANS = 200  # a progressive JPEG has about ten; decoding each takes a pass over all pixels
 
 
 def read_image(file: Path, size: int, nearest: bool = False) -> NDArray[np.uint8]:
-    """(size, size, 3), the three equal for a grey image; `nearest` makes no new colours. Raises DataError.
+    """Read a picture as RGB (size, size, 3), scaled and cropped around its centre. Raises DataError.
 
-    Scaled and cut around its middle; transparency becomes white; of an animation the first frame is taken.
+    The three channels of a grey picture are equal. Transparency becomes white; an animation gives its first frame.
+    `nearest` scales to the nearest pixel, which adds no colours.
     """
 
-    def square(image: "Image") -> NDArray[np.uint8]:
-        from PIL import Image, ImageOps
-
+    def square(image: Image.Image) -> NDArray[np.uint8]:
         ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
@@ -42,20 +38,18 @@ def read_image(file: Path, size: int, nearest: bool = False) -> NDArray[np.uint8
 
 def decode(
     file: Path,
-    convert: Callable[["Image"], NDArray[np.uint8]],
+    convert: Callable[[Image.Image], NDArray[np.uint8]],
     formats: tuple[str, ...],
     max_bytes: int,
     max_pixels: int,
 ) -> NDArray[np.uint8]:
-    """The decoded picture, 8 bits a channel, as `convert` makes it. Raises DataError that names the file."""
-    from PIL import Image, UnidentifiedImageError
-
+    """Decode a picture of 8 bits a channel; return `convert` of it. Raises DataError with the file's name."""
     data = read_bounded(file, max_bytes)
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise DataError(f"{file}: a JPEG with more than {MAX_JPEG_SCANS} scans")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes, checked below, and metadata that is not used
+            warnings.simplefilter("ignore")  # about sizes, which are checked below, and unused metadata
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 if image.width * image.height > max_pixels:
                     raise DataError(
@@ -71,5 +65,5 @@ def decode(
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{file}: cannot be read as an image (not {', '.join(formats)})") from error
-    except Exception as error:  # decoders raise whatever they stumble over, struct.error for one
+    except Exception as error:  # decoders let struct.error and others through
         raise DataError(f"{file}: cannot be read as an image ({reason(error)})") from error

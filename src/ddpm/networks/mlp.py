@@ -1,16 +1,15 @@
-"""The fully connected denoiser of introductory lectures, with time and class: the baseline to beat."""
+"""The fully connected denoiser of introductory lectures, with time and class: a baseline."""
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.unet import class_table, sinusoids
+from ddpm.networks.unet import add_class, class_table, sinusoids
 
 
 class MLP(nn.Module):
-    """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
+    """x (N, in_channels, S, S), t (N,), y (N,) or None → (N, out_channels, S, S); S = image_size.
 
     Pixels → hidden (× num_layers) → pixels, 784-512-784 for MNIST; the embedding of time (and label) is added
     to every hidden layer. Times and labels as in `UNet`.
@@ -32,7 +31,7 @@ class MLP(nn.Module):
             raise ValueError(f"hidden={hidden}: must be even, for as many sines as cosines of the time")
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers}: the time enters at hidden layers, so at least 1")
-        self.num_classes, self.hidden = num_classes, hidden
+        self.hidden = hidden
         self.out_shape = (out_channels, image_size, image_size)
         widths = [in_channels * image_size**2] + [hidden] * num_layers
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -42,12 +41,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = sinusoids(t, self.hidden).to(self.out.weight.dtype)
-        if self.label is not None:
-            if y is None:
-                y = torch.full((len(t),), self.num_classes, device=t.device)
-            emb = emb + self.label(y)
-        elif y is not None:
-            raise ValueError("labels given to an unconditional network")
+        emb = add_class(emb, self.label, y)
         h = x.flatten(1)
         for layer, time in zip(self.layers, self.times, strict=True):
             h = F.silu(layer(h) + time(emb))

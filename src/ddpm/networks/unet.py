@@ -1,7 +1,7 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B), of the same topology as diffusers' `UNet2DModel`.
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), with the topology of diffusers' `UNet2DModel`.
 
-Levels go from full resolution (0) downwards, each half the size of the one before. A level has residual
-blocks with time embedding, and self-attention where asked for; skip connections join the two sides.
+Level 0 has full resolution; each further level has half the size. A level has residual blocks with time embedding,
+and self-attention where configured. Skip connections join the downward and the upward path.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ddpm.networks.kernels.group_norm import normed
 
-WIDE_HEAD, FEW_TOKENS = 32, 256  # where plain products beat fused attention in bf16 on a CPU
+WIDE_HEAD, FEW_TOKENS = 32, 256  # limits for plain matrix products to beat fused attention in bf16 on a CPU
 
 
 class UNet(nn.Module):
-    """(N, in_channels, S, S), times (N,), labels (N,) or None → (N, out_channels, S, S), with S = image_size.
+    """x (N, in_channels, S, S), t (N,), y (N,) or None → (N, out_channels, S, S); S = image_size.
 
     Times are indices 0 … T-1 and may be fractional. `num_classes` = 0 makes it unconditional; else labels
     run from 0 to num_classes, the last one (and None) meaning "no label" (Ho & Salimans 2022).
@@ -29,8 +29,8 @@ class UNet(nn.Module):
     Raises ValueError for sizes that do not fit together, and for labels given to an unconditional network.
     """
 
-    own_group_norm = True  # its GroupNorm may run in `kernels`
-    in_diffusers = True  # whose UNet2DModel takes the weights
+    own_group_norm = True  # GroupNorm may run in `kernels`
+    in_diffusers = True  # diffusers' UNet2DModel takes the weights
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class UNet(nn.Module):
         super().__init__()
         _check(image_size, channels, num_blocks, attention, head_dim, norm_groups)
         time_dim, last = 4 * channels[0], len(channels) - 1
-        self.num_classes = num_classes
         self.frequencies = channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.label = class_table(num_classes, time_dim) if num_classes else None
@@ -91,7 +90,8 @@ class UNet(nn.Module):
         _zero(self.conv_out)  # the network starts by predicting 0
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = F.silu(self._embed(t, y))
+        emb = self.time(sinusoids(t, self.frequencies).to(self.conv_in.weight.dtype))
+        emb = F.silu(add_class(emb, self.label, y))
         x = self.conv_in(x)
         skips = [x]
         level: Any  # a ModuleDict, which a ModuleList does not say
@@ -109,17 +109,6 @@ class UNet(nn.Module):
                 x = level["resize"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         x = self.conv_out(normed(self.norm_out, x))
         return x
-
-    def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
-        emb: Tensor = self.time(sinusoids(t, self.frequencies).to(self.conv_in.weight.dtype))
-        if self.label is None:
-            if y is not None:
-                raise ValueError("labels given to an unconditional network")
-            return emb
-        if y is None:
-            y = torch.full((len(t),), self.num_classes, device=t.device)
-        emb = emb + self.label(y)
-        return emb
 
 
 class ResBlock(nn.Module):
@@ -166,10 +155,10 @@ class Attention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v (Vaswani et al. 2017, eq. 1) for (N, heads, tokens, d).
+    """Return softmax(q k' / sqrt(d)) v for (N, heads, tokens, d) (Vaswani et al. 2017, eq. 1).
 
-    On a CPU the backward pass of PyTorch's own attention is slow in bf16, up to 12 times slower than in float32. Two
-    products of matrices are the fastest where they are large enough for the CPU's bf16 units and few enough to store.
+    On a CPU, the backward pass of PyTorch's fused attention is up to 12 times slower in bf16 than in float32. Plain
+    matrix products are fastest with wide heads, which suit the CPU's bf16 units, and few tokens, as weights are stored.
     """
     mixed: Tensor
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
@@ -177,14 +166,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif q.shape[-1] >= WIDE_HEAD and q.shape[-2] <= FEW_TOKENS:
         mixed = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
     else:
-        with torch.autocast("cpu", enabled=False):  # else it casts back
+        with torch.autocast("cpu", enabled=False):  # autocast would cast back to bf16
             mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     return mixed
 
 
 def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    """The last layer of a residual branch starts at zero, so that the block starts as its shortcut: as in the
-    code of Ho et al. (2020) and of Dhariwal & Nichol (2021).
+    """Zero the last layer of a residual branch, so that the block starts as its shortcut.
+
+    As in the code of Ho et al. (2020) and of Dhariwal & Nichol (2021).
     """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -195,9 +185,9 @@ def _level(blocks: nn.ModuleList, resize: nn.Module | None) -> nn.ModuleDict:
 
 
 def class_table(num_classes: int, width: int) -> nn.Embedding:
-    """A row for each class and one for none, N(0, 1) as in any nn.Embedding.
+    """Return an nn.Embedding with a row for each class and a last one for "no label", N(0, 1) as usual.
 
-    Which would import the compiler, two seconds of it, to make a table on the meta device.
+    On the meta device nn.Embedding's own initialization would import torch's compiler, which takes two seconds.
     """
     table = torch.empty(num_classes + 1, width)
     if not table.is_meta:
@@ -205,10 +195,26 @@ def class_table(num_classes: int, width: int) -> nn.Embedding:
     return nn.Embedding(num_classes + 1, width, _weight=table)
 
 
+def add_class(emb: Tensor, table: nn.Embedding | None, y: Tensor | None) -> Tensor:
+    """Add the embedding of the labels y (N,) to emb (N, dim); that of "no label" where y is None.
+
+    Raises ValueError for labels given to an unconditional network, which has no table.
+    """
+    if table is None:
+        if y is not None:
+            raise ValueError("labels given to an unconditional network")
+        return emb
+    if y is None:
+        y = torch.full((len(emb),), table.num_embeddings - 1, device=emb.device)
+    embedded: Tensor = table(y)
+    return emb + embedded
+
+
 def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """(N,) → (N, dim): cosines, then sines, of t at dim / 2 frequencies from 1 down to almost 1/10000
-    (Vaswani et al. 2017, section 3.5). Float32 whatever autocast says: bf16 holds only about half of 1,000
-    different times.
+    """Return cosines, then sines, of t (N,) at dim / 2 frequencies: (N, dim) float32.
+
+    Frequencies fall from 1 to almost 1/10000 (Vaswani et al. 2017, section 3.5). Float32 under autocast, too: bf16
+    tells apart only half of 1,000 times.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))

@@ -1,1 +1,1 @@
-"""From a checkpoint to images."""
+"""Sampling: the trained model, the sampler, the tasks of ddpm-sample, and a user's images."""

@@ -1,4 +1,4 @@
-"""A trained model as it is loaded from a checkpoint."""
+"""Load a trained model from a checkpoint, and make the denoiser and noise levels that samplers need."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from ddpm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A trained network and all that is needed to draw from it."""
+    """A trained network with its schedule, config and data facts."""
 
     network: nn.Module
     schedule: NoiseSchedule
@@ -33,9 +33,7 @@ class Model:
     step: int = 0  # of the training
     figures: Mapping[str, float] = field(default_factory=dict)  # at that step: val_loss, val_eps_mse, …
     folder: Path | None = None  # of the checkpoint
-    precision: torch.dtype = (
-        torch.float32
-    )  # of the network when it draws; what it says of real images is float32
+    precision: torch.dtype = torch.float32  # of the network when it samples; it is evaluated in float32
 
     @property
     def conditional(self) -> bool:
@@ -59,7 +57,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
-    """The model in a checkpoint, rebuilt from the file alone. Raises CheckpointError, UserError."""
+    """Rebuild the model from a checkpoint alone. Returns it and the metadata. Raises UserError."""
     meta, config, network = verify.outline(path)
     which = "ema" if ema else "model"
     _, tensors = checkpoint.load(path, which)
@@ -73,9 +71,9 @@ def load(path: Path, device: torch.device, ema: bool = True, precision: str = "f
 
 
 def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
-    """The class of each image: image i has wanted[i mod K], of all classes where none are wanted.
+    """Return the class of each image: wanted[i mod K] for image i; `wanted` defaults to all classes.
 
-    None for an unconditional model. Raises UserError for labels and scales that the model cannot serve.
+    None for an unconditional model. Raises UserError for labels and scales that do not fit the model.
     """
     if not model.conditional:
         if wanted is not None or guidance.scale != 1:
@@ -99,7 +97,7 @@ def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: 
 
 
 def levels(model: Model, sampler: Component) -> list[Level]:
-    """The noise levels a sampler config asks for. Raises UserError."""
+    """Return the noise levels of a sampler config, from high to low. Raises UserError."""
     num_steps = sampler.params["num_steps"] or model.schedule.num_timesteps
     try:
         return sample_levels(model.schedule, num_steps, sampler.params["spacing"], sampler.params["rho"])
@@ -108,7 +106,7 @@ def levels(model: Model, sampler: Component) -> list[Level]:
 
 
 def denoiser(model: Model, sampler: Component, y: Tensor | None, guidance: Guidance) -> Denoiser:
-    """The model as samplers see it, for images of the classes y (N,). Raises UserError."""
+    """Return the denoiser that samplers call, for images of the classes y (N,). Raises UserError."""
     try:
         return Denoiser(
             model.network,

@@ -1,6 +1,6 @@
-"""sampler.yaml beside a checkpoint: the sampler that is taken where none is named. A study of samplers writes it.
+"""Read and write sampler.yaml beside a checkpoint: the default sampler, as chosen by a sampler study.
 
-It may come from anywhere, as checkpoints do: it is read as plain data and passes the checks of a typed config.
+The file is not trusted: it is read as plain data, and checked like a typed config.
 """
 
 from collections import Counter
@@ -20,9 +20,9 @@ MAX_MESSAGE = 300  # characters
 
 
 def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path | None]:
-    """The sampler where none is named: of the file in a checkpoint's folder, and that file; else of the training.
+    """Return the default sampler and its file: `folder`'s sampler.yaml, else the training's and None.
 
-    Raises UserError with one line that names the file where there is one that cannot be used.
+    Raises UserError with one line that names a file that cannot be used.
     """
     if folder is None or (found := read(folder / NAME)) is None:
         return trained_sampler(config), None
@@ -33,7 +33,7 @@ def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path |
 
 
 def read(path: Path) -> Component | None:
-    """The sampler in a file, a name and all of its keys; None where there is no file. Raises UserError."""
+    """Read the sampler in a file, None if there is no file. Raises UserError."""
     try:
         data = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
@@ -47,14 +47,14 @@ def read(path: Path) -> Component | None:
 
 
 def write(path: Path, sampler: Component, comment: list[str]) -> None:
-    """The file for a sampler, with lines that say where it comes from. Raises OSError."""
+    """Write a sampler and, as comments, where it comes from. Raises OSError."""
     head = "".join(f"# {printable(line)}\n" for line in comment)
     body = yaml.safe_dump(sampler.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomically(path, (head + body).encode())
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """A flat YAML mapping as plain values and lists of them. Raises UserError."""
+    """Parse a YAML mapping of plain values and lists of them. Raises UserError."""
     if b"${" in data:
         raise UserError("it holds '${', and only plain values are read")
     try:
@@ -70,7 +70,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _is_flat(entry: tuple[yaml.Node, yaml.Node]) -> bool:
-    """Whether a key has a value, or a list of them; so an alias cannot make much of little."""
+    """Return whether a key has a plain value or a list of them, which excludes nested aliases."""
     key, value = entry
     items = value.value if isinstance(value, yaml.SequenceNode) else [value]
     return all(isinstance(node, yaml.ScalarNode) for node in (key, *items))
@@ -82,7 +82,7 @@ def _wrong(path: Path, why: str) -> UserError:
 
 
 def trained_sampler(config: TrainConfig) -> Component:
-    """The sampler a model was trained with, in no more steps than the model has timesteps."""
+    """Return the sampler of the training config, with at most as many steps as the model has timesteps."""
     params = dict(config.sampler.params)
     if params["num_steps"] is not None:  # written for many timesteps; this model may have few
         params["num_steps"] = min(params["num_steps"], config.schedule.params["num_timesteps"])

@@ -1,8 +1,8 @@
 """GroupNorm (Wu & He 2018) with what surrounds it in a U-Net: a bias of each image before it, SiLU after it.
 
 In channels_last all of it is one kernel: in C on a CPU (group_norm_c.py), in Triton on a GPU (group_norm_triton.py).
-PyTorch takes five passes over memory on a CPU, two more in bf16, and on a GPU it leaves channels_last besides.
-Where no kernel fits, `plain` does the same with PyTorch's operations.
+PyTorch takes five passes over memory on a CPU, seven in bf16; on a GPU its GroupNorm also leaves channels_last.
+Where no kernel fits, `plain` computes the same with PyTorch's operations.
 """
 
 import os
@@ -51,7 +51,7 @@ def _no_triton() -> str:
 
 
 def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:
-    """Whether a kernel may see these tensors: it takes every address and size at its word."""
+    """Return whether a kernel can run on these tensors. The kernels check no address and no size."""
     return (
         x.device.type in ("cpu", "cuda")
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -99,9 +99,7 @@ class _GroupNorm(torch.autograd.Function):
 def _kernels(x: Tensor) -> Any:
     """Return the module whose `forward` and `backward` run on the device of x."""
     if x.device.type == "cuda":
-        from ddpm.networks.kernels import (
-            group_norm_triton,
-        )  # takes half a second, and is needed on a GPU only
+        from ddpm.networks.kernels import group_norm_triton  # takes half a second, for GPUs only
 
         return group_norm_triton
     return group_norm_c

@@ -1,7 +1,7 @@
 """GroupNorm on a CPU: call the functions of group_norm.c, which native.py compiles.
 
-`forward` and `backward` have the arguments and results of those in group_norm_triton.py. They take every address and
-size at its word: tensors must have passed `group_norm._fits`.
+`forward` and `backward` have the arguments and results of those in group_norm_triton.py. They do not check addresses
+and sizes: tensors must have passed `group_norm._fits`.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from ddpm.networks.kernels import native
 
 
 def missing() -> str:
-    """Return why the compiled functions cannot be had, or an empty text."""
+    """Return why the compiled functions are not available, or an empty text."""
     found = _functions()
     return found if isinstance(found, str) else ""
 

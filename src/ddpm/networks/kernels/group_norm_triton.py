@@ -1,8 +1,8 @@
-"""GroupNorm with a bias before it and SiLU after it, forward and backward, each one pass of Triton kernels on a GPU.
+"""GroupNorm with a bias before it and SiLU after it, forward and backward, each one Triton kernel on a GPU.
 
-PyTorch's own leaves channels_last at every GroupNorm on CUDA and takes about ten kernels. Here one program has one
-image: x (N, H, W, C) in memory is read twice (its moments, then the result) and written once. All sums are float32.
-The interpreter of Triton (TRITON_INTERPRET=1) runs the same code on a CPU, which is how it is tested.
+PyTorch's GroupNorm leaves channels_last on CUDA and takes about ten kernels. Here one program computes one image:
+x (N, H, W, C) in memory is read twice (moments, then result) and written once. All sums are float32.
+Triton's interpreter (TRITON_INTERPRET=1) runs the same code on a CPU, for the tests.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ ELEMENTS = 4096  # of a block: pixels times channels, padded to powers of two
 
 @triton.jit
 def _pixels(start, hw, c, g, j, groups: tl.constexpr, width: tl.constexpr, block: tl.constexpr):
-    """Offsets of a block (pixels, groups, channels of a group) from the image's first number, and which exist."""
+    """Return a block's offsets (pixels, groups, channels of a group) in its image, and a mask of those that exist."""
     p = start + tl.arange(0, block)
     channel = g[:, None] * width + j[None, :]
     real = (g[:, None] < groups) & (j[None, :] < width)
@@ -26,7 +26,7 @@ def _pixels(start, hw, c, g, j, groups: tl.constexpr, width: tl.constexpr, block
 
 @triton.jit
 def _per_channel(pointer, image, c, g, j, groups: tl.constexpr, width: tl.constexpr):
-    """Numbers (groups, channels of a group) of a table (N, C), or of a vector with image = 0, as float32."""
+    """Load an image's row of a table (N, C) as float32 (groups, channels of a group); image = 0 for a vector."""
     real = (g[:, None] < groups) & (j[None, :] < width)
     return tl.load(pointer + image * c + g[:, None] * width + j[None, :], mask=real, other=0.0).to(tl.float32)
 
@@ -140,7 +140,7 @@ def _backward(
 def forward(
     x: Tensor, extra: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and 1 / standard deviation (N, groups) for x (N, C, H, W) in channels_last, extra (N, C) float32."""
+    """Return y like x (N, C, H, W) in channels_last, mean and 1 / std (N, groups); extra is (N, C) or None."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
@@ -162,7 +162,7 @@ def backward(
     rstd: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, and for each image those of extra, weight and bias, (N, C) float32 each."""
+    """Return the gradients of x (N, C, H, W) and, for each image (N, C), of extra, weight and bias."""
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
     dextra, dweight, dbias = (x.new_empty(n, c, dtype=torch.float32) for _ in range(3))

@@ -1,6 +1,6 @@
-"""Compile this package's C code on the user's machine at its first use, and keep it in the cache folder.
+"""Compile this package's C code on the user's machine at its first use, and cache the library.
 
-Where that is impossible (no gcc, no Linux, a PyTorch with another OpenMP), callers take PyTorch's own operations.
+Where that is impossible (no gcc, no Linux, a PyTorch with another OpenMP), callers use PyTorch's own operations.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ from pathlib import Path
 from ddpm.errors import DataError
 from ddpm.io.cache import cache_folder
 
-OFF = "DDPM_NATIVE"  # this environment variable, set to 0, switches all of it off
+OFF = "DDPM_NATIVE"  # environment variable; 0 switches compiled kernels off
 # Exact arithmetic, apart from fused multiply-add. Without errno and floating-point traps gcc vectorizes the loops.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 TIMEOUT = 60  # seconds, for a compiler that hangs; it takes about one
 
 
 class Unavailable(Exception):
-    """The compiled code cannot be had; says why."""
+    """The compiled code is not available; the text says why."""
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """Load the compiled `source`, and compile it if need be. Raises Unavailable."""
+    """Load the library of `source`, compiled if it is not cached. Raises Unavailable."""
     if os.environ.get(OFF) == "0":
         raise Unavailable(f"{OFF}=0")
     if not sys.platform.startswith("linux"):
@@ -59,7 +59,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _gnu_threads() -> bool:
-    """Whether PyTorch has loaded GNU OpenMP, whose threads code compiled with gcc then shares."""
+    """Return whether PyTorch has loaded GNU OpenMP, whose threads code compiled with gcc then shares."""
     with open("/proc/self/maps", errors="replace") as maps:
         names = {line.rsplit("/", 1)[-1] for line in maps if "omp" in line}
     return any(name.startswith("libgomp.so.1") for name in names) and not any(
@@ -88,7 +88,7 @@ def _check_own(path: Path) -> None:
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
-    """Hash all that decides the result: source, flags, compiler and processor."""
+    """Hash what the library depends on: source, flags, compiler and processor."""
     file = os.stat(compiler)
     with open("/proc/cpuinfo") as lines:
         processor = sorted(
@@ -99,7 +99,7 @@ def _fingerprint(source: Path, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    """Compile in a temporary folder and rename: a file under the final name is always whole."""
+    """Compile in a temporary folder and rename, so that a file with the final name is complete."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         line = [compiler, *FLAGS, "-o", str(made), str(source), "-lm"]
