@@ -58,6 +58,6 @@ def _mode(run: TrainState) -> str | None:
 
 
 def _pass(run: TrainState) -> None:
-    """Forward and backward pass for as many images as the first part of this process's share of a batch has."""
+    """Run forward and backward for as many images as the first part of this process's share of a batch has."""
     share = run.world.lengths(run.config.trainer.batch_size)[run.world.rank]
     trial(run, -(-share // run.config.trainer.accumulate))

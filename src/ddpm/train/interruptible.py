@@ -1,4 +1,4 @@
-"""Train until the end or a signal: save where one asks for it, and say what fits where memory ends."""
+"""Train until the end or a signal: handle SIGUSR1 and stop signals, and say what batch fits when out of memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -23,7 +23,7 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train as `loop.fit` does. Between two steps, save on SIGUSR1; save and raise signals.Stopped on a stop signal.
 
     Further items, with the step of the last one and a note, say what was done beside the steps. Raises UserError
-    where memory ends, also with the batch that would fit.
+    out of memory, with the batch that would fit.
     """
     exhausted = False
     try:

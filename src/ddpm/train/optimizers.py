@@ -178,7 +178,7 @@ def muon(network: nn.Module, lr: float, betas: tuple[float, float], weight_decay
     return Optimizer(network, lr, betas, weight_decay, matrices)
 
 
-def state_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+def state_names(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
     """Return the names of the state tensors of a parameter after the first step."""
     is_muon = any(
         group.get("muon") and any(parameter is p for p in group["params"]) for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""A run: all that changes while training, how it begins, and how it is kept in a checkpoint."""
+"""The state of a training: all that changes, new, and made the same in several processes."""
 
 import copy
 import math
@@ -40,11 +40,9 @@ class TrainState:
     max_steps: int
     environment: dict[str, str]  # what it is trained with, for people and for the promise of equal bits
     loss_history: Tensor  # losses by t (T, 10), for laws of timesteps that draw by them
-    first_nonfinite: (
-        Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
-    )
-    loss_sum: Tensor  # of the steps since the last line of metrics.jsonl,
-    last_logged_step: int = 0  # which was written at this step
+    first_nonfinite: Tensor  # step, loss and gradient norm of the first non-finite update; step -1: none was
+    loss_sum: Tensor  # of the steps since the last line of metrics.jsonl
+    last_logged_step: int = 0  # that of this line
     step: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, of how it began
     world: World = ALONE
@@ -52,7 +50,7 @@ class TrainState:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
+        """The parameters of `network`, listed once: each time takes a millisecond."""
         return list(self.network.parameters())
 
     @cached_property
@@ -67,7 +65,7 @@ class TrainState:
 
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> TrainState:
-    """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
+    """Make schedule, network, average and optimizer. Raises UserError for combinations that do not fit."""
     torch.manual_seed(config.seed)
     schedule = build.schedule(config.schedule)
     objective = build.objective(config.objective, schedule, device)
@@ -105,9 +103,9 @@ _OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  
 
 
 def join(run: TrainState, world: World) -> None:
-    """Make the runs of all processes one: rank 0's state for all, and gradients that are averaged over them.
+    """Copy rank 0's state to all processes, and average gradients over them (DDP) from now on.
 
-    Raises UserError where they were not told the same or have other data.
+    Raises UserError where settings, versions or data differ.
     """
     if world.size == 1:
         return
@@ -119,17 +117,15 @@ def join(run: TrainState, world: World) -> None:
         world, (run.step, run.last_logged_step, bool(run.optimizer.state), run.scaler.state_dict())
     )
     run.scaler.load_state_dict(scaler)
-    if moments and not world.first:
-        for parameter in run.network.parameters():
+    of_optimizer = []
+    for parameter in run.parameters if moments else []:
+        names = state_names(run.optimizer, parameter)
+        if not world.first:
             run.optimizer.state[parameter] = {
                 key: torch.zeros((), device=run.device) if key == "step" else torch.empty_like(parameter)
-                for key in state_names(run.optimizer, parameter)
+                for key in names
             }
-    of_optimizer = [
-        run.optimizer.state[parameter][key]
-        for parameter in (run.network.parameters() if moments else ())
-        for key in state_names(run.optimizer, parameter)
-    ]
+        of_optimizer += [run.optimizer.state[parameter][key] for key in names]
     weights = [*run.network.state_dict().values(), *run.ema.state_dict().values()]
     distributed.broadcast_tensors(world, [*weights, *of_optimizer, run.loss_history, run.loss_sum])
     run.parallel = DistributedDataParallel(

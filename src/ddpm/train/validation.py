@@ -1,4 +1,4 @@
-"""Two figures on held-out images: the objective's own loss, and an error in eps that every run can be compared by."""
+"""Validation: the objective's own loss on held-out images, and an error in eps that compares any two runs."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,7 @@ from ddpm.runtime.randomness import normal
 from ddpm.runtime.world import ALONE, World
 
 EVALUATIONS = 1024  # network evaluations for each figure
-LAMBDAS = tuple(
-    -4 + 0.5 * i for i in range(17)
-)  # the grid common to all runs, from nearly noise to nearly clean
+LAMBDAS = tuple(-4 + 0.5 * i for i in range(17))  # common to all runs, from nearly noise to nearly clean
 _SEED = 20260101  # of the noise: the same for every run, whatever its own seed
 
 
@@ -46,10 +44,8 @@ class Validation:
         self.x_0 = normalise(split.images.to(device)[chosen])
         self.y = None if split.labels is None else split.labels.to(device)[chosen]
         self.eps = normal(_SEED, "validation", 0, index, tuple(self.x_0.shape[1:]))
-        self.t = (index * schedule.num_timesteps) // EVALUATIONS  # the times of the loss: evenly spread
-        self.t = self.t[
-            torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)
-        ]
+        shuffle = torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)
+        self.t = (shuffle * schedule.num_timesteps) // EVALUATIONS  # the times of the loss: evenly spread
         self.objective = objective
         levels = [schedule.at_lambda(lambda_) for lambda_ in LAMBDAS]
         self.level = index % len(levels)
@@ -60,7 +56,7 @@ class Validation:
     def measure(
         self, network: nn.Module, conditional: bool, batch_size: int = 256, world: World = ALONE
     ) -> Figures:
-        """The evaluations are spread over the processes, which all get the same figures."""
+        """Measure a network. Several processes share the evaluations and return the same figures."""
         loss, error = [], []
         own = world.share(EVALUATIONS)
         for start in range(own.start, own.stop, batch_size):
