@@ -61,7 +61,5 @@ def _written(kind: str) -> tuple[str, ...]:
 
 def uses_plugin(config: dict[str, Any]) -> bool:
     """Whether a config, as plain data, names something registered."""
-    return any(
-        (config[table.group] if table.group else config)[table.key] in REGISTERED[kind]
-        for kind, table in TABLES.items()
-    )
+    config = {**config, "": config}
+    return any(config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items())

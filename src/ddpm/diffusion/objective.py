@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion.process import PREDICTIONS, add_noise, split, target, x_0_determinant
+from ddpm.diffusion.process import PREDICTIONS, add_noise, split, target
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import one_of, positive
 
@@ -85,11 +85,11 @@ def make_objective(
     one_of("prediction", prediction, PREDICTIONS)
     one_of("weight", weight, WEIGHTS)
     alpha, sigma = schedule.alpha, schedule.sigma
-    determinant = x_0_determinant(prediction, alpha, sigma)
+    a, b = PREDICTIONS[prediction](alpha, sigma)
+    determinant = alpha * b - sigma * a
     if determinant[-1] == 0:
-        raise ValueError(
-            f"prediction = {prediction}: says nothing of x_0 at the last t, where alpha = {alpha[-1]:g}; take v"
-        )
+        last = f"the last t, where alpha = {alpha[-1]:g}"
+        raise ValueError(f"prediction = {prediction}: says nothing of x_0 at {last}; take v")
     x_0_per_output = sigma / determinant
     snr = (alpha / sigma) ** 2
     of_x_0 = WEIGHTS[weight]

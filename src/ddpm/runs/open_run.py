@@ -33,36 +33,31 @@ class Source(NamedTuple):
 
 
 class OpenRun:
-    """The folder of a run and what it goes on from, as rank 0 sees it; the other processes are told the path alone.
+    """The folder of a run and what it goes on from. Only rank 0 knows; the other processes are sent the path.
 
     `path` is the current folder until `settle`, which makes a new one where none was named.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, world: World) -> None:
         self.world, self.path = world, Path()
         self.source: Source | None = None
         self.claim: run_dir.Claim | None = None
         self.place = Place(None, False, [])
-        if not world.first:
-            return
-        self.place = elastic.again(config) or resume.place(config)
-        if self.place.folder is not None:
-            self.claim = run_dir.claim(self.place.folder, config.overwrite, fresh=not self.place.in_place)
-        try:
-            self.source = choose(self.place, config)
-            if self.claim is not None and self.place.in_place and self.source is None:
-                run_dir.check_begun(self.claim.path)
-        except BaseException:
-            self.close()
-            raise
 
-    def close(self) -> None:
-        """Unlock the folder, and remove it if it was made here and nothing was written."""
-        if self.claim is not None:
-            self.claim.release()
+    def choose(self, config: TrainConfig) -> None:
+        """Lock the folder that the config names, and choose the checkpoint to go on from. Raises UserError."""
+        self.place = elastic.again(config) or resume.place(config)
+        folder, in_place = self.place.folder, self.place.in_place
+        if folder is not None:
+            self.claim = run_dir.claim(folder, config.overwrite, fresh=not in_place)
+        self.source = choose(self.place, config)
+        if folder is not None and in_place and not self.source and not run_dir.is_only_begun(Path(folder)):
+            raise UserError(
+                f"{folder} holds no checkpoint, but other things than a run: nothing to go on with"
+            )
 
     def settle(self, state: TrainState) -> float | None:
-        """Return the val_eps_mse of a run that is over; else have a folder, in `path`, and return None.
+        """Return the val_eps_mse of a finished run; else set `path`, to a new folder if need be, and return None.
 
         Every process calls it. Raises UserError where a named checkpoint has no steps left, or no folder can be made.
         """
@@ -77,7 +72,7 @@ class OpenRun:
         return figure
 
     def _last_figure(self, state: TrainState) -> float | None:
-        """With auto, a run that is over is fine; a checkpoint that is named was meant to go on."""
+        """Return the val_eps_mse of a finished run. Raises UserError where its checkpoint was named."""
         if self.source is None or state.step < state.max_steps:
             return None
         place, source = self.place, self.source.path
@@ -120,13 +115,19 @@ class OpenRun:
 
 @contextmanager
 def open_run(config: TrainConfig, world: World) -> Iterator[OpenRun]:
-    """Choose and lock the run's folder and the checkpoint to go on from. Raises UserError in all processes."""
-    with raise_on_all_ranks(world):
-        run = OpenRun(config, world)
+    """Open a run as rank 0, until the block ends: a folder made here without a file in it is removed then.
+
+    Raises UserError in all processes.
+    """
+    run = OpenRun(world)
     try:
+        with raise_on_all_ranks(world):
+            if world.first:
+                run.choose(config)
         yield run
     finally:
-        run.close()
+        if run.claim is not None:
+            run.claim.release()
 
 
 def choose(place: Place, config: TrainConfig) -> Source | None:

@@ -54,9 +54,9 @@ class Claim:
 
 
 def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
-    """Lock a folder before anything in it is relied upon. Raises UserError where something is in the way.
+    """Lock the folder of a run, before anything in it is read. Raises UserError.
 
-    `fresh`: for a new run, which may not find anything there but, with `overwrite`, a run.
+    `fresh`: for a new run. The folder must be empty or, with `overwrite`, hold nothing but a run.
     """
     path = Path(name)
     try:
@@ -81,15 +81,9 @@ def claim_new() -> Claim:
     return Claim(folder, lock(folder), made=True)
 
 
-def check_begun(folder: Path) -> None:
-    """Raises UserError where there is no checkpoint to go on from, and something else that must not be lost."""
-    if not is_only_begun(folder):
-        raise UserError(f"{folder} holds no checkpoint, but other things than a run: nothing to go on with")
-
-
 def is_only_begun(folder: Path) -> bool:
-    """Whether all that is there is what a run leaves that was killed before its first checkpoint."""
-    return not any(folder.glob("checkpoints/*.safetensors")) and not _strangers(folder)
+    """Whether a folder holds only what a run leaves that was killed before its first checkpoint."""
+    return not any(folder.glob("checkpoints/*.safetensors")) and not _foreign_files(folder)
 
 
 def clear(folder: Path) -> None:
@@ -101,7 +95,7 @@ def clear(folder: Path) -> None:
             if _OURS.fullmatch(file.name):
                 file.unlink()
         for emptied in (folder / part / "set_aside", folder / part):
-            with suppress(OSError):  # strangers' files stay, and so does their folder
+            with suppress(OSError):  # not empty: files of others stay, and so does the folder
                 emptied.rmdir()
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
@@ -140,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, float] | None:
-    """Return result.json of a finished run; None if it is absent or makes no sense."""
+    """Return result.json of a finished run; None if it is absent or malformed."""
     result = read_json(folder / "result.json")
     try:
         return {key: float(result[key]) for key in ("step", "val_eps_mse", "val_eps_mse_error")}
@@ -187,7 +181,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
 
 
-def _strangers(folder: Path) -> list[Path]:
+def _foreign_files(folder: Path) -> list[Path]:
     """Return what lies there and was not made by a run."""
     known = {LOCK, *RUN_FILES, *RUN_FOLDERS, *(path.name for path in leftovers(folder))}
     found = [path for path in folder.iterdir() if path.name not in known]

@@ -90,7 +90,7 @@ LISTED = 6  # tensors in a note
 
 
 def init_from(run: TrainState, ckpt: str) -> list[str]:
-    """Begin with another run's averaged weights: what has the same name and shape goes into network and average.
+    """Load another run's averaged weights into network and average, where name and shape are the same.
 
     `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
     and which of the run's tensors stay as they are. Raises UserError if nothing fits, or nothing there is whole.

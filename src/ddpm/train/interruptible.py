@@ -78,23 +78,23 @@ def _requests(run: TrainState) -> Iterator[tuple[int | None, bool]]:
     if run.world.size == 1:
         while True:
             yield signals.stop_requested(), signals.save_requested()
-    heard = all_reduce_max_async(run.world, (0, 0))
+    pending = all_reduce_max_async(run.world, (0, 0))
     while True:
-        number, save = heard()
+        number, save = pending()
         saves = signals.save_requested() and not save  # else it is the same request, come here a moment later
         if not number and run.step < run.max_steps:  # no question is left open at the end
-            heard = all_reduce_max_async(run.world, (signals.stop_requested() or 0, int(saves)))
+            pending = all_reduce_max_async(run.world, (signals.stop_requested() or 0, int(saves)))
         yield number or None, bool(save)
 
 
 def _out_of_memory(run: TrainState) -> UserError:
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
     text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
+    parts_help = "a larger trainer.accumulate makes the same batch in smaller parts"
     if run.world.size > 1:  # no trial: its gradients would wait for the other processes
-        text += f" in {run.world.size} processes"
-        return RankError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+        return RankError(f"{text} in {run.world.size} processes; {parts_help}")
     if run.device.type != "cuda":
-        return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+        return UserError(f"{text}; {parts_help}")
     run.network.zero_grad()
     compiling.undo(run.network)  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()

@@ -52,7 +52,7 @@ class TensorBoard(Logger):
         _, start, self.end = summary.hparams(plain, {})  # type: ignore[no-untyped-call]
         if not begun:
             self.writer.file_writer.add_summary(start)
-        with suppress(FileNotFoundError, ValueError):  # the training goes on from the lines that make sense
+        with suppress(FileNotFoundError, ValueError):  # from the first malformed line on none is logged
             for record in metrics_file.read(run_dir / "metrics.jsonl"):
                 if begun <= record["step"] <= step:
                     log_record(self, run_dir, record)

@@ -65,10 +65,7 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     clock, counted = time.perf_counter(), run.step
 
     while run.step < run.max_steps:
-        if captured is not None:
-            loss, grad_norm = captured.step()
-        else:
-            loss, grad_norm = train_step(run, *batches.batch(run.step))
+        loss, grad_norm = captured.step() if captured else train_step(run, *batches.batch(run.step))
         run.loss_sum += torch.where(loss.isfinite(), loss, 0)  # fp16 may skip a step, all others stop
         run.step += 1
         step, done = run.step, run.step == run.max_steps
@@ -104,7 +101,7 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             if run.world.first and due(trainer.checkpoint_every):
                 keep(run, run_dir, record)
             clock, counted = time.perf_counter(), step
-        yield Progress(step, record, captured.take_note() if captured is not None else "")
+        yield Progress(step, record, captured.take_note() if captured else "")
 
 
 def keep(run: TrainState, run_dir: Path, record: Mapping[str, float]) -> Path:
@@ -120,10 +117,7 @@ def keep(run: TrainState, run_dir: Path, record: Mapping[str, float]) -> Path:
 
 
 def trial(run: TrainState, n: int) -> None:
-    """Run forward and backward for n images without an update: to compile, or to measure the memory they need.
-
-    Gradients are not exchanged with other processes.
-    """
+    """Run forward and backward for n images, without an update and without an exchange with other processes."""
     c, size = run.facts.channels, run.facts.image_size
     x_0 = torch.zeros(n, c, size, size, device=run.device)
     t = torch.zeros(n, dtype=torch.int64, device=run.device)
@@ -139,7 +133,7 @@ def trial(run: TrainState, n: int) -> None:
 def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
     conditional = bool(run.config.model.params["conditional"])
     with without_cudnn_benchmark():
-        figures = vars(validation.measure(run.ema, conditional, world=run.world))
+        figures = validation.measure(run.ema, conditional, world=run.world)
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(

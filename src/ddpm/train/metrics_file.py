@@ -22,7 +22,7 @@ def append(path: Path, record: Mapping[str, float]) -> None:
 
 
 def cut(path: Path, step: int) -> None:
-    """Leave out what a resumed run writes again: lines past `step`, and all from one that makes no sense.
+    """Delete what a resumed run writes again: lines past `step`, and all from the first malformed one.
 
     A killed process may have left half a line. Raises OSError, also for a file of more than MAX_BYTES.
     """
@@ -37,9 +37,9 @@ def cut(path: Path, step: int) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the lines of anybody's file. A last line without an end is still being written, and left out.
+    """Yield the lines of a file from anywhere. A last line without an end is still being written, and left out.
 
-    Raises OSError, also for a file of more than MAX_BYTES, and ValueError for a line that makes no sense.
+    Raises OSError, also for a file of more than MAX_BYTES, and ValueError for a malformed line.
     """
     for number, line in enumerate(io.BytesIO(read_regular(path, MAX_BYTES)), start=1):
         if not line.endswith(b"\n") and len(line) <= MAX_LINE:
@@ -66,7 +66,7 @@ def _record(line: bytes) -> dict[str, float] | None:
 
 
 def lowest(path: Path, key: str) -> float | None:
-    """Return the lowest of the figures `key` in the lines that make sense; None if there is none."""
+    """Return the lowest of the figures `key` in the lines before the first malformed one, or None."""
     found = []
     with suppress(OSError, ValueError):
         for record in read(path):

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, and Muon for the matrices inside a network. To add one, write it and put it into `OPTIMIZERS`."""
+"""Optimizers: AdamW, and Muon for the matrices inside a network."""
 
 import math
 from collections import Counter

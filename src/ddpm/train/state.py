@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import build
-from ddpm.config.schema import TrainConfig, to_dict
+from ddpm.config.schema import TrainConfig, settings_of
 from ddpm.data.dataset import Dataset
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.objective import Objective
@@ -99,9 +99,6 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> TrainSt
     )
 
 
-_OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  # the data itself is compared
-
-
 def join(run: TrainState, world: World) -> None:
     """Copy rank 0's state to all processes, and average gradients over them (DDP) from now on.
 
@@ -109,9 +106,10 @@ def join(run: TrainState, world: World) -> None:
     """
     if world.size == 1:
         return
-    ours = {key: value for key, value in to_dict(run.config).items() if key not in _OWN_TO_A_MACHINE}
-    versions = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
-    distributed.check_equal_on_all_ranks(world, {**versions, **ours})
+    same = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
+    # of the dataset, whose path may differ, the data itself is compared
+    same |= {key: value for key, value in settings_of(run.config).items() if not key.startswith("dataset")}
+    distributed.check_equal_on_all_ranks(world, same)
     run.world, run.environment["processes"] = world, str(world.size)
     run.step, run.last_logged_step, moments, scaler = distributed.broadcast_object(
         world, (run.step, run.last_logged_step, bool(run.optimizer.state), run.scaler.state_dict())

@@ -141,9 +141,9 @@ def update_ema(averages: list[Tensor], parameters: list[Tensor], weight: float |
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Return the rate of a step: linear warm-up, times what `decay` says.
+    """Return the rate of a step: linear warm-up, then `decay`.
 
-    constant: 1; cosine: half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5); halving: halved after
+    "cosine" is half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5). "halving" halves the rate after
     each of `halvings` + 1 equal parts of the run but the last.
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
