@@ -92,14 +92,14 @@ MEASURED: dict[str, int] = {
     "build, register": 172,  # aim 170
     "checkpoint": 519,  # aim 500
     "sample, api": 1002,  # aim 870
-    "train": 1536,  # aim 1100
+    "train": 1533,  # aim 1100
     "runs": 611,  # aim 400
     "export": 421,  # aim 310
     "evaluate": 3013,  # aim 1900
     "report": 1089,  # aim 700
     "sweep": 473,  # aim 350
     "cli": 1349,  # aim 1050
-    "all, C included": 16114,  # aim 12000
+    "all, C included": 16111,  # aim 12000
     "core": 2393,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0
