@@ -1,6 +1,7 @@
 """docs/extending.md, run as it stands; and plug-ins that are missing, broken, or not the user's own wish."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -74,8 +75,11 @@ def test_network_objective_and_optimizer_train_resume_sample_and_are_judged(trai
     result = run_script("train", *again, cwd=trained)
     assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stderr
     stored = (trained / "runs/mine/config.yaml").read_text()
-    for name in ("my_transformer", "half_way", "soft_snr", "noisy_half", "muon_for_all"):
+    for name in ("my_transformer", "half_way", "soft_snr", "noisy_half", "muon_for_all", "losses_csv"):
         assert name in stored
+    logged = [line.split(",") for line in (trained / "runs/mine.csv").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert logged == [[str(line["step"]), str(line["loss"])] for line in metrics] and len(logged) == 2
     few = ["plugins=my_plugin", "ckpt=runs/mine", "sampler.num_steps=3", "n=4"]
     for program, more in (("sample", []), ("eval", ["measure=[likelihood]"])):
         result = run_script(program, *few, *more, cwd=trained)

@@ -304,7 +304,7 @@ def test_hostile_folders_are_listed_with_the_reason(tmp_path: Path, monkeypatch:
 
     rows = rows_of(tmp_path)
     expected = {
-        "long": "metrics.jsonl: more than 1 MiB",
+        "long": "more than the 1048576 allowed",
         "fifo": "not a regular file",
         "bomb": "has aliases or is nested",
         "big": "config.yaml",

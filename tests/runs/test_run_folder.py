@@ -15,7 +15,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
-from ddpm.runs import resume, resume_overrides, run_dir
+from ddpm.runs import open_run, resume, resume_overrides, run_dir
 from ddpm.train import environment
 from ddpm.train.checkpointing import save
 from ddpm.train.state import TrainState, prepare
@@ -182,15 +182,15 @@ def test_a_run_goes_on_in_its_own_folder_or_a_new_one(
     (tmp_path / "mine").rename(tmp_path / "outputs" / "x" / "other")
     for name in ("latest", "checkpoints"):
         config = typed(*SMALL, "trainer.resume=auto", f"run_dir={name}")
-        assert resume.choose(resume.place(config), config) is None
+        assert open_run.choose(resume.place(config), config) is None
 
 
 def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(
     tmp_path: Path, run: TrainState
 ) -> None:
-    def auto(name: str) -> resume.Source | None:
+    def auto(name: str) -> open_run.Source | None:
         config = typed(*SMALL, "trainer.resume=auto", f"run_dir={tmp_path}/{name}")
-        return resume.choose(resume.place(config), config)
+        return open_run.choose(resume.place(config), config)
 
     assert auto("new") is None
     source = auto("mine")
@@ -212,22 +212,22 @@ def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: TrainState
     longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_epochs=3").trainer
     assert longer.max_epochs == 3
     config = typed(f"trainer.resume={tmp_path}/mine", "trainer.max_steps=90")
-    source = resume.choose(resume.place(config), config)
+    source = open_run.choose(resume.place(config), config)
     assert source is not None
-    told = resume.notes(source, prepare(config, tiny_data(), CPU))
+    told = open_run.notes(source, prepare(config, tiny_data(), CPU))
     assert any("optimizer.decay=cosine to step 90" in note for note in told)
 
 
 def test_settings_come_from_the_checkpoint_but_paths_do_not(tmp_path: Path, run: TrainState) -> None:
     config = typed(f"trainer.resume={tmp_path}/mine", "optimizer.lr=1e-5", "trainer.max_steps=20")
     assert config.model.params["channels"] == [8, 16] and config.data_root != "elsewhere"
-    source = resume.choose(resume.place(config), config)
+    source = open_run.choose(resume.place(config), config)
     assert source is not None
     again = prepare(config, tiny_data(), CPU)
-    told = "\n".join(resume.notes(source, again))
+    told = "\n".join(open_run.notes(source, again))
     assert "optimizer.lr was 0.001, is 1e-05" in told and "max_steps" not in told and "bit by bit" not in told
     again.environment |= {"device": "NVIDIA H200", "deterministic": "no"}
-    told = "\n".join(resume.notes(source, again))
+    told = "\n".join(open_run.notes(source, again))
     assert "not bit by bit: device was CPU" in told and "trainer.deterministic=true" in told
 
 
@@ -238,9 +238,9 @@ def test_a_weight_that_was_another_function_is_named(tmp_path: Path, run: TrainS
         begun.environment |= {"weight": version} if version else {}
         save(begun, tmp_path / "sigmoid.safetensors", {})
         config = typed(f"trainer.resume={tmp_path}/sigmoid.safetensors")
-        source = resume.choose(resume.place(config), config)
+        source = open_run.choose(resume.place(config), config)
         assert source is not None
-        told = "\n".join(resume.notes(source, prepare(config, tiny_data(), CPU)))
+        told = "\n".join(open_run.notes(source, prepare(config, tiny_data(), CPU)))
         assert words in told and ("bit by bit" in told) == bool(words)
 
 
@@ -253,7 +253,7 @@ def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: Tr
             config = typed(*again, override)
             key = override.partition("=")[0]
             with pytest.raises(CheckpointError, match=rf"cannot resume .*{key}.* was .*, is "):
-                resume.choose(resume.place(config), config)
+                open_run.choose(resume.place(config), config)
 
 
 def test_a_folder_of_images_has_to_be_typed_again(tmp_path: Path) -> None:
@@ -288,21 +288,33 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             checkpoint.read_meta(path)
 
 
-def test_the_commit_is_read_without_running_git(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_repository_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GIT_DIR", raising=False)  # git sets it in a hook
     assert environment.commit(tmp_path) is None
-    folder, commit = tmp_path / ".git", "0123456789abcdef0123456789abcdef01234567"
-    (folder / "refs" / "heads").mkdir(parents=True)
-    (folder / "HEAD").write_text("ref: refs/heads/main\n")
-    (folder / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=me", "-c", "user.email=me@here")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    assert environment.commit(tmp_path) is None  # nothing is committed yet
+    git("commit", "--quiet", "--allow-empty", "--message=one")
     (tmp_path / "deeper").mkdir()
-    assert environment.commit(tmp_path / "deeper") == commit
-    (folder / "refs" / "heads" / "main").write_text(commit.replace("0", "f") + "\n")
-    assert environment.commit(tmp_path) == commit.replace("0", "f")
-    (folder / "HEAD").write_text(commit)
-    assert environment.commit(tmp_path) == commit
+    first = git("log", "-1", "--format=%H")
+    assert environment.commit(tmp_path / "deeper") == first
+    git("pack-refs", "--all")
+    assert environment.commit(tmp_path) == first
+    git("checkout", "--quiet", "--detach")
+    git("commit", "--quiet", "--allow-empty", "--message=two")
+    assert environment.commit(tmp_path) == git("log", "-1", "--format=%H") != first
+    head = (tmp_path / ".git" / "HEAD").read_text()
     for odd in ("ref: refs/../../secret", "ref: /etc/passwd", "\x1b[31m", "ref: refs/heads/none"):
-        (folder / "HEAD").write_text(odd)
+        (tmp_path / ".git" / "HEAD").write_text(odd)
         assert environment.commit(tmp_path) is None
+    (tmp_path / ".git" / "HEAD").write_text(head)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.commit(tmp_path) is None  # git is not installed
 
 
 def test_old_pickles_are_converted_without_running_them(tmp_path: Path, run: TrainState) -> None:

@@ -96,7 +96,7 @@ def main(result: str, steps: int, overrides: list[str]) -> None:
                 "history": run.loss_history.nan_to_num(-1),
                 "images": torch.tensor(images),
                 "messages": torch.tensor(messages),
-                "figures": torch.tensor([*vars(figures).values()], dtype=torch.float64),
+                "figures": torch.tensor([*figures.values()], dtype=torch.float64),
             }
             assert numbers["weights"].dtype == torch.float64
             torch.save(numbers, result)

@@ -15,8 +15,8 @@ from ddpm.data.dataset import Dataset
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
-from ddpm.runs import elastic, resume
-from ddpm.runs.open_run import OpenRun, open_run
+from ddpm.runs import elastic
+from ddpm.runs.open_run import OpenRun, notes, open_run
 from ddpm.runs.run_dir import RUN_FILES
 from ddpm.runtime import signals
 from ddpm.runtime.console import Log, duration, figures, typed
@@ -81,7 +81,7 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
     """Write config.yaml, environment.json and forward.png, and say what begins. Rank 0 alone writes and speaks."""
     if not state.world.first:
         return Log(None)
-    run.clear()
+    moved = run.begin(state.step)
     log = Log(run.path / "train.log")
     write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(to_dict(state.config)).encode())
     about = {**state.environment, "seed": state.config.seed, **elastic.recorded()}
@@ -90,10 +90,9 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
     for line in [
         *_describe(state, data),
         *state.notes,
-        *(resume.notes(run.source, state) if run.source else []),
+        *(notes(run.source, state) if run.source else []),
+        *moved,
     ]:
-        log.say(line)
-    for line in run.set_aside(state.step):
         log.say(line)
     return log
 

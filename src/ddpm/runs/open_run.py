@@ -3,49 +3,61 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from ddpm.checkpoint import locate
+from ddpm.checkpoint import file as checkpoint
+from ddpm.checkpoint import locate, verify
+from ddpm.checkpoint.header import Meta
 from ddpm.config.schema import TrainConfig
-from ddpm.errors import UserError
+from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import reason
 from ddpm.runs import elastic, resume, run_dir
+from ddpm.runs.resume import Place
 from ddpm.runtime.console import tell
 from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks
 from ddpm.runtime.world import World
+from ddpm.train.environment import BITWISE_FACTORS
 from ddpm.train.state import TrainState
+
+MUST_MATCH = ("dataset", "model", "schedule", "objective", "seed")  # between a run and its resumption
+BEFORE_THESE_WERE_STORED = {"processes": "1", "group_norm": "torch", "weight": "1"}
+
+
+class Source(NamedTuple):
+    """A whole checkpoint to go on from."""
+
+    path: Path
+    meta: Meta
+    config: TrainConfig
+    notes: list[str]  # for the user: about others that are not whole
 
 
 class OpenRun:
-    """The folder of a run and what it goes on from, as rank 0 sees it; the other processes are told the path alone.
+    """The folder of a run and what it goes on from. Only rank 0 knows; the other processes are sent the path.
 
     `path` is the current folder until `settle`, which makes a new one where none was named.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, world: World) -> None:
         self.world, self.path = world, Path()
-        self.source: resume.Source | None = None
+        self.source: Source | None = None
         self.claim: run_dir.Claim | None = None
-        self.place = resume.Place(None, False, [])
-        if not world.first:
-            return
-        self.place = elastic.again(config) or resume.place(config)
-        if self.place.folder is not None:
-            self.claim = run_dir.claim(self.place.folder, config.overwrite, fresh=not self.place.in_place)
-        try:
-            self.source = resume.choose(self.place, config)
-            if self.claim is not None and self.place.in_place and self.source is None:
-                run_dir.check_begun(self.claim.path)
-        except BaseException:
-            self.close()
-            raise
+        self.place = Place(None, False, [])
 
-    def close(self) -> None:
-        """Unlock the folder, and remove it if it was made here and nothing was written."""
-        if self.claim is not None:
-            self.claim.release()
+    def choose(self, config: TrainConfig) -> None:
+        """Lock the folder that the config names, and choose the checkpoint to go on from. Raises UserError."""
+        self.place = elastic.again(config) or resume.place(config)
+        folder, in_place = self.place.folder, self.place.in_place
+        if folder is not None:
+            self.claim = run_dir.claim(folder, config.overwrite, fresh=not in_place)
+        self.source = choose(self.place, config)
+        if folder is not None and in_place and not self.source and not run_dir.is_only_begun(Path(folder)):
+            raise UserError(
+                f"{folder} holds no checkpoint, but other things than a run: nothing to go on with"
+            )
 
     def settle(self, state: TrainState) -> float | None:
-        """Return the val_eps_mse of a run that is over; else have a folder, in `path`, and return None.
+        """Return the val_eps_mse of a finished run; else set `path`, to a new folder if need be, and return None.
 
         Every process calls it. Raises UserError where a named checkpoint has no steps left, or no folder can be made.
         """
@@ -60,7 +72,7 @@ class OpenRun:
         return figure
 
     def _last_figure(self, state: TrainState) -> float | None:
-        """With auto, a run that is over is fine; a checkpoint that is named was meant to go on."""
+        """Return the val_eps_mse of a finished run. Raises UserError where its checkpoint was named."""
         if self.source is None or state.step < state.max_steps:
             return None
         place, source = self.place, self.source.path
@@ -76,17 +88,15 @@ class OpenRun:
         tell(f"{source.parent.parent}: done already, {state.step:,} steps, val_eps_mse {figure:.4f}")
         return figure
 
-    def clear(self) -> None:
-        """Remove what the run will write anew, and what a killed process left. Raises OSError."""
-        if self.source is None or not self.place.in_place:
+    def begin(self, step: int) -> list[str]:
+        """Remove what the run writes anew from `step` on. Returns a line about each file moved. Raises OSError."""
+        on = self.source is not None and self.place.in_place
+        if not on:
             run_dir.clear(self.path)
         run_dir.sweep(self.path)
         for ended in ("result.json", run_dir.FAILED):  # what they say is of a shorter run
             (self.path / ended).unlink(missing_ok=True)
-
-    def set_aside(self, step: int) -> list[str]:
-        """Move checkpoints of later steps out of the way of a run that goes on here. Returns a line about each."""
-        return run_dir.set_aside(self.path, step) if self.source and self.place.in_place else []
+        return run_dir.set_aside(self.path, step) if on else []
 
     @contextmanager
     def name_last_checkpoint(self) -> Iterator[None]:
@@ -105,10 +115,54 @@ class OpenRun:
 
 @contextmanager
 def open_run(config: TrainConfig, world: World) -> Iterator[OpenRun]:
-    """Choose and lock the run's folder and the checkpoint to go on from. Raises UserError in all processes."""
-    with raise_on_all_ranks(world):
-        run = OpenRun(config, world)
+    """Open a run as rank 0, until the block ends: a folder made here without a file in it is removed then.
+
+    Raises UserError in all processes.
+    """
+    run = OpenRun(world)
     try:
+        with raise_on_all_ranks(world):
+            if world.first:
+                run.choose(config)
         yield run
     finally:
-        run.close()
+        if run.claim is not None:
+            run.claim.release()
+
+
+def choose(place: Place, config: TrainConfig) -> Source | None:
+    """Return the newest whole one of the place's files, or of its folder's, listed only now that it is locked.
+
+    Raises CheckpointError if there is none, or if it was another run's.
+    """
+    files = place.files or (locate.of_run(Path(str(place.folder))) if place.in_place else [])
+    if not files:
+        return None
+    path, notes = locate.newest_good(files, check=verify.examine)
+    meta, _ = checkpoint.read_meta(path)
+    stored = checkpoint.config(path, meta)
+    changed = resume.changes(stored, config)
+    if differ := [line for key, line in changed.items() if key.split(".")[0] in MUST_MATCH]:
+        why = "; torchrun's run id led here: another --rdzv-id begins a new run" if place.again else ""
+        raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ) + why)
+    return Source(path, meta, stored, notes)
+
+
+def notes(source: Source, state: TrainState) -> list[str]:
+    """Say what broke, what was changed, and whether the bits will be those of an unbroken run."""
+    lines = [*source.notes, f"going on from step {source.meta.step:,}: {source.path}"]
+    lines += [f"changed since: {line}" for line in resume.changes(source.config, state.config).values()]
+    decay = state.config.optimizer.decay
+    if resume.length(source.config) != resume.length(state.config) and decay != "constant":
+        lines.append(f"the learning rate follows optimizer.decay={decay} to step {state.max_steps:,}")
+    then, now = BEFORE_THESE_WERE_STORED | source.meta.versions, BEFORE_THESE_WERE_STORED | state.environment
+    other = [
+        f"{key} was {then.get(key, 'unknown')}, is {now[key]}"
+        for key in BITWISE_FACTORS
+        if then.get(key) != now[key]
+    ]
+    if now["deterministic"] == "no":
+        other.append("on a GPU only trainer.deterministic=true repeats every bit")
+    if other:
+        lines.append("close to an unbroken run, but not bit by bit: " + "; ".join(other))
+    return lines

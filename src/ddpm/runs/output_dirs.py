@@ -12,18 +12,15 @@ from ddpm.io.files import reason
 
 
 def dated_folder(base: str) -> Path:
-    """A new folder base/<date>/<time>."""
-    now = datetime.now()
-    return new_folder(Path(base) / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}", first="")
+    """Make a new folder base/<date>/<time>. Raises UserError."""
+    return _new_folder(Path(base) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}", first="")
 
 
-def numbered_folder(stem: Path) -> Path:
-    """A new folder stem-1, stem-2, …"""
-    return new_folder(stem, first="-1")
+def _new_folder(stem: Path, first: str) -> Path:
+    """Make the folder stem + first, stem-2, stem-3, …: the first that is not there yet. Raises UserError.
 
-
-def new_folder(stem: Path, first: str) -> Path:
-    """Made here, atomically, so that two starts in one second do not share one. Raises UserError."""
+    Made atomically, so that two starts in one second do not share one.
+    """
     for suffix in (first, *(f"-{i}" for i in range(2, 100_000))):
         folder = stem.with_name(stem.name + suffix)
         try:
@@ -37,13 +34,13 @@ def new_folder(stem: Path, first: str) -> Path:
 
 
 def of_run(checkpoint_file: Path) -> Path:
-    """The folder of the run that a checkpoint is of; of a file elsewhere, the one it lies in."""
+    """Return the folder of the run that a checkpoint is of; for a file elsewhere, the one it lies in."""
     home = checkpoint_file.parent
     return home.parent if home.name == "checkpoints" else home
 
 
 def check_results(out: str | None, stem: Path) -> None:
-    """Before hours of work: raises UserError where `results` could not be written to."""
+    """Check before hours of work whether `results` can be written. Raises UserError."""
     place = Path(out) if out is not None else stem.parent
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -54,9 +51,12 @@ def check_results(out: str | None, stem: Path) -> None:
 
 @contextmanager
 def results(out: str | None, stem: Path) -> Iterator[Path]:
-    """Where the files go: `out`, or a new folder stem-1. One made for them goes again if they cannot all be written."""
+    """Yield the folder for the files: `out`, or a new one stem-1, stem-2, …
+
+    Remove a folder made here if the block fails. Raises UserError.
+    """
     if out is None:
-        folder, new = numbered_folder(stem), True
+        folder, new = _new_folder(stem, first="-1"), True
     else:
         folder, new = Path(out), not Path(out).exists()
         try:

@@ -8,7 +8,7 @@ from ddpm.errors import UserError
 
 
 def before_typed(overrides: list[str]) -> list[str]:
-    """What the run was told, as overrides in front of what is typed now. Paths have to be typed again."""
+    """Return the settings of the run to resume, as overrides to put before those typed now, without its paths."""
     check_lengths(overrides)
     typed = typed_value(overrides, "trainer.resume")
     if typed in (None, "auto", "null"):

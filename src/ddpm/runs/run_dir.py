@@ -1,4 +1,4 @@
-"""The folder of a run: nobody else's, never overwritten by accident, and swept of what a killed process left."""
+"""The folder of a run: locked, never overwritten by accident, and cleared of what a killed process left."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,8 @@ from ddpm.io.files import leftovers, open_regular, read_regular, reason
 from ddpm.runs import output_dirs
 
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
+FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason
+MAX_JSON = 1 << 16  # bytes of result.json and environment.json
 RUN_FILES = (
     "config.yaml",
     "environment.json",
@@ -31,9 +34,8 @@ RUN_FILES = (
 RUN_FOLDERS = ("checkpoints", "samples", "tensorboard")
 LOCK = ".lock"
 LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
-_OURS = re.compile(
-    r"((step_\d+|best)\.safetensors|sampler\.yaml|step_\d+\.png|events\.out\.tfevents\..+)"
-)  # in RUN_FOLDERS
+# in RUN_FOLDERS
+_OURS = re.compile(r"((step_\d+|best)\.safetensors|sampler\.yaml|step_\d+\.png|events\.out\.tfevents\..+)")
 
 
 @dataclass
@@ -42,10 +44,10 @@ class Claim:
 
     path: Path
     lock: FileLock
-    made: bool  # for this claim: goes again if nothing comes of it
+    made: bool  # for this claim: removed if nothing is written
 
     def release(self) -> None:
-        """Leave a folder that was made in vain as if it had never been."""
+        """Unlock the folder, and remove it where it was made here and holds nothing."""
         with suppress(OSError):  # it may be gone already
             if self.made and {path.name for path in self.path.iterdir()} <= {LOCK}:
                 shutil.rmtree(self.path)
@@ -53,17 +55,16 @@ class Claim:
 
 
 def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
-    """Lock a folder before anything in it is relied upon. Raises UserError where something is in the way.
+    """Lock the folder of a run, before anything in it is read. Raises UserError.
 
-    `fresh`: for a new run, which may not find anything there but, with `overwrite`, a run.
+    `fresh`: for a new run. The folder must be empty or, with `overwrite`, hold nothing but a run.
     """
     path = Path(name)
     try:
         made = not path.exists()
         if fresh and not made:
             _check_free(path, overwrite)  # before even a lock is put there
-        path.mkdir(parents=True, exist_ok=True)
-        held = Claim(path, _lock(path), made)
+        held = Claim(path, lock(path), made)
     except OSError as error:
         raise UserError(f"cannot use run_dir={path}: {reason(error)}") from None
     try:
@@ -76,24 +77,18 @@ def claim(name: str, overwrite: bool, fresh: bool) -> Claim:
 
 
 def claim_new() -> Claim:
-    """A new folder under outputs/train."""
+    """Make and lock a new folder under outputs/train."""
     folder = output_dirs.dated_folder("outputs/train")
-    return Claim(folder, _lock(folder), made=True)
-
-
-def check_begun(folder: Path) -> None:
-    """Raises UserError where there is no checkpoint to go on from, and something else that must not be lost."""
-    if not is_only_begun(folder):
-        raise UserError(f"{folder} holds no checkpoint, but other things than a run: nothing to go on with")
+    return Claim(folder, lock(folder), made=True)
 
 
 def is_only_begun(folder: Path) -> bool:
-    """Whether all that is there is what a run leaves that was killed before its first checkpoint."""
-    return not any(folder.glob("checkpoints/*.safetensors")) and not _strangers(folder)
+    """Whether a folder holds only what a run leaves that was killed before its first checkpoint."""
+    return not any(folder.glob("checkpoints/*.safetensors")) and not _foreign_files(folder)
 
 
 def clear(folder: Path) -> None:
-    """Take away what a run makes, and nothing else; last the file that shows it to be one. Raises OSError."""
+    """Delete what a run makes, and nothing else; last config.yaml, which shows it to be one. Raises OSError."""
     for part in RUN_FOLDERS:
         if not (folder / part).exists():
             continue
@@ -101,22 +96,21 @@ def clear(folder: Path) -> None:
             if _OURS.fullmatch(file.name):
                 file.unlink()
         for emptied in (folder / part / "set_aside", folder / part):
-            with suppress(OSError):  # strangers' files stay, and so does their folder
+            with suppress(OSError):  # not empty: files of others stay, and so does the folder
                 emptied.rmdir()
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
-    """Take away temporary files of processes that were killed. Raises OSError."""
+    """Delete temporary files of processes that were killed. Raises OSError."""
     for part in (folder, *(folder / name for name in RUN_FOLDERS)):
         for file in leftovers(part):
             file.unlink()
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Move checkpoints that lie ahead of this step out of the way, broken or not; a line about each."""
-
+    """Move checkpoints that lie ahead of this step to checkpoints/set_aside/. Returns a line about each."""
     ahead = [file for file in locate.saved_steps(folder) if locate.step_of(file) > step]
     best = folder / "checkpoints" / "best.safetensors"
     if best.exists():
@@ -131,12 +125,20 @@ def set_aside(folder: Path, step: int) -> list[str]:
     return notes
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of at most 64 KiB; {} where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(path, MAX_JSON))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
 def read_result(folder: Path) -> dict[str, float] | None:
     """Read result.json of a finished run: step, seconds, validation figures. None if it is absent or malformed."""
     try:
-        result = json.loads(read_regular(folder / "result.json", 1 << 16))
-        result = {key: float(value) for key, value in result.items()}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        result = {key: float(value) for key, value in read_json(folder / "result.json").items()}
+    except (TypeError, ValueError, OverflowError):
         return None
     whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
         map(math.isfinite, result.values())
@@ -159,21 +161,15 @@ def is_running(folder: Path) -> bool:
 
 
 def lock(folder: Path) -> FileLock:
-    """A folder, made if need be, locked for this process. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _lock(folder)
-    except OSError as error:
-        raise UserError(f"cannot use run_dir={folder}: {reason(error)}") from None
-
-
-def _lock(folder: Path) -> FileLock:
-    """Held until it is released or the process ends, however it ends."""
+    """Make a folder if need be, and lock it until `release` or the end of the process. Raises UserError."""
     taken = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         taken.acquire(timeout=LOCK_WAIT, poll_interval=0.05)
     except Timeout:
         raise UserError(f"{folder} is in use by another process, which still trains in it") from None
+    except OSError as error:
+        raise UserError(f"cannot use run_dir={folder}: {reason(error)}") from None
     return taken
 
 
@@ -189,14 +185,11 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
 
 
-def _strangers(folder: Path) -> list[Path]:
-    """What lies there and was not made by a run."""
+def _foreign_files(folder: Path) -> list[Path]:
+    """Return what lies there and was not made by a run."""
     known = {LOCK, *RUN_FILES, *RUN_FOLDERS, *(path.name for path in leftovers(folder))}
     found = [path for path in folder.iterdir() if path.name not in known]
     for part in (folder / name for name in RUN_FOLDERS if (folder / name).exists()):
         inside = set(part.iterdir()) - set(leftovers(part)) - {part / "set_aside"}
         found += [path for path in inside if not _OURS.fullmatch(path.name)]
     return found
-
-
-FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason

@@ -1,4 +1,4 @@
-"""A run as a checkpoint: saved, restored, begun from another one's weights."""
+"""Save a training as a checkpoint, restore it, or begin one with another's weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from ddpm.train.state import TrainState
 
 
 def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
-    """The run as one checkpoint file. Raises CheckpointError if it cannot be written, or is not worth writing."""
+    """Save the training as one file. Raises CheckpointError if it cannot be written or is not finite."""
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     for what, numbers in (
         ("weights", run.network.parameters()),
@@ -38,7 +38,7 @@ def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
         f"scaler.{key}": torch.tensor(value, dtype=torch.float64)
         for key, value in run.scaler.state_dict().items()
     }
-    if run.config.objective.timesteps == "loss_aware":
+    if run.keeps_history:
         tensors["timesteps.history"] = run.loss_history
     tensors |= {"log.loss_sum": run.loss_sum, "log.since": torch.tensor(run.last_logged_step)}
     figures = {key: float(value) for key, value in record.items() if key != "step"}
@@ -47,14 +47,13 @@ def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
 
 
 def _finite(numbers: Iterable[Tensor]) -> bool:
-    """One look at all of them on the device: the largest magnitude shows an inf, and carries a nan along."""
+    """Whether all are finite, by one transfer from the device: the largest magnitude shows an inf, and a nan."""
     tensors = [tensor.detach() for tensor in numbers]
-    largest = torch._foreach_norm(tensors, float("inf")) if tensors else [torch.zeros(())]
-    return bool(torch.stack(largest).isfinite().all())
+    return not tensors or bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
 
 
 def restore(run: TrainState, path: Path) -> None:
-    """Go on from a checkpoint. Raises CheckpointError where it is broken or does not fit the network."""
+    """Resume from a checkpoint. Raises CheckpointError where it is broken or does not fit network or data."""
     meta, table = checkpoint.read_meta(path)
     verify.check_tensors(path, table, run.network, run.schedule.num_timesteps)
     _check_complete(path, run, table)
@@ -72,9 +71,8 @@ def restore(run: TrainState, path: Path) -> None:
     optimizer = checkpoint.part(tensors, "optimizer")
     for name, parameter in run.network.named_parameters():
         if state := checkpoint.part(optimizer, name):
-            run.optimizer.state[
-                parameter
-            ] = {  # in the parameter's own memory layout, as the fused kernel assumes
+            # in the parameter's own memory layout, as the fused kernel assumes
+            run.optimizer.state[parameter] = {
                 key: value.to(run.device) if key == "step" else torch.empty_like(parameter).copy_(value)
                 for key, value in state.items()
             }
@@ -92,7 +90,7 @@ LISTED = 6  # tensors in a note
 
 
 def init_from(run: TrainState, ckpt: str) -> list[str]:
-    """Begin with another run's averaged weights: what has the same name and shape goes into network and average.
+    """Load another run's averaged weights into network and average, where name and shape are the same.
 
     `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
     and which of the run's tensors stay as they are. Raises UserError if nothing fits, or nothing there is whole.
@@ -120,7 +118,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _check_complete(path: Path, run: TrainState, table: Mapping[str, Entry]) -> None:
-    """All of the optimizer's moments or, before the first step, none; likewise the scaler's numbers."""
+    """Raises CheckpointError unless all of the optimizer's and the scaler's numbers are there, or none."""
     moments = {
         f"optimizer.{name}.{key}"
         for name, parameter in run.network.named_parameters()

@@ -66,12 +66,12 @@ class CapturedSteps:
         return self._in_side_stream() if self.taken <= WARM_UP else self._step()
 
     def take_note(self) -> str:
-        """What there is to tell the user, once."""
+        """Return the line for the user, once."""
         note, self.note = self.note, ""
         return note
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """On the device alone: read a row, update, and count."""
+        """Read a row, update, and advance the counter, all on the device."""
         positions, keys, numbers = (x.index_select(0, self.tables.row)[0] for x in self.tables[:3])
         x_0 = normalise(self.batches.images[positions])
         y = None if self.batches.labels is None else self.batches.labels[positions]
@@ -82,7 +82,7 @@ class CapturedSteps:
         return result
 
     def _in_side_stream(self) -> tuple[Tensor, Tensor]:
-        """Not on the default stream, whose traces in the state of autograd a capture does not bear."""
+        """Take a step on another stream: autograd remembers the default stream, which no capture allows."""
         if self.run.device.type != "cuda":
             return self._step()
         own, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class CapturedSteps:
         self.graph, self.result = graph, result
 
     def _fill(self) -> None:
-        """The tables for the steps from `run.step` on."""
+        """Write the tables for the steps from `run.step` on."""
         run, size, first = self.run, self.batches.batch_size, self.run.step
         rows = [host_numbers(run, step) for step in range(first, first + ROWS)]
         keys = [[key(run.config.seed, s, step) for s in STREAMS] for step in range(first, first + ROWS)]
@@ -130,7 +130,7 @@ class CapturedSteps:
 
 
 def _obstacle(run: TrainState) -> str:
-    """Why steps are not captured. Raises UserError where that was asked for and cannot be."""
+    """Return why steps are not captured, or "". Raises UserError for trainer.cuda_graph=true where they cannot be."""
     setting, trainer = run.config.trainer.cuda_graph, run.config.trainer
     if setting == "false":
         return "trainer.cuda_graph=false"
@@ -139,8 +139,8 @@ def _obstacle(run: TrainState) -> str:
         "fp16 scales the loss by a number of the host": run.scaler.is_enabled(),
         "several processes train together": run.world.size > 1,
         "there is no GPU": run.device.type != "cuda",
-        "the network is compiled (trainer.compile=true)": trainer.compile
-        == "true",  # measured: illegal memory access
+        # measured: illegal memory access
+        "the network is compiled (trainer.compile=true)": trainer.compile == "true",
     }
     obstacle = next((reason for reason, holds in reasons.items() if holds), "")
     if obstacle and setting == "true":

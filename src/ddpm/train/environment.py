@@ -2,22 +2,20 @@
 
 import hashlib
 import platform
-import re
+import subprocess
 from pathlib import Path
 
 import torch
 
-import ddpm
 from ddpm import __version__
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.objective import WEIGHT_VERSIONS
-from ddpm.io.files import read_regular
 from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
 
-# of the environment
+# of `environment`: where two runs agree in these, they agree in every bit
 BITWISE_FACTORS = (
     "torch",
     "device",
@@ -31,7 +29,7 @@ BITWISE_FACTORS = (
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
-    """What a run is made with. Where two runs agree in `DECIDES_BITS`, they agree in every bit."""
+    """Return versions, device, precision and a digest of the data, as environment.json and checkpoints hold them."""
     cuda = device.type == "cuda"
     return {
         "ddpm": __version__,
@@ -56,12 +54,12 @@ def _group_norm(config: TrainConfig, device: torch.device) -> str:
 
 
 def _cpu() -> str:
-    """What decides in which order a CPU adds."""
+    """Name what decides in which order a CPU adds."""
     return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _fingerprint(*splits: Split) -> str:
-    """Of images and labels."""
+    """Return 16 hexadecimal digits of the SHA-256 of images and labels."""
     sha = hashlib.sha256()
     for split in splits:
         for tensor in (split.images, split.labels):
@@ -69,50 +67,16 @@ def _fingerprint(*splits: Split) -> str:
     return sha.hexdigest()[:16]
 
 
-_HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-
-
-_REF = re.compile(r"ref: (refs/[^\s\0]+)")
-
-
-MAX_BYTES = 1 << 24  # of packed-refs; a repository with 200,000 branches
-
-
 def commits() -> dict[str, str]:
     """Of the current folder and, where that is another repository, of ddpm itself; changes since then are not seen."""
-    here, own = commit(Path.cwd()), commit(Path(ddpm.__file__).parent)
+    here, own = commit(Path.cwd()), commit(Path(__file__).parent)
     return ({"git": here} if here else {}) | ({"git of ddpm": own} if own and own != here else {})
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that is checked out in the repository around a folder, if there is one."""
-    for parent in (folder, *folder.parents):
-        if (
-            parent / ".git"
-        ).exists():  # a file in a worktree or submodule, which leads elsewhere: not followed
-            try:
-                return _head(parent / ".git")
-            except (OSError, ValueError):
-                return None
-    return None
-
-
-def _head(git: Path) -> str | None:
-    head = _line(git / "HEAD")
-    ref = _REF.fullmatch(head)
-    if ref is None or ".." in ref[1]:
-        return head if _HASH.fullmatch(head) else None
-    if (git / ref[1]).is_file():
-        loose = _line(git / ref[1])
-        return loose if _HASH.fullmatch(loose) else None
-    packed = _text(git / "packed-refs").splitlines()
-    found = [line.split()[0] for line in packed if line.endswith(" " + ref[1])]
-    return found[0] if found and _HASH.fullmatch(found[0]) else None
-
-
-def _line(path: Path) -> str:
-    return _text(path).partition("\n")[0].strip()
-
-
-def _text(path: Path) -> str:
-    return read_regular(path, MAX_BYTES).decode()
+    """Return the commit that is checked out in the repository around a folder; None without one, or without git."""
+    command = ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

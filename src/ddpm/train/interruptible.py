@@ -1,7 +1,7 @@
-"""Train until the end or a signal: save where one asks for it, and say what fits where memory ends."""
+"""Train until the end or a signal: handle SIGUSR1 and stop signals, and say what batch fits when out of memory."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ddpm.runtime.console import typed
 from ddpm.runtime.distributed import all_reduce_max_async, raise_on_all_ranks
 from ddpm.train import compile as compiling
 from ddpm.train import loop
-from ddpm.train.loggers import LOGGERS, log_record
+from ddpm.train.loggers import LOGGERS, Logger, log_record
 from ddpm.train.loop import Progress
 from ddpm.train.state import TrainState
 
@@ -23,18 +23,17 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train as `loop.fit` does. Between two steps, save on SIGUSR1; save and raise signals.Stopped on a stop signal.
 
     Further items, with the step of the last one and a note, say what was done beside the steps. Raises UserError
-    where memory ends, also with the batch that would fit.
+    out of memory, with the batch that would fit.
     """
     exhausted = False
     try:
         if note := compiling.begin(run):
             yield Progress(run.step, None, note)
-        make = LOGGERS[run.config.logger if run.world.first else "files"]
-        with closing(make(run_dir, settings_of(run.config), run.step, run.max_steps)) as logger:
+        with _logger(run, run_dir) as logger:
             requests = _requests(run)
             for progress in loop.fit(run, data, run_dir):
                 yield progress
-                if progress.record:
+                if logger and progress.record:
                     log_record(logger, run_dir, progress.record)
                 number, save = next(requests)
                 if save and run.world.first:
@@ -55,6 +54,13 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
         raise _out_of_memory(run)
 
 
+def _logger(run: TrainState, run_dir: Path) -> AbstractContextManager[Logger | None]:
+    """Rank 0's logger; the other processes have none."""
+    if not run.world.first:
+        return nullcontext()
+    return closing(LOGGERS[run.config.logger](run_dir, settings_of(run.config), run.step, run.max_steps))
+
+
 def _stopped(run: TrainState, run_dir: Path, number: int) -> str:
     if signals.of_a_sweep():
         return f"stopped with its sweep at step {run.step}"
@@ -72,23 +78,23 @@ def _requests(run: TrainState) -> Iterator[tuple[int | None, bool]]:
     if run.world.size == 1:
         while True:
             yield signals.stop_requested(), signals.save_requested()
-    heard = all_reduce_max_async(run.world, (0, 0))
+    pending = all_reduce_max_async(run.world, (0, 0))
     while True:
-        number, save = heard()
+        number, save = pending()
         saves = signals.save_requested() and not save  # else it is the same request, come here a moment later
         if not number and run.step < run.max_steps:  # no question is left open at the end
-            heard = all_reduce_max_async(run.world, (signals.stop_requested() or 0, int(saves)))
+            pending = all_reduce_max_async(run.world, (signals.stop_requested() or 0, int(saves)))
         yield number or None, bool(save)
 
 
 def _out_of_memory(run: TrainState) -> UserError:
     batch, parts = run.config.trainer.batch_size, run.config.trainer.accumulate
     text = f"out of memory on {run.device} with trainer.batch_size={batch} trainer.accumulate={parts}"
+    parts_help = "a larger trainer.accumulate makes the same batch in smaller parts"
     if run.world.size > 1:  # no trial: its gradients would wait for the other processes
-        text += f" in {run.world.size} processes"
-        return RankError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+        return RankError(f"{text} in {run.world.size} processes; {parts_help}")
     if run.device.type != "cuda":
-        return UserError(f"{text}; a larger trainer.accumulate makes the same batch in smaller parts")
+        return UserError(f"{text}; {parts_help}")
     run.network.zero_grad()
     compiling.undo(run.network)  # batches of other sizes would be compiled anew
     torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ import torch
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.config.choices import Component
+from ddpm.config.choices import choose_sampler
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.objective import losses
@@ -34,12 +34,11 @@ from ddpm.train.validation import Validation
 
 PREVIEWS = 36
 PREVIEW_STEPS = 20
-PREVIEW_SAMPLER = {"spacing": "linspace", "rho": 7.0, "clip": "clip", "dynamic_percentile": 0.995, "eta": 1.0}
 MIN_LOSS_SCALE = 1.0  # of fp16: below this no gradient is left
 
 
 class Progress(NamedTuple):
-    """After each step: its number, and every so often the line that went to metrics.jsonl."""
+    """What `fit` yields after each step: its number, and the line of metrics.jsonl where one was written."""
 
     step: int
     record: dict[str, float] | None
@@ -49,8 +48,8 @@ class Progress(NamedTuple):
 def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     """Train from run.step to run.max_steps; write metrics.jsonl, samples/ and checkpoints/ under `run_dir`.
 
-    Whoever iterates may stop, or `keep` a checkpoint, after any step. Of several processes all go through the same
-    steps and have the same figures, and rank 0 writes. Raises UserError when loss or gradients stop being finite (no
+    The caller may stop, or `keep` a checkpoint, after any step. Several processes go through the same steps and have
+    the same figures, and rank 0 writes. Raises UserError when loss or gradients stop being finite (no
     such number ever reaches the weights), and OSError where nothing can be written.
     """
     config, trainer, best = run.config, run.config.trainer, math.inf
@@ -66,10 +65,7 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     clock, counted = time.perf_counter(), run.step
 
     while run.step < run.max_steps:
-        if captured is not None:
-            loss, grad_norm = captured.step()
-        else:
-            loss, grad_norm = train_step(run, *batches.batch(run.step))
+        loss, grad_norm = captured.step() if captured else train_step(run, *batches.batch(run.step))
         run.loss_sum += torch.where(loss.isfinite(), loss, 0)  # fp16 may skip a step, all others stop
         run.step += 1
         step, done = run.step, run.step == run.max_steps
@@ -105,11 +101,11 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             if run.world.first and due(trainer.checkpoint_every):
                 keep(run, run_dir, record)
             clock, counted = time.perf_counter(), step
-        yield Progress(step, record, captured.take_note() if captured is not None else "")
+        yield Progress(step, record, captured.take_note() if captured else "")
 
 
 def keep(run: TrainState, run_dir: Path, record: Mapping[str, float]) -> Path:
-    """A step file of the run as it is now; older ones than the last `trainer.keep` go when it is safely there."""
+    """Save a step file of the run as it is now, then delete older ones than the last `trainer.keep`. Returns it."""
     stop_if_not_finite(run)
     with open(run_dir / "metrics.jsonl", "r+b") as file:  # must not be lost where the checkpoint is not
         os.fsync(file.fileno())
@@ -121,7 +117,7 @@ def keep(run: TrainState, run_dir: Path, record: Mapping[str, float]) -> Path:
 
 
 def trial(run: TrainState, n: int) -> None:
-    """Forward and backward for n images, without an update: what it takes is what they need. Tells no other process."""
+    """Run forward and backward for n images, without an update and without an exchange with other processes."""
     c, size = run.facts.channels, run.facts.image_size
     x_0 = torch.zeros(n, c, size, size, device=run.device)
     t = torch.zeros(n, dtype=torch.int64, device=run.device)
@@ -137,7 +133,7 @@ def trial(run: TrainState, n: int) -> None:
 def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
     conditional = bool(run.config.model.params["conditional"])
     with without_cudnn_benchmark():
-        figures = vars(validation.measure(run.ema, conditional, world=run.world))
+        figures = validation.measure(run.ema, conditional, world=run.world)
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(
@@ -148,11 +144,11 @@ def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
 
 
 def _preview(run: TrainState, folder: Path) -> None:
-    """A grid from the averaged weights and noise that is the same each time. Raises UserError if it is not finite."""
+    """Draw a grid with the averaged weights, from the same noise each time. Raises UserError if it is not finite."""
     index = torch.arange(PREVIEWS, device=run.device)
     model = Model(run.ema, run.schedule, run.config, run.facts, run.device)
     steps = min(PREVIEW_STEPS, run.schedule.num_timesteps)
-    sampler = Component("ddim", {**PREVIEW_SAMPLER, "num_steps": steps})
+    sampler = choose_sampler("ddim", {"num_steps": steps, "eta": 1.0})
     y = labels(model, None, index, Guidance())
     steps_taken = draw(model, sampler, denoiser(model, sampler, y, Guidance()), index, run.config.seed)
     with without_cudnn_benchmark():
@@ -161,7 +157,7 @@ def _preview(run: TrainState, folder: Path) -> None:
 
 
 def stop_if_not_finite(run: TrainState) -> None:
-    """Raises UserError if an update since the beginning was not finite. Waits for the device."""
+    """Check all updates since the beginning. Raises UserError if one was not finite. Waits for the device."""
     step, loss, grad_norm = run.first_nonfinite.tolist()
     if step >= 0:
         lr = learning_rate(run.config.optimizer, int(step) - 1, run.max_steps)
@@ -177,7 +173,7 @@ def stop_if_not_finite(run: TrainState) -> None:
 
 
 def _best_figure(run_dir: Path, step: int) -> float:
-    """The figure to beat: that of `best`, unless it lies ahead of this step, or is broken."""
+    """Return the val_eps_mse of `best`; inf where it is absent, broken or of a later step than this."""
     best = run_dir / "checkpoints" / "best.safetensors"
     try:
         checkpoint.verify(best)

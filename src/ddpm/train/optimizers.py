@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, and Muon for the matrices inside a network. To add one, write it and put it into `OPTIMIZERS`."""
+"""Optimizers: AdamW, and Muon for the matrices inside a network."""
 
 import math
 from collections import Counter
@@ -40,10 +40,10 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: float,
         matrices: Collection[nn.Parameter] = (),
     ) -> None:
-        own = set(matrices)
-        matrices = sorted(matrices, key=_matrix)  # equal shapes side by side, as `_muon` takes them
-        rest = [p for p in network.parameters() if p not in own]
-        groups = [{"params": list(matrices), "muon": True}, {"params": rest, "muon": False}]
+        self.matrices = set(matrices)
+        equal_side_by_side = sorted(matrices, key=_matrix)  # as `_muon` takes them
+        rest = [p for p in network.parameters() if p not in self.matrices]
+        groups = [{"params": equal_side_by_side, "muon": True}, {"params": rest, "muon": False}]
         super().__init__(
             [group for group in groups if group["params"]],
             {"lr": lr, "betas": betas, "weight_decay": weight_decay},
@@ -179,12 +179,9 @@ def muon(network: nn.Module, lr: float, betas: tuple[float, float], weight_decay
     return Optimizer(network, lr, betas, weight_decay, matrices)
 
 
-def state_names(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+def state_names(optimizer: Optimizer, parameter: Tensor) -> tuple[str, ...]:
     """Return the names of the state tensors of a parameter after the first step."""
-    is_muon = any(
-        group.get("muon") and any(parameter is p for p in group["params"]) for group in optimizer.param_groups
-    )
-    return ("momentum",) if is_muon else ADAMW_STATE
+    return ("momentum",) if parameter in optimizer.matrices else ADAMW_STATE
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": Optimizer, "muon": muon}

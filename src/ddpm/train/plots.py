@@ -16,7 +16,7 @@ from ddpm.train import metrics_file
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Training and validation curves from a run's metrics.jsonl. Raises OSError, as all three do."""
+    """Plot training and validation loss from a run's metrics.jsonl. Raises OSError, as all three do."""
     records = list(metrics_file.read(metrics))
     figure, axes = _axes()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss", lw=1)
@@ -31,7 +31,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 
 
 def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
-    """alpha, sigma and lambda over t."""
+    """Plot alpha, sigma and lambda over t."""
     figure, axes = _axes()
     axes.plot(schedule.alpha, label="alpha")
     axes.plot(schedule.sigma, label="sigma")
@@ -44,7 +44,7 @@ def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
 
 
 def draw_forward(x_0: Tensor, schedule: NoiseSchedule, picture: Path, columns: int = 9) -> None:
-    """Real images (uint8 (N, C, H, W)), one in a row, more and more noised from left to right."""
+    """Draw real images (uint8 (N, C, H, W)), one in a row, more and more noised from left to right."""
     times = [round(i * (schedule.num_timesteps - 1) / (columns - 1)) for i in range(columns)]
     levels = [schedule.at(-1)] + [schedule.at(t) for t in times]
     clean = normalise(x_0.cpu())
@@ -60,7 +60,8 @@ def _save(figure: Any, picture: Path) -> None:
 
 
 def _axes() -> tuple[Any, Any]:
-    """A figure without pyplot, which would keep state and look for a screen."""
+    """Make a figure without pyplot, which would keep state and look for a screen."""
+    # a third of a second that the first step need not wait for
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Set up a training: new, from another run's weights, or where a checkpoint left it; the same in all processes."""
+"""Set up a training: new, from another run's weights, or from a checkpoint to resume; the same in all processes."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ddpm.train.state import TrainState
 
 
 def set_up(config: TrainConfig, data: Dataset, session: Session, source: Path | None) -> TrainState:
-    """Return the state of a training that can go on; `source` is rank 0's checkpoint to resume, if there is one.
+    """Return the state of a training, ready to run; `source` is rank 0's checkpoint to resume, if there is one.
 
     Raises UserError, in all processes, where settings, data and checkpoint do not fit.
     """

@@ -1,21 +1,22 @@
-"""A run: all that changes while training, how it begins, and how it is kept in a checkpoint."""
+"""The state of a training: all that changes, new, and made the same in several processes."""
 
 import copy
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import build
-from ddpm.config.schema import TrainConfig, to_dict
+from ddpm.config.schema import TrainConfig, settings_of
 from ddpm.data.dataset import Dataset
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.objective import Objective
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.diffusion.timesteps import empty_history
+from ddpm.diffusion.timesteps import TIMESTEPS, empty_history
 from ddpm.runtime import distributed
 from ddpm.runtime.device import precision
 from ddpm.runtime.world import ALONE, World
@@ -38,12 +39,10 @@ class TrainState:
     device: torch.device
     max_steps: int
     environment: dict[str, str]  # what it is trained with, for people and for the promise of equal bits
-    loss_history: Tensor  # of losses by t, for loss-aware timesteps
-    first_nonfinite: (
-        Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
-    )
-    loss_sum: Tensor  # of the steps since the last line of metrics.jsonl,
-    last_logged_step: int = 0  # which was written at this step
+    loss_history: Tensor  # losses by t (T, 10), for laws of timesteps that draw by them
+    first_nonfinite: Tensor  # step, loss and gradient norm of the first non-finite update; step -1: none was
+    loss_sum: Tensor  # of the steps since the last line of metrics.jsonl
+    last_logged_step: int = 0  # that of this line
     step: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, of how it began
     world: World = ALONE
@@ -51,8 +50,13 @@ class TrainState:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
+        """The parameters of `network`, listed once: each time takes a millisecond."""
         return list(self.network.parameters())
+
+    @cached_property
+    def keeps_history(self) -> bool:
+        """Whether timesteps are drawn by the loss history: their law has the parameter `history`."""
+        return "history" in signature(TIMESTEPS[self.config.objective.timesteps]).parameters
 
     @cached_property
     def averages(self) -> list[Tensor]:
@@ -61,7 +65,7 @@ class TrainState:
 
 
 def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> TrainState:
-    """Schedule, network, its average and the optimizer, new. Raises UserError for combinations that do not fit."""
+    """Make schedule, network, average and optimizer. Raises UserError for combinations that do not fit."""
     torch.manual_seed(config.seed)
     schedule = build.schedule(config.schedule)
     objective = build.objective(config.objective, schedule, device)
@@ -95,35 +99,31 @@ def prepare(config: TrainConfig, data: Dataset, device: torch.device) -> TrainSt
     )
 
 
-_OWN_TO_A_MACHINE = ("data_root", "run_dir", "overwrite", "device", "dataset")  # the data itself is compared
-
-
 def join(run: TrainState, world: World) -> None:
-    """Make the runs of all processes one: rank 0's state for all, and gradients that are averaged over them.
+    """Copy rank 0's state to all processes, and average gradients over them (DDP) from now on.
 
-    Raises UserError where they were not told the same or have other data.
+    Raises UserError where settings, versions or data differ.
     """
     if world.size == 1:
         return
-    ours = {key: value for key, value in to_dict(run.config).items() if key not in _OWN_TO_A_MACHINE}
-    versions = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
-    distributed.check_equal_on_all_ranks(world, {**versions, **ours})
+    same = {key: run.environment[key] for key in ("data", "ddpm", "torch", "precision")}
+    # of the dataset, whose path may differ, the data itself is compared
+    same |= {key: value for key, value in settings_of(run.config).items() if not key.startswith("dataset")}
+    distributed.check_equal_on_all_ranks(world, same)
     run.world, run.environment["processes"] = world, str(world.size)
     run.step, run.last_logged_step, moments, scaler = distributed.broadcast_object(
         world, (run.step, run.last_logged_step, bool(run.optimizer.state), run.scaler.state_dict())
     )
     run.scaler.load_state_dict(scaler)
-    if moments and not world.first:
-        for parameter in run.network.parameters():
+    of_optimizer = []
+    for parameter in run.parameters if moments else []:
+        names = state_names(run.optimizer, parameter)
+        if not world.first:
             run.optimizer.state[parameter] = {
                 key: torch.zeros((), device=run.device) if key == "step" else torch.empty_like(parameter)
-                for key in state_names(run.optimizer, parameter)
+                for key in names
             }
-    of_optimizer = [
-        run.optimizer.state[parameter][key]
-        for parameter in (run.network.parameters() if moments else ())
-        for key in state_names(run.optimizer, parameter)
-    ]
+        of_optimizer += [run.optimizer.state[parameter][key] for key in names]
     weights = [*run.network.state_dict().values(), *run.ema.state_dict().values()]
     distributed.broadcast_tensors(world, [*weights, *of_optimizer, run.loss_history, run.loss_sum])
     run.parallel = DistributedDataParallel(

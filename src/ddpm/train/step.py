@@ -27,7 +27,7 @@ class StepNumbers(NamedTuple):
 
 
 def host_numbers(run: TrainState, step: int) -> StepNumbers:
-    """The numbers of the step that follows `step` others."""
+    """Return the numbers of the step that follows `step` others."""
     lr = learning_rate(run.config.optimizer, step, run.max_steps)
     return StepNumbers(step, lr, 1 - ema_decay(run.config.trainer.ema_decay, step), step + 1)
 
@@ -45,12 +45,12 @@ def seed_network(run: TrainState) -> None:
 
 
 def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> tuple[Tensor, Tensor]:
-    """The part of a step that runs on the device; returns the loss and the gradient's norm, 0-dim.
+    """Run the part of a step that is on the device. Returns the loss and the gradient's norm, 0-dim.
 
-    Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`. Of several
-    processes each is given the whole batch and computes its share; losses and gradients are then those of all.
+    Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.first_nonfinite`.
+    Each of several processes is given the whole batch and computes its share; loss and gradients are those of all.
     """
-    config, trainer = run.config, run.config.trainer
+    trainer = run.config.trainer
     for group in run.optimizer.param_groups:
         group["lr"] = now.lr
     for parameter in run.parameters:
@@ -72,7 +72,7 @@ def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> 
         t, loss, weight = distributed.all_gather_columns(run.world, torch.stack([t, loss, weight]), len(x_0))
         t = t.long()
     total = (weight * loss).mean()
-    if config.objective.timesteps == "loss_aware":
+    if run.keeps_history:
         run.loss_history.copy_(updated_history(run.loss_history, t, loss))
 
     run.scaler.unscale_(run.optimizer)
@@ -95,7 +95,7 @@ def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> 
 def _draw(
     run: TrainState, x_0: Tensor, y: Tensor | None, index: Tensor, step: int | Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Times and their weights, noise and labels of the images `index` of this step's batch."""
+    """Draw times and their weights (n,), noise (n, C, H, W) and labels (n,) of the images `index` of a batch."""
     seed, o = run.config.seed, run.config.objective
     t, weight = TIMESTEPS[o.timesteps](
         seed,
@@ -119,14 +119,14 @@ def in_layout(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def autocast(run: TrainState) -> torch.autocast:
-    """The network's arithmetic in the run's precision."""
+    """Run the network in the precision of the config."""
     dtype = precision(run.config.trainer.precision, run.device)
     low = dtype != torch.float32
     return torch.autocast(run.device.type, dtype if low else None, enabled=low)
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """`decay`, but smaller in the beginning: (1 + step) / (10 + step)."""
+    """Return `decay`, or (1 + step) / (10 + step) while that is smaller."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -141,9 +141,10 @@ def update_ema(averages: list[Tensor], parameters: list[Tensor], weight: float |
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5).
+    """Return the rate of a step: linear warm-up, then `decay`.
 
-    Or halved after each of `halvings` + 1 equal parts of the run but the last.
+    "cosine" is half a cosine down to 0 at max_steps (Loshchilov & Hutter 2017, eq. 5). "halving" halves the rate after
+    each of `halvings` + 1 equal parts of the run but the last.
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     if config.decay == "constant":

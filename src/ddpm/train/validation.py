@@ -1,6 +1,4 @@
-"""Two figures on held-out images: the objective's own loss, and an error in eps that every run can be compared by."""
-
-from dataclasses import dataclass
+"""Validation: the objective's own loss on held-out images, and an error in eps that compares any two runs."""
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +11,18 @@ from ddpm.io.images import normalise
 from ddpm.runtime import distributed
 from ddpm.runtime.randomness import normal
 from ddpm.runtime.world import ALONE, World
+from ddpm.train.metrics_file import VALIDATED
 
 EVALUATIONS = 1024  # network evaluations for each figure
-LAMBDAS = tuple(
-    -4 + 0.5 * i for i in range(17)
-)  # the grid common to all runs, from nearly noise to nearly clean
+LAMBDAS = tuple(-4 + 0.5 * i for i in range(17))  # common to all runs, from nearly noise to nearly clean
 _SEED = 20260101  # of the noise: the same for every run, whatever its own seed
-
-
-@dataclass(frozen=True)
-class Figures:
-    """`val_loss` cannot rank different objectives or schedules, `val_eps_mse` can; each with its standard error."""
-
-    val_loss: float
-    val_loss_error: float
-    val_eps_mse: float
-    val_eps_mse_error: float
 
 
 class Validation:
     """A fixed set of (image, noise level, noise), so that two measurements differ by the network alone.
 
-    `val_eps_mse` is the mean over 17 noise levels lambda = -4 … 4 of the squared error in eps, from whatever the
-    network predicts.
+    `val_loss` is the objective's, and cannot rank different objectives or schedules. `val_eps_mse` can: it is the mean
+    over 17 noise levels lambda = -4 … 4 of the squared error in eps, from whatever the network predicts.
     """
 
     def __init__(
@@ -46,10 +33,8 @@ class Validation:
         self.x_0 = normalise(split.images.to(device)[chosen])
         self.y = None if split.labels is None else split.labels.to(device)[chosen]
         self.eps = normal(_SEED, "validation", 0, index, tuple(self.x_0.shape[1:]))
-        self.t = (index * schedule.num_timesteps) // EVALUATIONS  # the times of the loss: evenly spread
-        self.t = self.t[
-            torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)
-        ]
+        shuffle = torch.randperm(EVALUATIONS, generator=torch.Generator().manual_seed(_SEED)).to(device)
+        self.t = (shuffle * schedule.num_timesteps) // EVALUATIONS  # the times of the loss: evenly spread
         self.objective = objective
         levels = [schedule.at_lambda(lambda_) for lambda_ in LAMBDAS]
         self.level = index % len(levels)
@@ -59,8 +44,11 @@ class Validation:
     @torch.inference_mode()
     def measure(
         self, network: nn.Module, conditional: bool, batch_size: int = 256, world: World = ALONE
-    ) -> Figures:
-        """The evaluations are spread over the processes, which all get the same figures."""
+    ) -> dict[str, float]:
+        """Return both figures and their standard errors, by the names in metrics_file.VALIDATED.
+
+        Several processes share the evaluations and return the same figures.
+        """
         loss, error = [], []
         own = world.share(EVALUATIONS)
         for start in range(own.start, own.stop, batch_size):
@@ -70,11 +58,10 @@ class Validation:
             error.append(self._eps_errors(network, part, y))
         both = torch.stack([torch.cat(loss), torch.cat(error)])
         losses_, errors = distributed.all_gather_columns(world, both, EVALUATIONS)
-        loss_mean, loss_error = _mean_and_error(losses_)
         by_level = [_mean_and_error(errors[self.level == k]) for k in range(len(LAMBDAS))]
         eps_mse = sum(mean for mean, _ in by_level) / len(LAMBDAS)
         eps_error = sum(error**2 for _, error in by_level) ** 0.5 / len(LAMBDAS)
-        return Figures(loss_mean, loss_error, eps_mse, eps_error)
+        return dict(zip(VALIDATED, (*_mean_and_error(losses_), eps_mse, eps_error), strict=True))
 
     def _eps_errors(self, network: nn.Module, part: slice, y: Tensor | None) -> Tensor:
         alpha, sigma = (table[part].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma))
