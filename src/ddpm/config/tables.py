@@ -15,7 +15,7 @@ class Table(NamedTuple):
 
     module: str
     attribute: str
-    group: str
+    group: str  # "" for a key of a command that makes no checkpoint
     key: str = "name"
 
 
@@ -28,6 +28,7 @@ TABLES = {
     "weight": Table("ddpm.diffusion.objective", "WEIGHTS", "objective", "weight"),
     "timesteps": Table("ddpm.diffusion.timesteps", "TIMESTEPS", "objective", "timesteps"),
     "optimizer": Table("ddpm.train.optimizers", "OPTIMIZERS", "optimizer"),
+    "metric": Table("ddpm.evaluate.metrics.registry", "METRICS", "", "measure"),
 }
 REGISTERED: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in TABLES}
 
@@ -60,4 +61,6 @@ def _written(kind: str) -> tuple[str, ...]:
 
 def uses_plugin(config: dict[str, Any]) -> bool:
     """Whether a config, as plain data, names something registered."""
-    return any(config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items())
+    return any(
+        config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items() if table.group
+    )

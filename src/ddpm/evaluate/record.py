@@ -35,9 +35,6 @@ class Metric:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-Figure = Metric  # as it was called
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """All of evaluation.json. `figures` that could not be measured are absent, and `notes` say why.

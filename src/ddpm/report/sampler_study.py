@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm.errors import printable
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.table import aligned
 from ddpm.io.files import write_atomically
 
 FORMAT_VERSION = 1
 QUALITY = "fd_excess"  # the figure that decides; less is better
-SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "sure of the class"}
+SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "classifier confidence"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
 COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
@@ -41,7 +41,7 @@ class Row:
     num_steps: int
     evaluations: float
     seconds: float
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Metric]
 
     @property
     def excess(self) -> Span | None:
@@ -58,7 +58,7 @@ class Study:
 
     rows: tuple[Row, ...]
     varied: tuple[str, ...]  # keys that differ among the rows, beside the sampler and its steps
-    real: Mapping[str, Figure]  # of training images
+    real: Mapping[str, Metric]  # of training images
     about: Mapping[str, Any]
 
 
@@ -82,7 +82,7 @@ def _row(evaluation: Evaluation) -> Row:
     return Row(about["sampler"], about["guidance_scale"], *costs, figures)
 
 
-def _excess(figure: Figure | None) -> Span | None:
+def _excess(figure: Metric | None) -> Span | None:
     if figure is None:
         return None
     low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
@@ -132,7 +132,7 @@ def cells(study: Study) -> list[list[str]]:
     """A head and a line for each row, in the order they were typed; the last is what real images reach."""
     shown = [key for key in SHOWN if any(key in row.figures for row in study.rows)]
 
-    def measured(figures: Mapping[str, Figure], prefix: str = "") -> list[str]:
+    def measured(figures: Mapping[str, Metric], prefix: str = "") -> list[str]:
         found = [figures.get(prefix + key) for key in shown]
         excess = str(_excess(figures.get(prefix + QUALITY)) or "–")
         return [excess, *("–" if figure is None else f"{figure.value:.3f}" for figure in found)]
@@ -193,9 +193,9 @@ def read(path: Path) -> Study:
     return Study(rows, tuple(raw["varied"]), _figures(raw["real"]), raw["about"])
 
 
-def _plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
     return {key: figure.to_dict() for key, figure in figures.items()}
 
 
-def _figures(raw: Mapping[str, Any]) -> dict[str, Figure]:
-    return {key: Figure(**figure) for key, figure in raw.items()}
+def _figures(raw: Mapping[str, Any]) -> dict[str, Metric]:
+    return {key: Metric(**figure) for key, figure in raw.items()}

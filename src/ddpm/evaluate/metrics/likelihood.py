@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ddpm.data.dataset import Dataset, Split
+from ddpm.data.dataset import Split
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.monte_carlo import GROUP, Draws, evaluate, mean_of, root_of_squares, stratified
 from ddpm.evaluate.metrics.vlb import Terms, grey_levels
 from ddpm.evaluate.record import Metric
-from ddpm.evaluate.reference import Found
+from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.io.images import normalise
 from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
@@ -32,19 +32,19 @@ class _Common(TypedDict):
     world: World
 
 
-def likelihood(
-    model: Model | None, data: Dataset, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
-) -> Found:
-    """Compute bits per dimension of test images, and the error in eps on n test images (or all) and training images.
+def likelihood(samples: Samples, reference: Reference) -> Found:
+    """Compute the model's bits per dimension of test images, and its error in eps on test and training images.
 
-    Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what an evaluation
-    costs. What cannot be had is left out, with a note that says why.
+    The error on test images is that of n of them, as many as there are samples, or of all. The others make do with
+    `ENOUGH` of the n: the network's evaluations are most of what an evaluation costs. What cannot be had is left out,
+    with a note that says why.
     """
+    model, data, n = samples.model, reference.data, reference.n
     if model is None:
         return Found({}, ["no bits_per_dim, no eps_loss: they are asked of a model, not of images"])
     if min(n, len(data.test), len(data.train)) < 2:
         return Found({}, ["no bits_per_dim, no eps_loss: they need 2 images"])
-    common = _Common(seed=seed, batch_size=batch_size, world=world)
+    common = _Common(seed=samples.seed, batch_size=samples.batch_size, world=samples.world)
     values, curves, notes = dict[str, Metric](), dict[str, Mapping[str, Any]](), list[str]()
     try:
         bits = bits_per_dimension(model, data.test, data.facts.levels, n=min(n, ENOUGH), **common)

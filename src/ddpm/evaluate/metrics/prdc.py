@@ -3,6 +3,7 @@
 Each set's support is the union of balls around its features that reach to their k-th neighbour in the same set.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,11 @@ class Prdc(NamedTuple):
 
 
 def neighbours(samples: Samples, reference: Reference) -> Found:
-    """Compute the four of the samples."""
-    return _compare(samples.embedded, reference.test)
+    """Compute the four of the samples, and of training images."""
+    return _compare(samples.embedded, reference.test).beside(of_real(reference))
 
 
+@lru_cache(maxsize=1)  # the same for all samples
 def of_real(reference: Reference) -> Found:
     """Compute the four of training images."""
     return _compare(reference.train, reference.test)
