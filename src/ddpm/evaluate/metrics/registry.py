@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ddpm.evaluate.metrics.cas import cas
 from ddpm.evaluate.metrics.distance import distance
 from ddpm.evaluate.metrics.likelihood import likelihood
-from ddpm.evaluate.metrics.memorization import copied
+from ddpm.evaluate.metrics.memorization import memorized
 from ddpm.evaluate.metrics.prdc import neighbours
 from ddpm.evaluate.reference import Found, Reference, Samples
 
@@ -13,7 +13,7 @@ from ddpm.evaluate.reference import Found, Reference, Samples
 METRICS: dict[str, Callable[[Samples, Reference], Found | float]] = {
     "distance": distance,
     "neighbours": neighbours,
-    "memorization": copied,
+    "memorization": memorized,
     "cas": cas,
     "likelihood": likelihood,
 }
