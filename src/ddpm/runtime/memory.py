@@ -2,8 +2,14 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from ddpm.errors import UserError
+
+T = TypeVar("T")
 
 SPARE = 0.9  # of the free memory, as allocators need some air
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -22,6 +28,38 @@ def is_exhausted(error: BaseException) -> bool:
         "Unable to find a valid cuDNN algorithm",
     ]
     return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+
+
+def in_batches(
+    run: Callable[[Tensor], T],
+    index: Tensor,
+    size: int,
+    device: torch.device,
+    halved: Callable[[int, int], object] = lambda left, size: None,
+) -> list[T]:
+    """Return `run` of each `size` numbers of `index` (n,); halve `size` when memory ends.
+
+    `halved` gets how many numbers are left and the new size. Raises UserError if memory ends with a size of 1.
+    """
+    results, done = list[T](), 0
+    while done < len(index):
+        batch = index[done : done + size]
+        try:
+            results.append(run(batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+        else:
+            done += len(batch)
+            continue
+        # Outside the except block: the error refers to the frames that hold the memory.
+        if len(batch) == 1:
+            raise UserError(f"out of memory on {device}, even for 1 image at a time")
+        size = len(batch) // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        halved(len(index) - done, size)
+    return results
 
 
 def largest_batch(peak: Callable[[int], int], free: int, failed: int) -> int | None:

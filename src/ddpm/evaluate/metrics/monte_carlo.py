@@ -76,7 +76,7 @@ def evaluate(
 
     own = world.share(draws.n)
     with distributed.raise_on_all_ranks(world):
-        parts = _in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
+        parts = memory.in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
     part = torch.cat(parts, 1) if parts else _nothing(model, of)
     values = distributed.all_gather_columns(world, part, draws.n).cpu()
     if not (finite := torch.isfinite(values).all(0)).all():
@@ -85,29 +85,6 @@ def evaluate(
             f"the network's answers at t = {worst} are not finite, so its likelihood has no value"
         )
     return values
-
-
-def _in_batches(
-    asked: Callable[[Tensor], Tensor], index: Tensor, size: int, device: torch.device
-) -> list[Tensor]:
-    """What is asked of an index, a batch at a time, of half the size wherever memory does not suffice."""
-    parts, done = list[Tensor](), 0
-    while done < len(index):
-        now = index[done : done + size]
-        try:
-            parts.append(asked(now))
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_exhausted(error):
-                raise
-        else:
-            done += len(now)
-            continue
-        if len(now) == 1:  # what filled the memory is free only now that the error itself is gone
-            raise UserError(f"out of memory on {device}, even for 1 image at a time")
-        size = len(now) // 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return parts
 
 
 def _nothing(model: Model, of: Measure) -> Tensor:
