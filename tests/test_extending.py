@@ -76,8 +76,11 @@ def test_network_objective_and_optimizer_train_resume_sample_and_are_judged(trai
     result = run_script("train", *again, cwd=trained)
     assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stderr
     stored = (trained / "runs/mine/config.yaml").read_text()
-    for name in ("my_transformer", "half_way", "soft_snr", "noisy_half", "muon_for_all"):
+    for name in ("my_transformer", "half_way", "soft_snr", "noisy_half", "muon_for_all", "losses_csv"):
         assert name in stored
+    logged = [line.split(",") for line in (trained / "runs/mine.csv").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert logged == [[str(line["step"]), str(line["loss"])] for line in metrics] and len(logged) == 2
     few = ["ckpt=runs/mine", "sampler.num_steps=3", "n=4"]
     result = run_script("sample", "plugins=my_plugin", *few, cwd=trained)
     assert result.returncode == 0, result.stderr

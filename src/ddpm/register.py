@@ -21,6 +21,7 @@ BEGIN = {
     "weight": ["snr"],
     "timesteps": ["seed", "step", "index", "batch_size", "num_timesteps"],
     "optimizer": ["network", "lr", "betas", "weight_decay"],
+    "logger": ["run_dir", "settings", "step", "max_steps"],
     "metric": ["samples", "reference"],
 }
 # The keys that all choices of a group have. Of these groups, further parameters are keys.

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Table(NamedTuple):
-    """A dict of functions or classes by name, and the key whose value is such a name."""
+    """A dict of functions or classes by name, and the key of a group ("": of none) whose value is such a name."""
 
     module: str
     attribute: str
@@ -28,6 +28,7 @@ TABLES = {
     "weight": Table("ddpm.diffusion.objective", "WEIGHTS", "objective", "weight"),
     "timesteps": Table("ddpm.diffusion.timesteps", "TIMESTEPS", "objective", "timesteps"),
     "optimizer": Table("ddpm.train.optimizers", "OPTIMIZERS", "optimizer"),
+    "logger": Table("ddpm.train.loggers", "LOGGERS", "", "logger"),
     "metric": Table("ddpm.evaluate.metrics.registry", "METRICS", "", "measure"),
 }
 REGISTERED: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in TABLES}
@@ -62,5 +63,6 @@ def _written(kind: str) -> tuple[str, ...]:
 def uses_plugin(config: dict[str, Any]) -> bool:
     """Whether a config, as plain data, names something registered."""
     return any(
-        config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items() if table.group
+        (config[table.group] if table.group else config).get(table.key) in REGISTERED[kind]
+        for kind, table in TABLES.items()
     )
