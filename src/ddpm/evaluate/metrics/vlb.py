@@ -29,20 +29,20 @@ class Terms:
         return 0.5 * (x_0.double() * (self.alpha_T / self.sigma_T)).square().sum(dim=(1, 2, 3))
 
     def middle(self, x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
-        """(1, b): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t ≥ 1. See `diffusion.vlb_terms`."""
+        """(b,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t ≥ 1. See `diffusion.vlb_terms`."""
         gap, log_range = (table.to(t.device)[t].view(-1, 1, 1, 1) for table in (self.gap, self.log_range))
         error = gap * (estimate.x_0.clamp(-1, 1) - x_0).double().square()
         if estimate.fraction is None:
-            return 0.5 * error.sum(dim=(1, 2, 3))[None]
+            return 0.5 * error.sum(dim=(1, 2, 3))
         log_ratio = estimate.fraction.double() * log_range
         kl = 0.5 * (log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * error)
-        return kl.sum(dim=(1, 2, 3))[None]
+        return kl.sum(dim=(1, 2, 3))
 
     def decoder(self, x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
-        """(1, b): -log p(x | x_0), x being the image and x_0 here the first noised one."""
+        """(b,): -log p(x | x_0), x being the image and x_0 here the first noised one."""
         mean = estimate.x_0.clamp(-1, 1).double()
         log_p = log_probability(x_0.double(), mean, math.sqrt(self.variance), self.levels)
-        return -log_p.sum(dim=(1, 2, 3))[None]
+        return -log_p.sum(dim=(1, 2, 3))
 
     def proposal(self) -> Tensor:
         """Return the probability to draw each t with, (T,) float64; 0 at 0.
