@@ -67,6 +67,7 @@ ROWS = (
     Row("eps_loss", "error in eps, test", _number, -1),
     Row("eps_loss_train", "error in eps, training", _number, -1),
 )
+ONLY_STORED = ("pixel_fd",)
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
@@ -77,7 +78,8 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         columns += [(REAL, real)] if real else []
     lines = [["", *(head for head, _ in columns)]]
     names = {name: None for each in evaluations for name in each.figures if not name.startswith("real_")}
-    users = [Row(name, _short(name), _number) for name in names if name not in {row.name for row in ROWS}]
+    known = {*(row.name for row in ROWS), *ONLY_STORED}
+    users = [Row(name, _short(name), _number) for name in names if name not in known]
     for row in (*ROWS, *users):
         cells = [row.show(figures[row.name]) if row.name in figures else "–" for _, figures in columns]
         if set(cells) != {"–"}:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm.evaluate.metrics.frechet import checked
 from ddpm.evaluate.record import Metric
 from ddpm.evaluate.reference import Embedded, Found, Reference, Samples, choose_rows
 
@@ -51,26 +52,19 @@ def _compare(x: Embedded, test: Embedded) -> Found:
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
-    """Four figures of two sets of features (n, d), with the same n.
+    """Compare two sets of features (n, d), with the same n.
 
     - precision: share of fake features inside a real ball; recall: share of real ones inside a fake ball
       (Kynkäänniemi et al. 2019, eq. 1-2);
     - density: real balls that hold a fake feature, on average, over k; coverage: share of real balls that hold a
-      fake feature (Naeem et al. 2020, eq. 3-4).
+      fake feature (Naeem et al. 2020).
 
-    Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. Raises
-    ValueError unless both have the same shape, n > k ≥ 1, and every number is finite.
+    Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. n > k ≥ 1.
+    Raises ValueError unless every number is finite.
     """
-    if real.ndim != 2 or real.shape != fake.shape:
-        raise ValueError(
-            f"real and fake must be (n, d) alike, not {tuple(real.shape)} and {tuple(fake.shape)}"
-        )
-    if not 1 <= k < len(real):
-        raise ValueError(f"k={k} does not fit {len(real)} features; allowed: 1 to {len(real) - 1}")
-    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
-        raise ValueError("some features are not finite numbers")
-    n, centre = len(real), real.double().mean(0)
-    real, fake = real.double() - centre, fake.double() - centre  # so that less is lost in |a|² + |b|² - 2 a·b
+    real, fake = checked(real, "real"), checked(fake, "fake")
+    n, centre = len(real), real.mean(0)
+    real, fake = real - centre, fake - centre  # so that less is lost in |a|² + |b|² - 2 a·b
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     precise = held = 0
     recalled_by = torch.zeros(n, dtype=torch.bool)
