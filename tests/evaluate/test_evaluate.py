@@ -133,7 +133,7 @@ def test_training_images_score_as_the_row_of_real_images(bench: Reference, digit
     assert excess.low is not None and excess.high is not None and real.low is not None
     assert excess.low < 0 < excess.high and real.low < 0  # one distribution, within the interval
     assert abs(found["precision"].value - found["real_precision"].value) < 0.08
-    assert found["memorized"].value == 1 and found["memorized"].text == "500 to the bit"
+    assert found["memorized"].value == 1 and found["memorized"].text == "500 identical"
     assert "real_bits_per_dim" not in found and "bits_per_dim" not in found
 
 
@@ -575,11 +575,11 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
     drawn = {**evaluation().protocol, "sampler": {"name": "ddim"}, "guidance_scale": 1.0, "ema": True}
     assert "guidance" not in table.table([evaluation(protocol={**drawn, "precision": "fp32"})])
     unusual = {**drawn, "guidance_scale": 2.5, "ema": False, "precision": "bf16"}
-    copied = {"memorized": Metric(0.0, error=0.0, text="7 to the bit")}
+    copied = {"memorized": Metric(0.0, error=0.0, text="7 identical")}
     text = table.table([evaluation(protocol=unusual, figures=copied)])
     assert (
         "guidance_scale=2.5, ema=false, precision=bf16, seed 0" in text
-        and "0.0 ± 0.0 % (7 to the bit)" in text
+        and "0.0 ± 0.0 % (7 identical)" in text
     )
 
 

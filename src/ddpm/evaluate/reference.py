@@ -166,7 +166,7 @@ def copies(images: Tensor, reference: Reference) -> list[str]:
             f"{inside:,} of {n:,} images are test images themselves: by construction they lie at distance 0"
         )
     if seen:
-        notes.append(f"{seen:,} of {n:,} images are training images, to the bit")
+        notes.append(f"{seen:,} of {n:,} images are identical to a training image")
     if repeated := n - len(set(own)):
-        notes.append(f"{repeated:,} of {n:,} images repeat another one of them, to the bit")
+        notes.append(f"{repeated:,} of {n:,} images are identical to another one of them")
     return notes

@@ -43,7 +43,7 @@ class LoadedSamples:
 
 
 def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_root: str) -> LoadedSamples:
-    """`samples=`: at most n images, to be held against `data`, which `choice` names. Raises UserError.
+    """Read `samples=`: at most n images, to be held against `data`, which `choice` names. Raises UserError.
 
     Of more than n images n are drawn at random, as a file may be sorted by class.
     """
@@ -71,7 +71,7 @@ def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_ro
 
 
 def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Tensor:
-    """The pictures that lie in the folder itself, in the order of their names."""
+    """Read the pictures that lie in the folder itself, in the order of their names."""
     most = min(MAX_IMAGES, MAX_BYTES // (facts.channels * facts.image_size**2))
     files = pictures("samples", text, folder, most)
     images = np.empty((len(files), facts.image_size, facts.image_size, facts.channels), np.uint8)
@@ -81,7 +81,7 @@ def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Tensor:
 
 
 def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
-    """(S, S, C), to the bit as it was saved."""
+    """Return the pixels (S, S, C), unchanged."""
 
     def pixels(image: "Image") -> NDArray[np.uint8]:
         _check_size(text, f"{file.name} is", image.height, image.width, None, facts)
@@ -100,7 +100,7 @@ def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
 
 
 def _from_npz(text: str, path: Path, facts: DatasetInfo) -> tuple[Tensor, Tensor | None]:
-    """uint8 (N, S, S) or (N, S, S, C), as ddpm-sample saves them."""
+    """Read images uint8 (N, S, S) or (N, S, S, C) and labels (N,), as ddpm-sample saves them."""
 
     def images_fit(header: npz.Header) -> None:
         shape = header.shape if len(header.shape) == 4 else (*header.shape, 1)
@@ -133,11 +133,11 @@ def _from_npz(text: str, path: Path, facts: DatasetInfo) -> tuple[Tensor, Tensor
 def _check_size(
     text: str, what: str, height: int, width: int, channels: int | None, facts: DatasetInfo
 ) -> None:
-    """Channels None: of a picture file, whose colours are looked at later."""
+    """Raise DataError for images of another size or other channels (None: a picture file, checked later)."""
     size, wanted = facts.image_size, facts.channels
     if (height, width) != (size, size) or channels not in (None, wanted):
         have = f"{height}×{width}" + (f"×{channels}" if channels is not None else "")
         raise DataError(
             f"samples={text}: {what} {have}, those of {facts.name} {size}×{size}×{wanted}; nothing is scaled, as that "
-            "would be judged with them (dataset.image_size=… names another size)"
+            "would be measured, too (dataset.image_size=… names another size)"
         )

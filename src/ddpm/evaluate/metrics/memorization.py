@@ -1,7 +1,7 @@
-"""Are samples copies of training images? Their nearest training images, against those of test images.
+"""Memorization: the distance of each sample to its nearest training image, compared with those of test images.
 
-Some images lie close to a training image by nature (ones, blank corners), so a distance alone says nothing: the
-same search is made for test images, which cannot have been copied, and what 1 % of these fall below is the line.
+Simple images (the digit 1) lie close to a training image by chance, so a distance alone says nothing. Test images
+cannot be copies: the limit is the distance that 1 % of them fall below.
 """
 
 import math
@@ -37,7 +37,7 @@ def memorized(samples: Samples, reference: Reference) -> Found:
     n, expected = found["n"], Metric(found["expected"], n=found["n_test"])
     values = {
         "memorized": Metric(
-            found["share"], error=found["share_error"], n=n, text=f"{found['identical']} to the bit"
+            found["share"], error=found["share_error"], n=n, text=f"{found['identical']} identical"
         ),
         "memorized_relative": Metric(found["relative_share"], error=found["relative_share_error"], n=n),
         "real_memorized": expected,
@@ -54,8 +54,8 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
       same for the distance over the mean distance to the nearest 50 (Carlini et al. 2023, section 5.1), which neither
       takes a common shape for a copy nor misses the copy of a rare one; each with its binomial `…_error`;
     - `expected`: both shares where nothing is copied, 0.01, up to `expected_error`, binomial in both sets. Where 1 % of
-      the test images equal a training image the line is 0: then only what equals one counts, and `expected` is the
-      share of test images that do;
+      the test images equal a training image the limit is 0: then only samples that equal one count, and `expected` is
+      the share of test images that do;
     - `identical`: samples that equal a training image in every pixel;
     - `samples`, `test`: 1 % of each lie below these `Distances`;
     - `pairs`: a sample and the training image closest to it, by relative distance, closest first;
@@ -89,12 +89,12 @@ def memorization(samples: Tensor, train: Tensor, test: Tensor, num_pairs: int = 
 
 
 def _below(values: Tensor, line: float) -> float:
-    """The share below a line; on it, where nothing can be below."""
+    """Return the share of values (N,) below a limit, or equal to it where it is 0."""
     return float(((values < line) if line > 0 else (values == 0)).double().mean())
 
 
 def _distances(images: Tensor, train: Tensor) -> tuple[Distances, Tensor]:
-    """Of each of the images (N,), and the index of its nearest training image (N,)."""
+    """Return the distances of the images, and the index (N,) of each one's nearest training image."""
     squared, index = nearest(images.flatten(1), train.flatten(1), min(NEIGHBOURS, len(train)))
     distance = squared.sqrt()
     first, second, typical = distance[:, 0], distance[:, 1], distance.mean(1)
@@ -133,12 +133,12 @@ def _notes(n: int, n_test: int, repeated: float) -> list[str]:
     notes = []
     if repeated:
         notes.append(
-            f"memorization: {100 * repeated:.1f} % of the test images equal a training image, so the 1 % line is 0 and "
-            "only samples that equal one count"
+            f"memorization: {100 * repeated:.1f} % of the test images equal a training image, so the 1 % limit is 0 "
+            "and only samples that equal one count"
         )
     if n_test < FEW:
         notes.append(
-            f"memorization: the 1 % line rests on {max(1, n_test // 100)} of {n_test} test images; "
+            f"memorization: the 1 % limit rests on {max(1, n_test // 100)} of {n_test} test images; "
             "a few copies more or less cannot be told"
         )
     if n < FEW:

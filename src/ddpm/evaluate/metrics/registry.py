@@ -14,8 +14,8 @@ METRICS: dict[str, Callable[[Samples, Reference], Found | float]] = {
     "distance": distance,
     "neighbours": neighbours,
     "memorization": memorized,
-    "cas": cas,
     "likelihood": likelihood,
+    "cas": cas,
 }
 
 NEED_FEATURES = {"distance", "neighbours"}  # which are therefore loaded before any samples are drawn
