@@ -29,7 +29,7 @@ SHOWN = 64  # samples on the page
 
 
 class Drawn(NamedTuple):
-    """On rank 0 all images, elsewhere its own share."""
+    """All images on rank 0; on other ranks their share."""
 
     images: Tensor  # uint8 (n, C, S, S)
     labels: Tensor | None  # int64 (n,), what each was asked to be
@@ -49,9 +49,9 @@ def draw(
     watch: Callable[[Tensor, Step], object] = lambda places, step: None,
     halved: Callable[[int, int], object] = lambda left, size: None,
 ) -> Drawn:
-    """Images 0 … n-1 of a seed, of all classes alike (image i of class i mod K), spread over the processes.
+    """Draw images 0 … n-1 of a seed, of all classes alike (image i of class i mod K), spread over the processes.
 
-    Those that `ddpm-sample` draws. Raises UserError.
+    They are those of `ddpm-sample`. Raises UserError.
     """
     index, guidance = torch.arange(n), Guidance(guidance_scale)
     with distributed.raise_on_all_ranks(world):

@@ -66,7 +66,7 @@ def _foot(evaluation: Evaluation) -> list[str]:
 
 
 def _pixels(images: Tensor) -> NDArray[np.uint8]:
-    """uint8 (N, C, H, W) → (N, H, W, 1 or 3)."""
+    """Convert uint8 (N, C, H, W) to (N, H, W, 1 or 3)."""
     channels = images.permute(0, 2, 3, 1).numpy()
     return channels if channels.shape[-1] in (1, 3) else channels[..., :1]
 
@@ -79,7 +79,7 @@ def _show(axes: Any, picture: NDArray[np.uint8], title: str) -> None:
 
 
 def _metrics(axes: Any, evaluation: Evaluation) -> None:
-    """The printed table, its column headed "this", as the page names the subject above."""
+    """Show the printed table, its column headed "this", as the page names the subject above."""
     head, *lines = table.rows([evaluation])
     text = "\n".join(table.aligned([[head[0], "this", *head[2:]], *lines]))
     axes.axis("off")

@@ -32,7 +32,7 @@ class Embedded(NamedTuple):
 
     @property
     def classes(self) -> Tensor | None:
-        """The likeliest class of each, int64 (N,)."""
+        """Return the likeliest class of each, int64 (N,)."""
         return None if self.probabilities is None else self.probabilities.argmax(1)
 
 
@@ -60,7 +60,7 @@ class Reference:
 
     @cached_property
     def split(self) -> Split:
-        """At most n test images."""
+        """Draw at most n test images."""
         return choose(self.data.test, "test", self.n)
 
     @cached_property
@@ -71,17 +71,17 @@ class Reference:
 
     @cached_property
     def test(self) -> Embedded:
-        """The images of `split`, embedded."""
+        """Embed the images of `split`."""
         return self.embedder.embed(self.split.images)
 
     @cached_property
     def train(self) -> Embedded:
-        """At most n training images, embedded."""
+        """Embed at most n training images."""
         return self.embedder.embed(choose(self.data.train, "train", self.n).images)
 
     @cached_property
     def fingerprints(self) -> tuple[frozenset[bytes], frozenset[bytes]]:
-        """Digests of all test and of all training images."""
+        """Hash all test and all training images."""
         return frozenset(digests(self.data.test.images)), frozenset(digests(self.data.train.images))
 
     @property
@@ -108,7 +108,7 @@ class Samples:
 
     @cached_property
     def embedded(self) -> Embedded:
-        """The images, embedded."""
+        """Embed the images."""
         return self.reference.embedder.embed(self.images)
 
 
@@ -142,7 +142,7 @@ def choose_rows(x: Tensor, n: int) -> Tensor:
 
 
 def proportion(which: Tensor, text: str | None = None) -> Metric:
-    """Share of a bool tensor (N,), with its binomial standard error."""
+    """Return the share of a bool tensor (N,), with its binomial standard error."""
     share, n = which.double().mean().item(), len(which)
     return Metric(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
 
@@ -157,7 +157,7 @@ def digests(images: Tensor) -> list[bytes]:
 
 
 def copies(images: Tensor, reference: Reference) -> list[str]:
-    """Note images that occur elsewhere, pixel by pixel: a distance to themselves says nothing."""
+    """Note samples that are identical to a test image, a training image or another sample."""
     own, n = digests(images), len(images)
     inside, seen = (sum(each in split for each in own) for split in reference.fingerprints)
     notes = []

@@ -75,7 +75,7 @@ def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> Non
 
 
 def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> None:
-    """All of it on rank 0, as nothing is drawn."""
+    """Evaluate given images, all on rank 0, as nothing is drawn."""
     assert config.samples is not None and config.dataset is not None
     stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
     with raise_on_all_ranks(own), shown_parts(own, clock):

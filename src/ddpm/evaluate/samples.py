@@ -7,11 +7,11 @@ measured with them.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 
 from ddpm.config.choices import Component
@@ -23,9 +23,6 @@ from ddpm.io.files import user_path
 from ddpm.io.pictures import FORMATS, MAX_SOURCE_BYTES, decode
 from ddpm.runtime.randomness import permutation
 from ddpm.sample.user_images import OF_DATASET, of_dataset, pictures
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MAX_IMAGES = 1_000_000
 MAX_BYTES = 1 << 31  # of all images, and of a file
@@ -83,7 +80,7 @@ def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Tensor:
 def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
     """Return the pixels (S, S, C), unchanged."""
 
-    def pixels(image: "Image") -> NDArray[np.uint8]:
+    def pixels(image: Image) -> NDArray[np.uint8]:
         _check_size(text, f"{file.name} is", image.height, image.width, None, facts)
         if image.has_transparency_data:
             raise DataError(f"samples={text}: {file.name} is transparent; save it without an alpha channel")

@@ -43,7 +43,7 @@ class Inputs:
 
 
 def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Inputs:
-    """`input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
+    """Read `input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
 
     Files are scaled and cut around their middle, and made grey or coloured as the model is. Of the dataset that
     the model was trained on, the splits are those of its training. Raises UserError.
@@ -52,7 +52,7 @@ def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -
         own = None if "path" in trained_on.params else trained_on  # a path in a checkpoint is not followed
         channels = {1, 3} if facts.channels in (1, 3) else {facts.channels}
         found = of_dataset("input", text, match, facts, own, data_root, MAX_INPUTS, channels)
-        names = [f"{match[1]}:{match[2]}:{place}" for place in found.index.tolist()]
+        names = [f"{match[1]}:{match[2]}:{place}" for place in found.places.tolist()]
         return Inputs(with_channels(found.images, facts.channels), found.labels, names, found.notice)
     if facts.channels not in (1, 3):
         raise UserError(f"input={text}: this model's images have {facts.channels} channels, files 1 or 3")
@@ -67,7 +67,7 @@ def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -
 
 
 def pictures(key: str, text: str, folder: Path, most: int) -> list[Path]:
-    """The picture files in a folder that `key` names, by name. Raises UserError unless there are 1 to `most`."""
+    """List the picture files in a folder that `key` names. Raises UserError unless there are 1 to `most`."""
     try:
         files = sorted(file for file in folder.iterdir() if is_image(file, folder))
     except OSError as error:
@@ -84,7 +84,7 @@ def _pixels(file: Path, size: int) -> Tensor:
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 (N, 1 or 3, S, S) grey or coloured: brightness by ITU-R BT.601, or the same grey three times."""
+    """Make uint8 (N, 1 or 3, S, S) grey, by the brightness of ITU-R BT.601, or coloured, by repeating the grey."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -98,7 +98,7 @@ class Chosen(NamedTuple):
 
     images: Tensor  # uint8 (n, C, S, S)
     labels: Tensor | None  # (n,); None where the dataset's classes are not those that are wanted
-    index: Tensor  # (n,) of each image in its split
+    places: Tensor  # (n,) of each image in its split
     notice: str
 
 
@@ -151,7 +151,7 @@ def of_dataset(
 
 
 def indices(places: str, text: str, key: str, most: int) -> list[int]:
-    """Numbers and ranges, such as 0-15 or 3,5,8 or 0-3,7. Raises UserError that names `key` for more than `most`."""
+    """Parse numbers and ranges, such as 0-15 or 0-3,7. Raises UserError that names `key` for more than `most`."""
     wanted: list[int] = []
     for item in places.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
@@ -179,7 +179,7 @@ def _inner(place: Tensor, size: int) -> Tensor:
 
 
 def mask(text: str, size: int, seed: int, numbers: Tensor) -> Tensor:
-    """`mask=`: bool (N, 1, S, S), true where unknown, for the inputs `numbers` (N,) int64.
+    """Make `mask=`: bool (N, 1, S, S), true where unknown, for the inputs `numbers` (N,) int64.
 
     Named: the `left` or `top` half, the `centre` (half as wide and high), or `random` (each pixel with probability
     3/4, from the seed and the input's number). Else a picture, white where unknown, scaled and cut like an input
@@ -208,7 +208,7 @@ RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many 
 
 @dataclass(frozen=True, eq=False)
 class Brought:
-    """What the user brought, and which of it the results start from."""
+    """A user's inputs, and which of them each result starts from."""
 
     inputs: Inputs
     numbers: Tensor  # (rows,) of the inputs in use
@@ -235,7 +235,7 @@ class Brought:
 
 
 def bring(config: SampleConfig, model: Model, each: int) -> Brought:
-    """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
+    """Read the inputs for `each` results of every one. `index=` picks among them by their place, from 0."""
     assert config.input is not None
     brought = read(config.input, model.facts, model.config.dataset, config.data_root)
     numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
@@ -267,7 +267,7 @@ def guidance(config: SampleConfig) -> Guidance:
 
 
 def wanted(config: SampleConfig) -> list[int] | None:
-    """The classes asked for; None where all are, or nothing was said."""
+    """Return the classes of `label=`; None for all, or where it is not given."""
     if isinstance(config.label, str):
         if config.label != "all":
             raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")

@@ -97,7 +97,7 @@ def class_metrics(x: Embedded, meant: Tensor | None, names: Sequence[str]) -> di
 
 
 def class_shares(x: Embedded) -> Tensor:
-    """Share of each class, float64 (num_classes,)."""
+    """Return the share of each class, float64 (num_classes,)."""
     assert x.probabilities is not None and x.classes is not None
     counts = torch.bincount(x.classes, minlength=x.probabilities.shape[1])
     return counts.double() / len(x.classes)

@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
 
 
 def checked(features: Tensor, name: str) -> Tensor:
-    """The features in float64. Raises ValueError unless they are (N ≥ 2, d ≥ 1) and finite."""
+    """Return the features in float64. Raises ValueError unless they are (N ≥ 2, d ≥ 1) and finite."""
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
         raise ValueError(f"{name}: features must be (N, d) with N ≥ 2 and d ≥ 1, not {tuple(features.shape)}")
     if not torch.isfinite(features).all():
@@ -33,7 +33,7 @@ def checked(features: Tensor, name: str) -> Tensor:
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Mean and covariance of features (N, d). Raises ValueError if N < 2 or a number is not finite."""
+    """Fit a Gaussian to features (N, d). Raises ValueError if N < 2 or a number is not finite."""
     x = checked(features, "features")
     mean = x.mean(0)
     x = x - mean
@@ -89,7 +89,7 @@ def _distance_and_bias(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def _bias_of_one(x: Tensor, own: Gaussian, other: Gaussian) -> float:
-    """Share of the bias that comes from the finite set x, centred."""
+    """Compute the share of the bias that comes from the finite set x, centred."""
     z, root = transported(x, own, other)
     weights = curvature(root)
     squares = z.square()
@@ -98,14 +98,14 @@ def _bias_of_one(x: Tensor, own: Gaussian, other: Gaussian) -> float:
 
 
 def transported(x: Tensor, own: Gaussian, other: Gaussian) -> tuple[Tensor, Tensor]:
-    """x √B in the eigenbasis of M = √B A √B, and the roots (d,) of M's eigenvalues."""
+    """Return x √B in the eigenbasis of M = √B A √B, and the roots (d,) of M's eigenvalues."""
     root = matrix_root(other.covariance)
     eigenvalues, basis = torch.linalg.eigh(root @ own.covariance @ root)
     return x @ (root @ basis), eigenvalues.clamp(min=0).sqrt()
 
 
 def curvature(root: Tensor) -> Tensor:
-    """Weights w of Σ w_ij H_ij², the second-order term of -2 tr((M + H)^½), where M = diag(root²).
+    """Return the weights w of Σ w_ij H_ij², the second-order term of -2 tr((M + H)^½), where M = diag(root²).
 
     w_ij = 1 / (2 r_i r_j (r_i + r_j)): the divided difference of the square root's derivative. 0 where M is
     singular, for there nothing varies.
@@ -116,13 +116,13 @@ def curvature(root: Tensor) -> Tensor:
 
 
 def invertible(root: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of eigenvalues (d,) with 1 for those that are 0 up to rounding, and which these are."""
+    """Return roots of eigenvalues (d,) with 1 for those that are 0 up to rounding, and which these are."""
     singular = root <= 1e-7 * root.max()
     return root.masked_fill(singular, 1), singular
 
 
 def matrix_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix (d, d)."""
+    """Return the symmetric square root of a positive semidefinite matrix (d, d)."""
     eigenvalues, basis = torch.linalg.eigh(matrix)
     root: Tensor = basis * eigenvalues.clamp(min=0).sqrt() @ basis.T
     return root
@@ -202,7 +202,7 @@ def _kernel(products: Tensor, d: int) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the kernel over the rows (n_1,), the columns (n_2,), and of its square over all pairs."""
+    """Sum the kernel over the rows (n_1,) and the columns (n_2,), and its square over all pairs."""
     rows, columns, square = [], torch.zeros(len(y), dtype=x.dtype), torch.zeros((), dtype=x.dtype)
     for part in torch.split(x, CHUNK):
         k = _kernel(part @ y.T, x.shape[1])
@@ -213,7 +213,7 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _beyond_rows(mean_square: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Variance of a table of pairs that neither its rows' nor its columns' means explain."""
+    """Return the variance of a table of pairs that neither the means of its rows nor of its columns explain."""
     return mean_square - row.square().mean() - column.square().mean() + row.mean() ** 2
 
 

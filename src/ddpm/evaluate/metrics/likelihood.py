@@ -125,7 +125,7 @@ class Curve(NamedTuple):
     error: tuple[float, ...]
 
     def to_dict(self) -> dict[str, list[float | None]]:
-        """For JSON, which knows no infinity: lambda is None where nothing is left of the image (alpha = 0)."""
+        """Return plain data for JSON, which has no infinity: lambda is None where alpha = 0."""
         return {
             key: [value if math.isfinite(value) else None for value in values]
             for key, values in self._asdict().items()

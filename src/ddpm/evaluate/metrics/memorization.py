@@ -20,14 +20,14 @@ CHUNK_ELEMENTS = 1 << 24  # numbers of images and of distances held at a time
 
 
 class Distances(NamedTuple):
-    """Of N images, (N,) each."""
+    """Distances of N images, (N,) each."""
 
     nearest: Tensor  # to the nearest training image
     ratio: Tensor  # of that to the distance to the second
     relative: Tensor  # of that to the mean distance to the nearest 50
 
     def quantiles(self) -> dict[str, float]:
-        """What 1 % of the images lie below."""
+        """Return the distances that 1 % of the images lie below."""
         return {key: float(torch.quantile(values, QUANTILE)) for key, values in self._asdict().items()}
 
 

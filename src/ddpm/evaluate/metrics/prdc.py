@@ -30,13 +30,13 @@ class Prdc(NamedTuple):
 
 
 def neighbours(samples: Samples, reference: Reference) -> Found:
-    """Compute the four of the samples, and of training images."""
+    """Compute precision, recall, density and coverage of the samples, and of training images."""
     return _compare(samples.embedded, reference.test).beside(of_real(reference))
 
 
 @lru_cache(maxsize=1)  # the same for all samples
 def of_real(reference: Reference) -> Found:
-    """Compute the four of training images."""
+    """Compute them of training images."""
     return _compare(reference.train, reference.test)
 
 
@@ -81,12 +81,12 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|², (N, d) and (M, d) → (N, M), by one matrix product, off by rounding of |a|²."""
+    """Compute |a_i - b_j|², (N, d) and (M, d) → (N, M), by one matrix product, off by rounding of |a|²."""
     return torch.addmm(a.square().sum(1, keepdim=True) + b.square().sum(1), a, b.T, alpha=-2).clamp_(min=0)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance from each of x (n, d) to its k-th neighbour, itself not counted: (n,)."""
+    """Compute the squared distance (n,) from each of x (n, d) to its k-th neighbour, itself not counted."""
     radii = []
     for start in range(0, len(x), CHUNK):
         distance = squared_distances(x[start : start + CHUNK], x)
