@@ -16,13 +16,12 @@ BEGIN = {
     "schedule": ["num_timesteps"],
     "sampler": ["denoiser", "levels", "x", "noise"],
     "dataset": ["data_root"],
+    "metric": ["samples", "reference"],
     "network": ["image_size", "in_channels", "out_channels", "num_classes"],
     "prediction": ["alpha", "sigma"],
     "weight": ["snr"],
     "timesteps": ["seed", "step", "index", "batch_size", "num_timesteps"],
     "optimizer": ["network", "lr", "betas", "weight_decay"],
-    "logger": ["run_dir", "settings", "step", "max_steps"],
-    "metric": ["samples", "reference"],
 }
 # The keys that all choices of a group have. Of these groups, further parameters are keys.
 COMMON: dict[str, dict[str, Any]] = {

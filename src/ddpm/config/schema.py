@@ -126,7 +126,7 @@ class TrainConfig:
     )
     logger: str = key(
         "files, or tensorboard as well: event files in the run's folder",
-        Names("logger"),
+        ("files", "tensorboard"),
         absent="files",
         experiment=False,
     )

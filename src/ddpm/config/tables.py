@@ -15,7 +15,7 @@ class Table(NamedTuple):
 
     module: str
     attribute: str
-    group: str  # "" for a key of a command that makes no checkpoint
+    group: str
     key: str = "name"
 
 
@@ -23,13 +23,12 @@ TABLES = {
     "schedule": Table("ddpm.diffusion.schedules", "SCHEDULES", "schedule"),
     "sampler": Table("ddpm.diffusion.samplers", "SAMPLERS", "sampler"),
     "dataset": Table("ddpm.data.datasets", "DATASETS", "dataset"),
+    "metric": Table("ddpm.evaluate.metrics.registry", "METRICS", "", "measure"),
     "network": Table("ddpm.networks", "NETWORKS", "model"),
     "prediction": Table("ddpm.diffusion.process", "PREDICTIONS", "objective", "prediction"),
     "weight": Table("ddpm.diffusion.objective", "WEIGHTS", "objective", "weight"),
     "timesteps": Table("ddpm.diffusion.timesteps", "TIMESTEPS", "objective", "timesteps"),
     "optimizer": Table("ddpm.train.optimizers", "OPTIMIZERS", "optimizer"),
-    "logger": Table("ddpm.train.loggers", "LOGGERS", "", "logger"),
-    "metric": Table("ddpm.evaluate.metrics.registry", "METRICS", "", "measure"),
 }
 REGISTERED: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in TABLES}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion.process import PREDICTIONS, add_noise, split, target, x_0_determinant
+from ddpm.diffusion.process import PREDICTIONS, add_noise, split, target
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import one_of, positive
 
@@ -85,12 +85,10 @@ def make_objective(
     one_of("prediction", prediction, PREDICTIONS)
     one_of("weight", weight, WEIGHTS)
     alpha, sigma = schedule.alpha, schedule.sigma
-    determinant = x_0_determinant(prediction, alpha, sigma)
-    if determinant[-1] == 0:
-        raise ValueError(
-            f"prediction = {prediction}: says nothing of x_0 at the last t, where alpha = {alpha[-1]:g}; take v"
-        )
-    x_0_per_output = sigma / determinant
+    if prediction == "eps" and alpha[-1] == 0:
+        raise ValueError("prediction = eps: says nothing of x_0 at the last t, where alpha = 0; take v")
+    a, b = PREDICTIONS[prediction](alpha, sigma)
+    x_0_per_output = sigma / (alpha * b - sigma * a)
     snr = (alpha / sigma) ** 2
     of_x_0 = WEIGHTS[weight]
     w = torch.ones_like(snr) if of_x_0 is None else of_x_0(snr, **weight_parameters) * x_0_per_output**2

@@ -60,12 +60,6 @@ def target(prediction: str, x_0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale
     return a * x_0 + b * eps
 
 
-def x_0_determinant(prediction: str, alpha: Any, sigma: Any) -> Any:
-    """Return alpha b - sigma a. Where it is 0, the prediction says nothing of x_0."""
-    a, b = PREDICTIONS[prediction](alpha, sigma)
-    return alpha * b - sigma * a
-
-
 def invert(prediction: str, output: Tensor, x_t: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
     """Return (x_0, eps), by Cramer's rule from x_t = alpha x_0 + sigma eps and output = a x_0 + b eps."""
     a, b = PREDICTIONS[prediction](alpha, sigma)

@@ -38,7 +38,7 @@ def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
         f"scaler.{key}": torch.tensor(value, dtype=torch.float64)
         for key, value in run.scaler.state_dict().items()
     }
-    if run.keeps_history:
+    if run.config.objective.timesteps == "loss_aware":
         tensors["timesteps.history"] = run.loss_history
     tensors |= {"log.loss_sum": run.loss_sum, "log.since": torch.tensor(run.last_logged_step)}
     figures = {key: float(value) for key, value in record.items() if key != "step"}

@@ -1,7 +1,7 @@
 """Train until the end or a signal: save where one asks for it, and say what fits where memory ends."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ddpm.runtime.console import typed
 from ddpm.runtime.distributed import all_reduce_max_async, raise_on_all_ranks
 from ddpm.train import compile as compiling
 from ddpm.train import loop
-from ddpm.train.loggers import LOGGERS, Logger, log_record
+from ddpm.train.loggers import LOGGERS, log_record
 from ddpm.train.loop import Progress
 from ddpm.train.state import TrainState
 
@@ -29,11 +29,12 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
     try:
         if note := compiling.begin(run):
             yield Progress(run.step, None, note)
-        with _logger(run, run_dir) as logger:
+        make = LOGGERS[run.config.logger if run.world.first else "files"]
+        with closing(make(run_dir, settings_of(run.config), run.step, run.max_steps)) as logger:
             requests = _requests(run)
             for progress in loop.fit(run, data, run_dir):
                 yield progress
-                if logger and progress.record:
+                if progress.record:
                     log_record(logger, run_dir, progress.record)
                 number, save = next(requests)
                 if save and run.world.first:
@@ -52,13 +53,6 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
         exhausted = True  # what filled the memory is free only when the error itself is gone
     if exhausted:
         raise _out_of_memory(run)
-
-
-def _logger(run: TrainState, run_dir: Path) -> AbstractContextManager[Logger | None]:
-    """Rank 0's logger; the other processes have none."""
-    if not run.world.first:
-        return nullcontext()
-    return closing(LOGGERS[run.config.logger](run_dir, settings_of(run.config), run.step, run.max_steps))
 
 
 def _stopped(run: TrainState, run_dir: Path, number: int) -> str:

@@ -1,4 +1,7 @@
-"""Loggers: what takes a run's figures and previews beside metrics.jsonl and samples/, which every run has."""
+"""Loggers: what gets a run's figures and previews beside metrics.jsonl and samples/, which every run has.
+
+To add one, write a class with `log` and `close` and put it into LOGGERS.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +18,7 @@ from ddpm.train import metrics_file
 
 
 class Logger(Protocol):
-    """Take each line of metrics.jsonl after it has been written. `log` and `close` may raise OSError."""
+    """Gets each line of metrics.jsonl when it has been written. `log` and `close` may raise OSError."""
 
     def log(self, metrics: Mapping[str, float], images: np.ndarray[Any, Any] | None, step: int) -> None:
         """Take the figures of a step by name and, if a preview was drawn, its uint8 pixels (H, W) or (H, W, 3)."""
@@ -24,13 +27,17 @@ class Logger(Protocol):
         """Write what is left. Called once, also after an error."""
 
 
-class Files(Logger):
+class Files:
     """Write nothing more."""
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], step: int, max_steps: int) -> None: ...
 
+    def log(self, metrics: Mapping[str, float], images: np.ndarray[Any, Any] | None, step: int) -> None: ...
 
-class TensorBoard(Logger):
+    def close(self) -> None: ...
+
+
+class TensorBoard:
     """Write event files under `tensorboard/`, with the run's settings for the HPARAMS page.
 
     Event files count from the step that the run goes on from, also its line, which may not have come here before the
@@ -40,22 +47,33 @@ class TensorBoard(Logger):
     package = "tensorboard"
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], step: int, max_steps: int) -> None:
-        # an optional package, which takes a second to import
-        from torch.utils.tensorboard import SummaryWriter, summary
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # an optional package, which takes a second to import
+        )
+        from torch.utils.tensorboard.summary import hparams
 
         folder, self.max_steps, self.last = run_dir / "tensorboard", max_steps, -1
         begun = step if any(folder.glob("events.out.tfevents.*")) else 0
         self.writer = cast(Any, SummaryWriter(str(folder), purge_step=begun or None))
         # Without the first part, which lists the settings of this run: TensorBoard would take one run's list for all
         # of a sweep, where it otherwise finds every setting of every run, and which of them differ.
-        plain = {k: v if type(v) in (int, float, str) else json.dumps(v) for k, v in settings.items()}
-        _, start, self.end = summary.hparams(plain, {})  # type: ignore[no-untyped-call]
-        if not begun:
-            self.writer.file_writer.add_summary(start)
-        with suppress(FileNotFoundError, ValueError):  # the training goes on from the lines that make sense
-            for record in metrics_file.read(run_dir / "metrics.jsonl"):
-                if begun <= record["step"] <= step:
-                    log_record(self, run_dir, record)
+        plain = {
+            key: value if type(value) in (int, float, str) else json.dumps(value)
+            for key, value in settings.items()
+        }
+        _, start, self.end = hparams(plain, {})  # type: ignore[no-untyped-call]
+        try:
+            if not begun:
+                self.writer.file_writer.add_summary(start)
+            with suppress(
+                FileNotFoundError, ValueError
+            ):  # the training goes on from the lines that make sense
+                for record in metrics_file.read(run_dir / "metrics.jsonl"):
+                    if begun <= record["step"] <= step:
+                        log_record(self, run_dir, record)
+        except BaseException:
+            self.close()
+            raise
 
     def log(self, metrics: Mapping[str, float], images: np.ndarray[Any, Any] | None, step: int) -> None:
         for name, value in metrics.items():
@@ -80,7 +98,7 @@ LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int, int], Logger]] = {
 
 def check(name: str) -> None:
     """Raises UserError where a logger needs a package that is absent."""
-    package = getattr(LOGGERS[name], "package", None)
+    package = getattr(LOGGERS.get(name), "package", None)
     if package is not None and find_spec(package) is None:
         raise UserError(f'logger={name} needs: pip install -e ".[{package}]"')
 

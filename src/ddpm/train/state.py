@@ -4,7 +4,6 @@ import copy
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ddpm.data.dataset import Dataset
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.objective import Objective
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.diffusion.timesteps import TIMESTEPS, empty_history
+from ddpm.diffusion.timesteps import empty_history
 from ddpm.runtime import distributed
 from ddpm.runtime.device import precision
 from ddpm.runtime.world import ALONE, World
@@ -39,7 +38,7 @@ class TrainState:
     device: torch.device
     max_steps: int
     environment: dict[str, str]  # what it is trained with, for people and for the promise of equal bits
-    loss_history: Tensor  # losses by t (T, 10), for laws of timesteps that draw by them
+    loss_history: Tensor  # of losses by t, for loss-aware timesteps
     first_nonfinite: (
         Tensor  # step, loss and gradient norm of the first update that was not finite; step -1: none was
     )
@@ -54,11 +53,6 @@ class TrainState:
     def parameters(self) -> list[Tensor]:
         """Those of `network`. To list them anew takes a millisecond, which every step would pay."""
         return list(self.network.parameters())
-
-    @cached_property
-    def keeps_history(self) -> bool:
-        """Whether timesteps are drawn by the loss history: their law has the parameter `history`."""
-        return "history" in signature(TIMESTEPS[self.config.objective.timesteps]).parameters
 
     @cached_property
     def averages(self) -> list[Tensor]:

@@ -50,7 +50,7 @@ def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> 
     Nothing here waits for the GPU. A non-finite update is skipped on the device and noted in `run.bad`. Of several
     processes each is given the whole batch and computes its share; losses and gradients are then those of all.
     """
-    trainer = run.config.trainer
+    config, trainer = run.config, run.config.trainer
     for group in run.optimizer.param_groups:
         group["lr"] = now.lr
     for parameter in run.parameters:
@@ -72,7 +72,7 @@ def update(run: TrainState, x_0: Tensor, y: Tensor | None, now: StepNumbers) -> 
         t, loss, weight = distributed.all_gather_columns(run.world, torch.stack([t, loss, weight]), len(x_0))
         t = t.long()
     total = (weight * loss).mean()
-    if run.keeps_history:
+    if config.objective.timesteps == "loss_aware":
         run.loss_history.copy_(updated_history(run.loss_history, t, loss))
 
     run.scaler.unscale_(run.optimizer)
