@@ -61,7 +61,7 @@ class Model(models.Model):
         y = labels(self, todo.label, numbers, guidance)
 
         def halved(left: int, size: int) -> None:
-            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=4)
 
         steps = generation(self, chosen, numbers, todo.seed)
         places, size = torch.arange(len(numbers)), todo.batch_size

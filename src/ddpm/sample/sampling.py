@@ -1,4 +1,4 @@
-"""Run the sampler that a config names on a trained model, for images by index."""
+"""From a checkpoint to images: the model in it, rebuilt, and the sampler a config names, run on images by index."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +15,9 @@ from ddpm.runtime import device, memory
 from ddpm.runtime.randomness import normal
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 
-COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # keys of every sampler
-
-# (denoiser, places (k,) of 0 … n-1) -> the steps that draw the results at these places
-Steps = Callable[[Denoiser, Tensor], Iterator[Step]]
-
 
 def draw(model: Model, sampler: Component, denoise: Denoiser, index: Tensor, seed: int) -> Iterator[Step]:
-    """Draw images `index` (N,) int64 of a seed, step by step. Image i depends on (seed, i) alone."""
+    """The steps that draw images `index` (N,) int64 of a seed. Image i depends on (seed, i) alone."""
     path = levels(model, sampler)
     x_T = normal(seed, "x_T", 0, index, model.shape) * path[0].sigma
     return run(model, sampler, denoise, path, x_T, index, seed)
@@ -37,8 +32,9 @@ def run(
     index: Tensor,
     seed: int,
 ) -> Iterator[Step]:
-    """Run the sampler along the levels `path`, from x at the first of them. Raises UserError."""
-    own = {key: value for key, value in sampler.params.items() if key not in COMMON}
+    """The sampler along the levels `path`, from x at the first of them. Raises UserError."""
+    common = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")
+    own = {key: value for key, value in sampler.params.items() if key not in common}
     if own.get("variance") == "learned" and not model.config.objective.learned_variance:
         raise UserError(
             "sampler.variance=learned: this model was trained with objective.learned_variance=false"
@@ -52,9 +48,9 @@ def run(
 
 
 def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
-    """Yield the same steps; after the last, raise UserError if images were not finite: which, and from which step.
+    """The same steps; after the last, raises UserError if an image stopped being finite, and says which, and when.
 
-    `names` (N,) are the images' numbers. The check stays on the device and is read once, so that no step waits for it.
+    `names` (N,) are the images' numbers. Looked at on the device, and read once, so that no step waits.
     """
     since, number = torch.zeros(len(names)), 0  # the first such step of each image, 0 for none
     for number, step in enumerate(steps, start=1):
@@ -64,9 +60,9 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
         yield step
     if (broken := (since := since.cpu()) > 0).any():
         images = names[broken].tolist()
-        listed = ", ".join(map(str, images[:10]))
-        if len(images) > 10:
-            listed += f" and {len(images) - 10} more"
+        listed = ", ".join(map(str, images[:10])) + (
+            f" and {len(images) - 10} more" if len(images) > 10 else ""
+        )
         raise UserError(
             f"not finite from sampling step {int(since[broken].min())} of {number} on: image "
             f"{listed}; try sampler.clip=clip, more steps, or another checkpoint"
@@ -75,7 +71,7 @@ def finite(steps: Iterator[Step], names: Tensor) -> Iterator[Step]:
 
 @torch.inference_mode()
 def last(steps: Iterator[Step]) -> Tensor:
-    """Return the images (N, C, H, W) of a sampler's last step."""
+    """The images at the end of a sampler, (N, C, H, W)."""
     for step in steps:
         x = step.x
     return x
@@ -83,10 +79,10 @@ def last(steps: Iterator[Step]) -> Tensor:
 
 @contextmanager
 def drawing(model: Model) -> Iterator[None]:
-    """Disable gradients, and cast the weights to the model's precision once rather than at every step.
+    """Without gradients, and with the weights cast to the model's precision once, not at every step.
 
-    Autocast caches casts until the outermost autocast context ends, even a disabled one. It caches none in inference
-    mode, which is used where nothing is cast because it is faster.
+    Autocast keeps what it casts until the outermost of its contexts ends, enabled or not; in inference mode, otherwise
+    the faster one, it keeps nothing.
     """
     low = model.precision != torch.float32
     with (
@@ -94,15 +90,20 @@ def drawing(model: Model) -> Iterator[None]:
         torch.autocast(model.device.type, enabled=False),
         device.ieee_float32(),
     ):
-        torch.clear_autocast_cache()  # a caller's autocast may hold casts of older weights
+        torch.clear_autocast_cache()  # a caller's autocast may hold casts of older weights,
         try:
             yield
         finally:
-            torch.clear_autocast_cache()  # these casts have no gradients
+            torch.clear_autocast_cache()  # and must not get these, which have no gradients
+
+
+Steps = Callable[
+    [Denoiser, Tensor], Iterator[Step]
+]  # those that draw the results at some places (k,) of 0 … n-1
 
 
 def generation(model: Model, sampler: Component, index: Tensor, seed: int) -> Steps:
-    """Draw from pure noise: result i is image index[i] of the seed."""
+    """From pure noise: result i is image index[i] of the seed."""
     return lambda denoise, places: draw(model, sampler, denoise, index[places].to(model.device), seed)
 
 
@@ -117,22 +118,33 @@ def draw_all(
     watch: Callable[[Tensor, Step], object],
     halved: Callable[[int, int], object],
 ) -> tuple[Tensor, int]:
-    """Draw the results at some `places` (k,), in batches, and count the network's evaluations for each of them.
+    """The results at some `places` (k,), (k, C, H, W) on the CPU, and the network's evaluations for each of them.
 
-    Returns images (k, C, H, W) on the CPU. y (n,) are the classes of all places 0 … n-1; `watch` gets each step and
-    its places; for `halved` see `memory.in_batches`. Raises UserError.
+    y (n,) are the classes of all places 0 … n-1.
+    In chunks of batch_size, or of half of it where memory does not suffice, and so on: `halved` gets how many
+    results are left, and the new size. `watch` sees each step, with the places. Raises UserError.
     """
-
-    def run_batch(now: Tensor) -> tuple[Tensor, int]:
-        with drawing(model):
-            labels = None if y is None else y[now].to(model.device)
-            denoise = denoiser(model, sampler, labels, guidance)
-            for step in finite(steps(denoise, now), now):
-                watch(now, step)
-            return step.x.cpu(), denoise.evaluations
-
-    batches = memory.in_batches(run_batch, places, batch_size, model.device, halved)
-    images = torch.cat(
-        [torch.empty(0, *model.shape), *(x for x, _ in batches)]
-    )  # not an inference-mode tensor
-    return images, batches[-1][1] if batches else 0
+    images = [torch.empty(0, *model.shape)]
+    evaluations, size, n = 0, batch_size, len(places)
+    while (done := sum(len(x) for x in images)) < n:
+        now = places[done : done + size]
+        try:
+            with drawing(model):
+                labels = None if y is None else y[now].to(model.device)
+                denoise = denoiser(model, sampler, labels, guidance)
+                for step in finite(steps(denoise, now), now):
+                    watch(now, step)
+                images.append(step.x.cpu())
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+        else:
+            evaluations = denoise.evaluations
+            continue
+        if size == 1:  # what filled the memory is free only now that the error itself is gone
+            raise UserError(f"out of memory on {model.device}, even for 1 image at a time")
+        size = max(1, len(now) // 2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halved(n - done, size)
+    return torch.cat(images), evaluations  # a tensor like any other, as it is made outside inference mode

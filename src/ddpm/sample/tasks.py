@@ -1,4 +1,4 @@
-"""Plan the tasks of ddpm-sample: what they start from, their steps, and the columns of their grid."""
+"""What ddpm-sample is to draw for a task: from what, in which steps, and what its grid shows beside the results."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -20,34 +20,33 @@ from ddpm.io.images import Pixels
 from ddpm.runtime.randomness import normal
 from ddpm.sample import user_images
 from ddpm.sample.model import Model, denoiser, labels, levels
-from ddpm.sample.sampling import COMMON, Steps, generation, run
-from ddpm.sample.user_images import Brought, bring, guidance, wanted
+from ddpm.sample.sampling import Steps, generation, run
+from ddpm.sample.user_images import bring, guidance, wanted
 
 GENERATED = 64  # images, where n is not typed
-BETWEEN = 8  # images of an interpolation, both ends included, where n is not typed
-ENCODED_ALPHA = 0.05  # images are encoded up to this alpha, where 1/400 of the variance is the image's
+BETWEEN = 8  # images from end to end of an interpolation, likewise
+ENCODED_ALPHA = 0.05  # images are encoded up to here: 1/400 of the variance is the image's, the rest noise
+COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # to every sampler
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """n results and how to draw them: `steps` draws those at some places (k,) of 0 … n-1, in `num_steps` steps."""
+    """`steps` draws the results at some places (k,) of 0 … n-1; `num_steps` come out for each such call."""
 
     n: int
-    y: Tensor | None  # classes (n,)
-    sampler: Component  # as it is run, which may differ from the config's
+    y: Tensor | None  # (n,)
+    sampler: Component  # as it is run
     num_steps: int
     steps: Steps
     rows: int | None = None  # of the grid; None: as in any grid
-    left: list[Pixels] = field(default_factory=list)  # columns beside the results, one image for each row
+    left: list[Pixels] = field(default_factory=list)  # columns beside the results, an image for each row
     right: list[Pixels] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # printed before drawing
-    about: dict[str, Any] = field(default_factory=dict)  # added to sample.json
-    measure: Callable[[Tensor], tuple[str, dict[str, Any]]] | None = (
-        None  # all results -> line, part of sample.json
-    )
+    notes: list[str] = field(default_factory=list)  # for the user, beforehand
+    about: dict[str, Any] = field(default_factory=dict)  # for sample.json
+    measure: Callable[[Tensor], tuple[str, dict[str, Any]]] | None = None  # of all results, for both
 
     def table(self, pixels: Pixels) -> tuple[Pixels, int]:
-        """Return the images and the row length of a grid with one input in each row."""
+        """Images and row length of a grid with one input in each row."""
         results = pixels.reshape(self.rows or 1, -1, *pixels.shape[1:])
         columns = [[column[:, None] for column in side] for side in (self.left, self.right)]
         table = np.concatenate([*columns[0], results, *columns[1]], axis=1)
@@ -55,7 +54,7 @@ class Plan:
 
 
 def make(config: SampleConfig, model: Model) -> Plan:
-    """Plan the config's task. Raises UserError for keys that the task needs or has no use for."""
+    """Raises UserError for keys that the task needs or has no use for."""
     needs = {"inpaint": ("input", "mask"), "variation": ("input",), "reconstruct": ("input",)}
     uses = {**needs, "interpolate": ("input", "seeds")}
     for key in ("input", "mask", "seeds"):
@@ -76,13 +75,6 @@ _HOW = {
     "input": "a picture, a folder of them, or dataset images such as mnist:test:0-15",
     "mask": "left, top, centre, random, or a picture that is white where something is to be drawn",
 }
-
-
-def _for_inputs(brought: Brought, sampler: Component, num_steps: int, steps: Steps, **more: Any) -> Plan:
-    """Plan results that start from the user's images, which stand in the grid's left column."""
-    shared = {"left": [brought.column], "notes": brought.notes, "about": brought.about}
-    y, rows = _each(brought.y, brought.row), len(brought.numbers)
-    return Plan(len(brought.index), y, sampler, num_steps, steps, rows, **{**shared, **more})
 
 
 def _generate(config: SampleConfig, model: Model) -> Plan:
@@ -116,9 +108,17 @@ def _inpaint(config: SampleConfig, model: Model) -> Plan:
     num_steps = (len(path) - 1) * config.jump_n_sample
     cost = f"inpaint: {len(path) - 1} ancestral steps × jump_n_sample={config.jump_n_sample}: {num_steps} evaluations"
     white = mask.expand(-1, model.facts.channels, -1, -1).to(torch.uint8) * 255
-    left = [brought.column, white.permute(0, 2, 3, 1).numpy()]
-    notes = [*brought.notes, f"{cost} for each image"]
-    return _for_inputs(brought, sampler, num_steps, steps, left=left, notes=notes)
+    return Plan(
+        len(brought.index),
+        _each(brought.y, brought.row),
+        sampler,
+        num_steps,
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column, white.permute(0, 2, 3, 1).numpy()],
+        notes=[*brought.notes, f"{cost} for each image"],
+        about=brought.about,
+    )
 
 
 def _variation(config: SampleConfig, model: Model) -> Plan:
@@ -134,12 +134,21 @@ def _variation(config: SampleConfig, model: Model) -> Plan:
             yield from run(model, config.sampler, denoise, list(rest), x, index, config.seed)
 
     one = brought.x_0[:1]
-    num_steps = len(editing.sdedit(path, one, one, config.strength)[1])
-    return _for_inputs(brought, config.sampler, num_steps, steps)
+    return Plan(
+        len(brought.index),
+        _each(brought.y, brought.row),
+        config.sampler,
+        len(editing.sdedit(path, one, one, config.strength)[1]),
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column],
+        notes=brought.notes,
+        about=brought.about,
+    )
 
 
 def _interpolate(config: SampleConfig, model: Model) -> Plan:
-    """Interpolate along each row of the grid. The sampler's own noise, if it has any, is the same along a row."""
+    """Row by row from one end to the other; the sampler's own noise, if it has any, is the same along a row."""
     each = config.n or BETWEEN
     if each < 2:
         raise UserError(f"n={each}: task=interpolate needs at least 2 images, its ends")
@@ -166,7 +175,7 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
 
 
 def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
-    """Interpolate between every two inputs, each encoded in its own class. A result has the class of the nearer end."""
+    """Between every two inputs, each encoded in its own class; along a row each has the class of the nearer end."""
     sampler = _reversible(config)
     brought = bring(config, model, 1)
     if len(brought.numbers) % 2:
@@ -188,7 +197,6 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
         x = editing.slerp(x_T[a], x_T[b], part[places].to(model.device))
         return run(model, sampler, denoise, path, x, row[places].to(model.device), config.seed)
 
-    cost = f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping"
     return Plan(
         len(row),
         _each(brought.y, 2 * row + (part > 0.5)),
@@ -198,7 +206,10 @@ def _between_inputs(config: SampleConfig, model: Model, each: int) -> Plan:
         rows=len(x_T) // 2,
         left=[brought.column[0::2]],
         right=[brought.column[1::2]],
-        notes=[*brought.notes, cost],
+        notes=[
+            *brought.notes,
+            f"interpolate: {encoder.evaluations} evaluations to encode each input, without clipping",
+        ],
         about={**brought.about, "evaluations_per_input": encoder.evaluations},
     )
 
@@ -221,7 +232,18 @@ def _reconstruct(config: SampleConfig, model: Model) -> Plan:
         )
         return text, {"mean_squared_error": mse.tolist(), "largest_difference": largest.tolist()}
 
-    return _for_inputs(brought, sampler, 2 * (len(path) - 1), steps, measure=measure)
+    return Plan(
+        len(brought.index),
+        brought.y,
+        sampler,
+        2 * (len(path) - 1),
+        steps,
+        rows=len(brought.numbers),
+        left=[brought.column],
+        notes=brought.notes,
+        about=brought.about,
+        measure=measure,
+    )
 
 
 _TASKS: dict[str, Callable[[SampleConfig, Model], Plan]] = {
@@ -234,7 +256,7 @@ _TASKS: dict[str, Callable[[SampleConfig, Model], Plan]] = {
 
 
 def _reversible(config: SampleConfig) -> Component:
-    """Return the sampler without clipping. Raises UserError unless it is ddim with eta = 0, which is reversible."""
+    """The sampler without clipping. Raises UserError unless it is ddim with eta = 0, which can be run backwards."""
     sampler = config.sampler
     if sampler.name != "ddim" or sampler.params["eta"] != 0:
         eta = f" with sampler.eta={sampler.params['eta']:g}" if sampler.name == "ddim" else ""
@@ -246,18 +268,17 @@ def _reversible(config: SampleConfig) -> Component:
 
 
 def _reversible_levels(model: Model, sampler: Component) -> list[Level]:
-    """Return the sampler's levels from ENCODED_ALPHA on.
-
-    An error in eps is 1 / alpha times as large in x_0. Where alpha is smaller, it diverges without clipping.
+    """The levels a network can be run backwards over. Where next to nothing of the image is left, an error in eps is
+    1 / alpha times as large in x_0, and without clipping that explodes.
     """
     path = levels(model, sampler)
     return (
-        path if path[0].alpha >= ENCODED_ALPHA else [level for level in path if level.alpha >= ENCODED_ALPHA]
+        [level for level in path if level.alpha >= ENCODED_ALPHA] if path[0].alpha < ENCODED_ALPHA else path
     )
 
 
 def _stretch(rows: int, each: int) -> tuple[Tensor, Tensor]:
-    """Return each result's row, and its place in the row from 0 to 1."""
+    """(row, part) of each result: from 0 to 1 in every row."""
     return torch.arange(rows).repeat_interleave(each), torch.linspace(0, 1, each).repeat(rows)
 
 
