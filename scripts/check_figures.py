@@ -18,7 +18,7 @@ from ddpm.data.dataset import Split
 from ddpm.data.datasets import DATASETS
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator
-from ddpm.evaluate.reference import Reference
+from ddpm.evaluate.reference import Reference, Samples
 from ddpm.runtime.randomness import normal, permutation
 
 DRAWS = 5  # of real images
@@ -75,7 +75,7 @@ def spoiled(train: Split, n: int) -> dict[str, Tensor]:
 
 
 def figures(bench: Reference, images: Tensor) -> dict[str, float]:
-    evaluation, _ = evaluator.measure(bench, images, subject="check")
+    evaluation, _ = evaluator.measure(Samples(images, None, bench), subject="check")
     return {name: evaluation.figures[name].value for name in FIGURES if name in evaluation.figures}
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     try:
         data = DATASETS[args.dataset](args.data_root)
         parts = ("distance", "neighbours")
-        bench = evaluator.prepare(data, n=args.n, parts=parts, device=torch.device("cpu"), say=print)
+        bench = Reference(data, parts, args.n, torch.device("cpu"), print)
         real = [figures(bench, draw(data.train, args.n, index).images) for index in range(DRAWS)]
         found = {name: figures(bench, images) for name, images in spoiled(data.train, args.n).items()}
     except UserError as error:

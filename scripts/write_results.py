@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ddpm.evaluate import record
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.report import sampler_study
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ class Seed:
     environment: Mapping[str, Any]
 
     @property
-    def figures(self) -> Mapping[str, Figure]:
+    def figures(self) -> Mapping[str, Metric]:
         return self.evaluation.figures
 
 
@@ -221,7 +221,7 @@ def _value(seed: Seed, key: str) -> float | None:
     return None if key not in seed.figures else seed.figures[key].value
 
 
-def _ends(figure: Figure | None) -> str:
+def _ends(figure: Metric | None) -> str:
     return "" if figure is None or figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
 
 

@@ -19,7 +19,8 @@ from tests.conftest import Command, run_script
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 (PLUGIN,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-TRAIN, SAMPLE, SWEEP, OWN = re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].splitlines()  # type: ignore[index]
+COMMANDS, JUDGE = re.findall(r"```sh\n(.*?)```", PAGE, re.S)
+TRAIN, SAMPLE, SWEEP, OWN = COMMANDS.splitlines()
 TINY = [
     "model.channels=[8,16]",
     "model.num_blocks=1",
@@ -81,9 +82,15 @@ def test_network_objective_and_optimizer_train_resume_sample_and_are_judged(trai
     metrics = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()]
     assert logged == [[str(line["step"]), str(line["loss"])] for line in metrics] and len(logged) == 2
     few = ["plugins=my_plugin", "ckpt=runs/mine", "sampler.num_steps=3", "n=4"]
-    for program, more in (("sample", []), ("eval", ["measure=[likelihood]"])):
-        result = run_script(program, *few, *more, cwd=trained)
-        assert result.returncode == 0, result.stderr
+    result = run_script("sample", *few, cwd=trained)
+    assert result.returncode == 0, result.stderr
+    result = run_line(JUDGE, *few[2:], cwd=trained)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((trained / "runs/mine/evaluations/eval-1/evaluation.json").read_text())["figures"]
+    assert 0 < figures["brightness"]["value"] < 1 and 0 < figures["real_brightness"]["value"] < 1
+    assert "bits_per_dim" in figures and re.search(r"^brightness +0\.\d{3} +0\.\d{3}$", result.stdout, re.M)
+    missing = one_line(run_script("eval", *few[1:], "measure=[brightness]", cwd=trained))
+    assert "measure=brightness: must be one of distance, " in missing and "add plugins=[…]" in missing
     refused = run_script("export", "plugins=my_plugin", "ckpt=runs/mine", "out=exported", cwd=trained)
     assert "model=my_transformer is none of its networks" in one_line(refused)
     assert not (trained / "exported").exists()

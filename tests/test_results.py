@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ddpm.evaluate import record
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.report import sampler_study
 from tests.report.test_study import of
 
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "write_results.py"))
 
 
-def made(folder: Path, excess: float, **more: Figure) -> Path:
+def made(folder: Path, excess: float, **more: Metric) -> Path:
     """What is stored of a run."""
     folder.mkdir(parents=True)
     ours = of("ddim", 20, excess, seconds=83.0)
-    figures = {**ours.figures, **more, "real_cas": Figure(0.99, error=0.001, n=10000)}
-    figures["fd_excess"] = Figure(excess, low=excess - 0.1, high=excess + 0.1, floor=0.25)
+    figures = {**ours.figures, **more, "real_cas": Metric(0.99, error=0.001, n=10000)}
+    figures["fd_excess"] = Metric(excess, low=excess - 0.1, high=excess + 0.1, floor=0.25)
     record.write(folder / "evaluation.json", Evaluation("a run", figures, ours.protocol))
     result = {"step": 1500, "val_loss": 0.04, "val_eps_mse": 0.05, "seconds": 600.0 + 60 * excess}
     (folder / "result.json").write_text(json.dumps(result))
@@ -45,7 +45,7 @@ def test_the_page_is_what_the_stored_results_say() -> None:
 
 def test_two_seeds_are_a_mean_and_a_range(tmp_path: Path) -> None:
     for seed, excess in ((0, 0.4), (1, 0.6)):
-        made(tmp_path / "mnist_cpu" / str(seed), excess, cas=Figure(0.9 + excess / 10, error=0.003))
+        made(tmp_path / "mnist_cpu" / str(seed), excess, cas=Metric(0.9 + excess / 10, error=0.003))
     page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path)
     found = rows(page)
     assert found["Fréchet excess"][0] == "0.500 (0.400 … 0.600); each [0.300, 0.500], [0.500, 0.700]"

@@ -16,6 +16,7 @@ BEGIN = {
     "schedule": ["num_timesteps"],
     "sampler": ["denoiser", "levels", "x", "noise"],
     "dataset": ["data_root"],
+    "metric": ["samples", "reference"],
     "network": ["image_size", "in_channels", "out_channels", "num_classes"],
     "prediction": ["alpha", "sigma"],
     "weight": ["snr"],

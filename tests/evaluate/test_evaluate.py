@@ -29,9 +29,9 @@ from ddpm.errors import UserError
 from ddpm.evaluate import evaluator, page, record, reference, samples, table
 from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.likelihood import likelihood
-from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
+from ddpm.evaluate.metrics.registry import METRICS
 from ddpm.evaluate.record import Evaluation, Metric
-from ddpm.evaluate.reference import Reference, Samples
+from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.io import npz
 from ddpm.sample.model import load
 
@@ -48,7 +48,7 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="module")
 def bench(digits: Dataset) -> Reference:
-    return evaluator.prepare(digits, n=600, parts=("distance", "neighbours", "memorization"), device=CPU)
+    return Reference(digits, ("distance", "neighbours", "memorization"), 600, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def ddpm_eval(*arguments: str) -> None:
 
 
 def measured(bench: Reference, images: torch.Tensor, labels: torch.Tensor | None = None) -> Evaluation:
-    return evaluator.measure(bench, images, labels, subject="these")[0]
+    return evaluator.measure(Samples(images, labels, bench), subject="these")[0]
 
 
 # The protocol
@@ -133,12 +133,12 @@ def test_training_images_score_as_the_row_of_real_images(bench: Reference, digit
     assert excess.low is not None and excess.high is not None and real.low is not None
     assert excess.low < 0 < excess.high and real.low < 0  # one distribution, within the interval
     assert abs(found["precision"].value - found["real_precision"].value) < 0.08
-    assert found["memorized"].value == 1 and found["memorized"].text == "500 to the bit"
+    assert found["memorized"].value == 1 and found["memorized"].text == "500 identical"
     assert "real_bits_per_dim" not in found and "bits_per_dim" not in found
 
 
 def test_what_there_are_too_few_images_for_is_absent_and_said(digits: Dataset) -> None:
-    small = evaluator.prepare(digits, n=20, parts=(*METRICS, *OF_MODEL), device=CPU)
+    small = Reference(digits, tuple(METRICS), 20, CPU)
     found = measured(small, digits.train.images[:20], digits.train.labels[:20])  # type: ignore[index]
     text = " ".join(found.notes)
     for name in ("fd", "fd_excess", "pixel_fd", "kid", "precision", "class_fd_excess", "cas", "bits_per_dim"):
@@ -155,8 +155,8 @@ def test_accuracy_scores_are_of_guidance_1(
     only = dataclasses.replace(bench, parts=("cas",))
     train = digits.train
     for scale, there in ((1.0, True), (3.0, False)):
-        about = {"guidance_scale": scale}
-        found, _ = evaluator.measure(only, train.images[:9], train.labels[:9], subject="x", about=about)  # type: ignore[index]
+        few = Samples(train.images[:9], train.labels[:9], only, guidance_scale=scale)  # type: ignore[index]
+        found, _ = evaluator.measure(few, subject="x")
         assert ("cas" in found.figures) is there
         assert ("no cas: it is asked at guidance_scale=1, these are drawn at 3" in found.notes) is not there
 
@@ -183,13 +183,18 @@ def test_images_that_are_real_or_repeated_are_counted(digits: Dataset) -> None:
 def test_odds_that_cannot_be_had_leave_the_rest(run: Path, digits: Dataset) -> None:
     model, _ = load(run / "checkpoints" / "step_0000002.safetensors", CPU)
     two = dataclasses.replace(digits.facts, levels=2)  # which these images do not keep to
-    odds = likelihood(model, dataclasses.replace(digits, facts=two), n=40, seed=0)
+
+    def measured(data: Dataset) -> Found:
+        reference = Reference(data, ("likelihood",), 40, CPU)
+        return likelihood(Samples(data.test.images[:40], None, reference, model=model), reference)
+
+    odds = measured(dataclasses.replace(digits, facts=two))
     assert odds.values.keys() == {"eps_loss", "eps_loss_train"}
     assert odds.details["curves"].keys() == {"test", "train"}
     assert odds.notes == ["no bits_per_dim: levels = 2: the images have greys between these levels"]
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
-    odds = likelihood(model, digits, n=40, seed=0)
+    odds = measured(digits)
     assert not odds.values and not odds.details["curves"] and len(odds.notes) == 3
     assert all("are not finite" in note for note in odds.notes)
 
@@ -199,7 +204,7 @@ def test_a_metric_of_ones_own_is_measured_and_shown(digits: Dataset, monkeypatch
         return samples.images.double().mean().item() / 255
 
     monkeypatch.setitem(METRICS, "ink", ink)
-    found = measured(evaluator.prepare(digits, n=20, parts=("ink",), device=CPU), digits.train.images[:20])
+    found = measured(Reference(digits, ("ink",), 20, CPU), digits.train.images[:20])
     assert found.figures["ink"].value == digits.train.images[:20].double().mean().item() / 255
     assert found.protocol["measure"] == ["ink"] and "feature_network" not in found.protocol
     assert "ink" in table.table([found]) and f"{found.figures['ink'].value:.3f}" in table.table([found])
@@ -570,11 +575,11 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
     drawn = {**evaluation().protocol, "sampler": {"name": "ddim"}, "guidance_scale": 1.0, "ema": True}
     assert "guidance" not in table.table([evaluation(protocol={**drawn, "precision": "fp32"})])
     unusual = {**drawn, "guidance_scale": 2.5, "ema": False, "precision": "bf16"}
-    copied = {"memorized": Metric(0.0, error=0.0, text="7 to the bit")}
+    copied = {"memorized": Metric(0.0, error=0.0, text="7 identical")}
     text = table.table([evaluation(protocol=unusual, figures=copied)])
     assert (
         "guidance_scale=2.5, ema=false, precision=bf16, seed 0" in text
-        and "0.0 ± 0.0 % (7 to the bit)" in text
+        and "0.0 ± 0.0 % (7 identical)" in text
     )
 
 
@@ -588,7 +593,7 @@ def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
 
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:
-    colour = evaluator.Gallery(torch.zeros(3, 3, 8, 8).byte(), None, torch.empty(0, 2, 3, 8, 8).byte())
+    colour = evaluator.Gallery(torch.zeros(3, 3, 8, 8).byte(), torch.empty(0, 2, 3, 8, 8).byte())
     curve = {"t": [0.0, 1.0], "lambda_": [3.0, None], "eps_mse": [1.0, 0.1], "error": [0.1, 0.1]}
     strange = evaluation(subject="costs $5 and $6", notes=("$x",) * 30, curves={"train": curve})
     page.draw(strange, colour, tmp_path / "it.png")

@@ -211,7 +211,7 @@ def test_gaussian_data_have_the_bound_of_the_chains_own_recursion(
         gain = alpha * s**2 / (alpha**2 * s**2 + sigma**2)
         guess = m + gain * (alpha * x_0 + sigma * eps - alpha * m)
         part = None if fraction is None else torch.full_like(guess, fraction)
-        (nats,) = terms.middle(x_0, torch.full((9,), t), eps, Estimate(guess, eps, part))
+        nats = terms.middle(x_0, torch.full((9,), t), eps, Estimate(guess, eps, part))
         total += both @ nats
     assert total.item() == pytest.approx(joint_bound(schedule, m, s, fraction or 0.0), rel=1e-9)
 
@@ -264,7 +264,7 @@ def exact_figures(m: Model, levels: int, part: Tensor) -> tuple[float, float]:
         x_t, times = alpha * x_0 + sigma * eps, torch.full((len(x_0),), t)
         guess = m.network.x_0(x_t, alpha, sigma, None)
         estimate = Estimate(guess, (x_t - alpha * guess) / sigma)
-        (term,) = (terms.middle if t else terms.decoder)(x_0, times, eps, estimate)
+        term = (terms.middle if t else terms.decoder)(x_0, times, eps, estimate)
         nats += weight @ term
         loss = loss + weight @ (estimate.eps - eps).square().flatten() / schedule.num_timesteps
     return nats.item() / NAT, loss.item()
@@ -302,7 +302,7 @@ def test_batches_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         evaluate(m, data, draws, measure, labelled=False, batch_size=2, world=World(rank, 12))
         for rank in range(12)  # two of them have nothing to do
     ]
-    assert torch.allclose(torch.cat(shares, 1), whole)
+    assert torch.allclose(torch.cat(shares), whole)
 
 
 def test_batches_are_halved_where_memory_runs_out() -> None:

@@ -19,7 +19,7 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator, record
 from ddpm.evaluate import run as evaluation_run
-from ddpm.evaluate.record import Evaluation, Figure
+from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.report import sampler_study, sampler_study_plot
 from ddpm.runtime import signals
 from ddpm.sample import sampler_file
@@ -35,7 +35,7 @@ def of(
     sampler: str, steps: int, excess: float | None, wide: float = 0.1, seconds: float = 1.0, **more: Any
 ) -> Evaluation:
     """An evaluation of 500 images, with a network evaluation for each step (heun: two)."""
-    found = {} if excess is None else {"fd_excess": Figure(excess, low=excess - wide, high=excess + wide)}
+    found = {} if excess is None else {"fd_excess": Metric(excess, low=excess - wide, high=excess + wide)}
     protocol = {
         "sampler": {"name": sampler, "num_steps": steps, **more},
         "guidance_scale": 1.0,
@@ -46,7 +46,7 @@ def of(
         **dict.fromkeys(sampler_study.COMMON, "x"),
         **{"n": 500, "seed": 0, "step": 7, "split_images": 400},
     }
-    return Evaluation("a run", {**found, "real_fd_excess": Figure(0.01, low=0.0, high=0.02)}, protocol)
+    return Evaluation("a run", {**found, "real_fd_excess": Metric(0.01, low=0.0, high=0.02)}, protocol)
 
 
 def chosen(*evaluations: Evaluation) -> tuple[int | None, int | None]:

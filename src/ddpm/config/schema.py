@@ -233,7 +233,7 @@ class EvalConfig:
     data_root: str = _data_root()
     measure: list[str] = key(
         "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
-        ("distance", "neighbours", "memorization", "likelihood", "cas"),
+        Names("metric"),
     )
     out: str | None = _out(
         "folder for the results (default: a new one under the run's, or under outputs/evaluations)"

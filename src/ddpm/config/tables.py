@@ -23,6 +23,7 @@ TABLES = {
     "schedule": Table("ddpm.diffusion.schedules", "SCHEDULES", "schedule"),
     "sampler": Table("ddpm.diffusion.samplers", "SAMPLERS", "sampler"),
     "dataset": Table("ddpm.data.datasets", "DATASETS", "dataset"),
+    "metric": Table("ddpm.evaluate.metrics.registry", "METRICS", "", "measure"),
     "network": Table("ddpm.networks", "NETWORKS", "model"),
     "prediction": Table("ddpm.diffusion.process", "PREDICTIONS", "objective", "prediction"),
     "weight": Table("ddpm.diffusion.objective", "WEIGHTS", "objective", "weight"),
@@ -58,5 +59,7 @@ def _written(kind: str) -> tuple[str, ...]:
 
 def uses_plugin(config: dict[str, Any]) -> bool:
     """Return whether a config, as plain data, names something registered."""
-    config = {**config, "": config}
-    return any(config[table.group][table.key] in REGISTERED[kind] for kind, table in TABLES.items())
+    return any(
+        (config[table.group] if table.group else config).get(table.key) in REGISTERED[kind]
+        for kind, table in TABLES.items()
+    )

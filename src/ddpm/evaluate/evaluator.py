@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ddpm.config.choices import Component
-from ddpm.data.dataset import Dataset
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
 from ddpm.evaluate import provenance
-from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL, OF_REAL
+from ddpm.evaluate.metrics.registry import METRICS, NEED_FEATURES, ON_ALL_RANKS
 from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.reference import Found, Reference, Samples, copies
@@ -30,7 +29,7 @@ SHOWN = 64  # samples on the page
 
 
 class Drawn(NamedTuple):
-    """On rank 0 all images, elsewhere its own share."""
+    """All images on rank 0; on other ranks their share."""
 
     images: Tensor  # uint8 (n, C, S, S)
     labels: Tensor | None  # int64 (n,), what each was asked to be
@@ -50,9 +49,9 @@ def draw(
     watch: Callable[[Tensor, Step], object] = lambda places, step: None,
     halved: Callable[[int, int], object] = lambda left, size: None,
 ) -> Drawn:
-    """Images 0 … n-1 of a seed, of all classes alike (image i of class i mod K), spread over the processes.
+    """Draw images 0 … n-1 of a seed, of all classes alike (image i of class i mod K), spread over the processes.
 
-    Those that `ddpm-sample` draws. Raises UserError.
+    They are those of `ddpm-sample`. Raises UserError.
     """
     index, guidance = torch.arange(n), Guidance(guidance_scale)
     with distributed.raise_on_all_ranks(world):
@@ -65,133 +64,84 @@ def draw(
     return Drawn(distributed.gather_to_rank_zero(world, images, world.lengths(n)), y, evaluations, num_steps)
 
 
-def prepare(
-    data: Dataset,
-    *,
-    n: int,
-    parts: tuple[str, ...] = (*METRICS, *OF_MODEL),
-    device: torch.device,
-    say: Callable[[str], None] = lambda text: None,
-    clock: Clock | None = None,
-) -> Reference:
-    """Load the features and compute the metrics of real images: as many training images as samples, n.
-
-    Takes at most n test images, all of them if there are fewer. Raises UserError where there are no features.
-    """
-    clock, reference = clock or Clock(), Reference(data, parts, n, device, say)
-    with clock("real"):
-        _ = reference.split, reference.fingerprints
-    if known := [OF_REAL[name] for name in parts if name in OF_REAL]:
+def prepare(reference: Reference, clock: Clock) -> None:
+    """Load the features where a metric needs them, before samples are drawn. Raises UserError where there are none."""
+    if NEED_FEATURES.intersection(reference.parts):
         with clock("loading"):
             try:
                 _ = reference.embedder
             except UserError as error:
-                others = ",".join(name for name in (*METRICS, *OF_MODEL) if name not in OF_REAL)
+                others = ",".join(name for name in METRICS if name not in NEED_FEATURES)
                 raise UserError(f"{error} (measure=[{others}] needs no features)") from None
-        with clock("real"):
-            for of_real in known:
-                found = of_real(reference)
-                reference.real |= {f"real_{name}": value for name, value in found.values.items()}
-                reference.notes += [f"real images: {note}" for note in found.notes]
-    reference.seconds |= {part: clock.seconds[part] for part in ("loading", "real") if part in clock.seconds}
-    return reference
 
 
 class Gallery(NamedTuple):
     """What is shown of the images themselves."""
 
     samples: Tensor  # uint8 (k, C, S, S)
-    labels: Tensor | None  # (k,)
     pairs: Tensor  # uint8 (p, 2, C, S, S): a sample and the training image nearest to it, closest first
 
 
-def ask_model(
-    model: Model | None,
-    data: Dataset,
-    parts: Sequence[str],
-    *,
-    n: int,
-    seed: int,
-    batch_size: int = 256,
-    world: World = ALONE,
-    clock: Clock | None = None,
-) -> list[Found]:
-    """Compute those of `parts` that need the model itself, on all processes together."""
-    clock, found = clock or Clock(), list[Found]()
-    for name in parts:
-        if name in OF_MODEL:
+def compute(samples: Samples, clock: Clock, *, on_all_ranks: bool) -> list[Found]:
+    """Compute those of the reference's metrics that all processes compute together, or those of rank 0."""
+    found = list[Found]()
+    for name in samples.reference.parts:
+        if (name in ON_ALL_RANKS) is on_all_ranks:
             with clock(name):
-                found.append(OF_MODEL[name](model, data, n=n, seed=seed, batch_size=batch_size, world=world))
+                result = METRICS[name](samples, samples.reference)
+            found.append(result if isinstance(result, Found) else Found({name: Metric(float(result))}))
     return found
 
 
 def measure(
-    reference: Reference,
-    images: Tensor,
-    labels: Tensor | None = None,
+    samples: Samples,
     *,
     subject: str,
-    seed: int = 0,
-    of_model: Sequence[Found] | None = None,
+    on_all_ranks: Sequence[Found] | None = None,
     about: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     clock: Clock | None = None,
 ) -> tuple[Evaluation, Gallery]:
-    """Compute all metrics of uint8 images (n, C, S, S), which `labels` (n,) say what class each was meant to show.
+    """Compute all metrics of `samples`.
 
-    `of_model` is what `ask_model` found (None: there is no model); `about` (where the images are from) goes into the
-    evaluation as it is. The seed is the classifier's. Raises ValueError for images that do not fit the data.
+    `on_all_ranks` is what `compute` found with all processes (None: it is computed here); `about` (where the images are
+    from) goes into the evaluation as it is. Raises ValueError for images that do not fit the data.
     """
-    data, parts, clock, about = reference.data, reference.parts, clock or Clock(), about or {}
+    reference, images, clock = samples.reference, samples.images, clock or Clock()
+    data = reference.data
     if images.dtype != torch.uint8 or images.shape[1:] != data.test.images.shape[1:] or not len(images):
         raise ValueError(
             f"images: {images.dtype} {tuple(images.shape)} do not fit those of {data.facts.name}"
         )
+    if on_all_ranks is None:
+        on_all_ranks = compute(samples, clock, on_all_ranks=True)
     with clock("copies"):
         said = [*notes, *copies(images, reference)]
-    if of_model is None:
-        of_model = ask_model(None, data, parts, n=len(images), seed=seed)
-    samples = Samples(images, labels, reference, seed, about.get("guidance_scale", 1))
-    if any(name in OF_REAL for name in parts):
-        with clock("features"):
-            _ = samples.embedded
-    found = list(of_model)
-    for name in parts:
-        if name in METRICS:
-            with clock("distances" if name in OF_REAL else name):
-                result = METRICS[name](samples, reference)
-            found.append(result if isinstance(result, Found) else Found({name: Metric(float(result))}))
     values, details = dict[str, Metric](), dict[str, Any]()
-    for each in found:
+    for each in (*on_all_ranks, *compute(samples, clock, on_all_ranks=False)):
         values |= each.values
         details |= each.details
         said += each.notes
-    taken = provenance.seconds({**reference.seconds, **clock.seconds})
-    made_with = {**_protocol(reference, len(images)), **about, "seconds": taken}
-    said += reference.notes
-    evaluation = Evaluation(subject, {**values, **reference.real}, made_with, notes=tuple(said), **details)
-    return evaluation, _gallery(samples, evaluation)
+    made_with = {**_protocol(samples), **(about or {}), "seconds": provenance.seconds(clock.seconds)}
+    evaluation = Evaluation(subject, values, made_with, notes=tuple(said), **details)
+    pairs, train = evaluation.memorization.get("pairs", []), data.train.images
+    both = [images[[pair["sample"] for pair in pairs]], train[[pair["train"] for pair in pairs]]]
+    return evaluation, Gallery(images[:SHOWN], torch.stack(both, dim=1))
 
 
-def _gallery(samples: Samples, evaluation: Evaluation) -> Gallery:
-    images, train, labels = samples.images, samples.reference.data.train.images, samples.labels
-    pairs = evaluation.memorization.get("pairs", [])
-    both = torch.stack(
-        [images[[pair["sample"] for pair in pairs]], train[[pair["train"] for pair in pairs]]], dim=1
-    )
-    return Gallery(images[:SHOWN], None if labels is None else labels[:SHOWN], both)
-
-
-def _protocol(reference: Reference, n: int) -> dict[str, Any]:
+def _protocol(samples: Samples) -> dict[str, Any]:
     """Describe what the metrics are of, and what with."""
-    facts = reference.data.facts
+    reference, facts = samples.reference, samples.reference.data.facts
     about = {
-        "n": n,
+        "n": len(samples.images),
         "dataset": facts.name,
         "image_size": facts.image_size,
         "split": "test",
         "split_images": len(reference.split),
         "test_sha256": provenance.sha256(reference.data.test.images),
+        "measure": list(reference.parts),
+        "machine": provenance.machine(reference.device),
+        "versions": provenance.versions(),
     }
     if reference.embeds:
         features = reference.embedder.features
@@ -200,9 +150,4 @@ def _protocol(reference: Reference, n: int) -> dict[str, Any]:
             "feature_sha256": features.sha256,
             "feature_dim": features.dim,
         }
-    return {
-        **about,
-        "measure": list(reference.parts),
-        "machine": provenance.machine(reference.device),
-        "versions": provenance.versions(),
-    }
+    return about

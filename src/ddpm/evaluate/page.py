@@ -1,4 +1,4 @@
-"""evaluation.png: one page with the samples, the closest training images, class shares, loss curve and figures."""
+"""evaluation.png: one page with samples, metrics, closest training images, class shares and error curves."""
 
 import io
 import textwrap
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,9 +27,7 @@ SAMPLE, REAL, TRAIN = "#1f77b4", "#8c8c8c", "#d95f02"
 
 
 def draw(evaluation: Evaluation, gallery: Gallery, picture: Path) -> None:
-    """Whole or not there. Raises OSError."""
-    from matplotlib.figure import Figure
-
+    """Write the page, whole or not at all. Raises OSError."""
     foot = _foot(evaluation)
     page = Figure(figsize=(13, 9.6 + LINE * len(foot)), layout="constrained")
     page.suptitle(_plain(evaluation.subject), fontsize=11, x=0.01, ha="left")
@@ -39,7 +38,7 @@ def draw(evaluation: Evaluation, gallery: Gallery, picture: Path) -> None:
         grid(_pixels(gallery.samples), COLUMNS),
         f"{len(gallery.samples)} samples",
     )
-    _figures(page.add_subplot(halves[1]), evaluation)
+    _metrics(page.add_subplot(halves[1]), evaluation)
     panels = [panel for panel, wanted in (
         (_pairs, len(gallery.pairs)), (_classes, evaluation.histogram), (_curves, evaluation.curves)
     ) if wanted]  # fmt: skip
@@ -57,8 +56,8 @@ def draw(evaluation: Evaluation, gallery: Gallery, picture: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """Matplotlib would take what is between two dollars for a formula."""
-    return printable(text).replace("$", r"\$")
+    """Escape dollars, between which Matplotlib expects a formula."""
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def _foot(evaluation: Evaluation) -> list[str]:
@@ -67,7 +66,7 @@ def _foot(evaluation: Evaluation) -> list[str]:
 
 
 def _pixels(images: Tensor) -> NDArray[np.uint8]:
-    """uint8 (N, C, H, W) → (N, H, W, 1 or 3)."""
+    """Convert uint8 (N, C, H, W) to (N, H, W, 1 or 3)."""
     channels = images.permute(0, 2, 3, 1).numpy()
     return channels if channels.shape[-1] in (1, 3) else channels[..., :1]
 
@@ -79,28 +78,19 @@ def _show(axes: Any, picture: NDArray[np.uint8], title: str) -> None:
     axes.axis("off")
 
 
-def _figures(axes: Any, evaluation: Evaluation) -> None:
-    """The printed table, in columns of their own."""
-    lines = table.rows([evaluation])
+def _metrics(axes: Any, evaluation: Evaluation) -> None:
+    """Show the printed table, its column headed "this", as the page names the subject above."""
+    head, *lines = table.rows([evaluation])
+    text = "\n".join(table.aligned([[head[0], "this", *head[2:]], *lines]))
     axes.axis("off")
-    places = (0.0, 0.68, 1.0)[: len(lines[0])]
-    for number, line in enumerate(lines):
-        y = 1 - (number + 0.5) / max(len(lines), 16)
-        for place, cell in zip(places, line, strict=True):
-            style = {"ha": "left" if place == 0 else "right", "va": "center", "fontsize": 9}
-            weight = "bold" if number == 0 else "normal"
-            shown = "this" if number == 0 and place == places[1] else cell
-            axes.text(place, y, _plain(shown), transform=axes.transAxes, weight=weight, **style)
-        if number:
-            axes.axhline(y + 0.5 / max(len(lines), 16), color="0.9", lw=0.6)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.text(0, 1, _plain(text), fontsize=8.5, va="top", linespacing=1.5, family="monospace")
 
 
 def _pairs(axes: Any, evaluation: Evaluation, gallery: Gallery) -> None:
     pairs = gallery.pairs[:PAIRS]
     columns = 2 * -(-len(pairs) // PAIR_ROWS)
     shown = grid(_pixels(pairs.flatten(0, 1)), min(columns, 8))
-    _show(axes, shown, "closest: sample | training image nearest to it")
+    _show(axes, shown, "closest pairs: sample | nearest training image")
 
 
 def _classes(axes: Any, evaluation: Evaluation, gallery: Gallery) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation was made with: how long each part took, on which machine, with which versions."""
+"""Provenance of an evaluation: seconds of each part, machine, versions, hash of the images."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from ddpm import __version__
 
 
 class Clock:
-    """Seconds by part; `begin` hears of each part as it starts."""
+    """Measure seconds by part. `begin` is called with each part's name as it starts."""
 
     def __init__(self, begin: Callable[[str], object] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
@@ -31,23 +31,24 @@ class Clock:
 
 
 def seconds(of_parts: Mapping[str, float]) -> dict[str, float]:
-    """By part; `measuring` is all but making the images, asking the model and training classifiers."""
+    """Round seconds by part, and add `measuring`: all but sampling, likelihood and cas."""
     apart = ("sampling", "likelihood", "cas")
     measuring = sum(value for part, value in of_parts.items() if part not in apart)
     return {part: round(value, 3) for part, value in {**of_parts, "measuring": measuring}.items()}
 
 
 def machine(device: torch.device) -> str:
-    """For people."""
+    """Describe the machine for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def sha256(images: Tensor) -> str:
-    """Of uint8 images: which they were, whatever their dataset is called."""
+    """Hash uint8 images, to know them whatever their dataset is called."""
     return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of ddpm, torch and Python."""
     return {"ddpm": __version__, "torch": torch.__version__, "python": platform.python_version()}

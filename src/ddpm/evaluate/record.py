@@ -1,4 +1,4 @@
-"""evaluation.json: what was measured of one set of images, with what, and how sure it is. Needs no torch."""
+"""evaluation.json: the metrics of one set of images, their errors and the protocol. Needs no torch."""
 
 import json
 import math
@@ -19,9 +19,7 @@ MAX_TEXT = 4096  # characters
 
 @dataclass(frozen=True)
 class Metric:
-    """A value, and what is known of its accuracy: an interval or a standard error; the floor that was taken off;
-    n, the images (or draws) it is from.
-    """
+    """A value and its accuracy: interval or standard error, the floor subtracted, and n images (or draws)."""
 
     value: float
     low: float | None = None
@@ -33,9 +31,6 @@ class Metric:
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
-
-
-Figure = Metric  # as it was called
 
 
 @dataclass(frozen=True)
@@ -60,12 +55,12 @@ class Evaluation:
 
 
 def write(path: Path, evaluation: Evaluation) -> None:
-    """Whole or not there. Raises OSError, and ValueError for a number that is not finite."""
+    """Write evaluation.json, whole or not at all. Raises OSError, and ValueError for a number that is not finite."""
     write_atomically(path, json.dumps(evaluation.to_dict(), indent=2, allow_nan=False).encode())
 
 
 def read(spec: str) -> Evaluation:
-    """An evaluation.json, or the one in a folder. Nothing in it is trusted. Raises UserError."""
+    """Read an evaluation.json, or the one in a folder, and check it. Raises UserError."""
     path = Path(spec)
     file = path / FILE if path.is_dir() else path
     data = read_bounded(file, MAX_BYTES)
@@ -76,7 +71,7 @@ def read(spec: str) -> Evaluation:
 
 
 def _checked(raw: Any) -> Evaluation:
-    """Raises ValueError and its kin for what no `write` has written."""
+    """Check what `write` writes. Raises ValueError, TypeError or KeyError."""
     json.dumps(raw, allow_nan=False)  # JSON of Python's may hold NaN and infinity, anywhere
     if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
         raise ValueError("another format")
@@ -108,7 +103,7 @@ def _metric(raw: Mapping[str, Any]) -> Metric:
 
 
 def read_all(specs: list[str]) -> list[Evaluation]:
-    """Raises UserError, naming the key."""
+    """Read each for `compare=`. Raises UserError that names the key."""
     try:
         return [read(spec) for spec in specs]
     except DataError as error:

@@ -5,7 +5,7 @@ Everything is held against the test images, which no training saw.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from ddpm.evaluate.features.extractor import Features, features_for
 from ddpm.evaluate.features.pixels import Projection, pixel_features
 from ddpm.evaluate.record import Metric
 from ddpm.runtime.randomness import permutation
+from ddpm.runtime.world import ALONE, World
+from ddpm.sample.model import Model
 
 _SEED = 20_261_121  # by which real images are taken: the same for every subject, whatever its own seed
 
@@ -30,7 +32,7 @@ class Embedded(NamedTuple):
 
     @property
     def classes(self) -> Tensor | None:
-        """The likeliest class of each, int64 (N,)."""
+        """Return the likeliest class of each, int64 (N,)."""
         return None if self.probabilities is None else self.probabilities.argmax(1)
 
 
@@ -48,23 +50,17 @@ class Embedder(NamedTuple):
 
 @dataclass(eq=False)
 class Reference:
-    """The real images that sets of samples are compared with. What is expensive is computed once, when first used.
-
-    `real`, `notes`: the metrics of real training images against the test images, as `real_…`.
-    """
+    """The real images that sets of samples are compared with. What is expensive is computed once, when first used."""
 
     data: Dataset
-    parts: tuple[str, ...]  # names in METRICS and OF_MODEL
+    parts: tuple[str, ...]  # names in METRICS
     n: int  # real images taken of each split, at most
     device: torch.device
     say: Callable[[str], None] = lambda text: None  # is told what takes long
-    real: dict[str, Metric] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # that this took, by part
 
     @cached_property
     def split(self) -> Split:
-        """At most n test images."""
+        """Draw at most n test images."""
         return choose(self.data.test, "test", self.n)
 
     @cached_property
@@ -75,21 +71,18 @@ class Reference:
 
     @cached_property
     def test(self) -> Embedded:
-        """The images of `split`, embedded."""
+        """Embed the images of `split`."""
         return self.embedder.embed(self.split.images)
 
     @cached_property
     def train(self) -> Embedded:
-        """At most n training images, embedded."""
+        """Embed at most n training images."""
         return self.embedder.embed(choose(self.data.train, "train", self.n).images)
 
     @cached_property
-    def fingerprints(self) -> dict[str, frozenset[bytes]]:
-        """Digests of all test and of all training images."""
-        return {
-            "test": frozenset(digests(self.data.test.images)),
-            "train": frozenset(digests(self.data.train.images)),
-        }
+    def fingerprints(self) -> tuple[frozenset[bytes], frozenset[bytes]]:
+        """Hash all test and all training images."""
+        return frozenset(digests(self.data.test.images)), frozenset(digests(self.data.train.images))
 
     @property
     def embeds(self) -> bool:
@@ -99,17 +92,23 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The images under evaluation: uint8 (n, C, S, S). labels (n,): the class each was meant to show, or None."""
+    """The images under evaluation: uint8 (n, C, S, S). labels (n,): the class each was meant to show, or None.
+
+    `model` drew them; None: they are from elsewhere. `seed` is that of every random choice of a metric.
+    """
 
     images: Tensor
     labels: Tensor | None
     reference: Reference
     seed: int = 0
     guidance_scale: float = 1.0
+    model: Model | None = None
+    batch_size: int = 256  # of the model's evaluations, which are shared among the processes of `world`
+    world: World = ALONE
 
     @cached_property
     def embedded(self) -> Embedded:
-        """The images, embedded."""
+        """Embed the images."""
         return self.reference.embedder.embed(self.images)
 
 
@@ -119,9 +118,14 @@ class Found:
 
     values: Mapping[str, Metric] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    details: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # histogram, curves or memorization
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # histogram, curves, memorization
+
+    def beside(self, real: "Found") -> "Found":
+        """Add what the same metric makes of real images, as `real_…`."""
+        values = {**self.values, **{f"real_{name}": value for name, value in real.values.items()}}
+        return replace(
+            self, values=values, notes=[*self.notes, *(f"real images: {note}" for note in real.notes)]
+        )
 
 
 def choose(split: Split, name: str, n: int) -> Split:
@@ -138,7 +142,7 @@ def choose_rows(x: Tensor, n: int) -> Tensor:
 
 
 def proportion(which: Tensor, text: str | None = None) -> Metric:
-    """Share of a bool tensor (N,), with its binomial standard error."""
+    """Return the share of a bool tensor (N,), with its binomial standard error."""
     share, n = which.double().mean().item(), len(which)
     return Metric(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
 
@@ -153,16 +157,16 @@ def digests(images: Tensor) -> list[bytes]:
 
 
 def copies(images: Tensor, reference: Reference) -> list[str]:
-    """Note images that occur elsewhere, pixel by pixel: a distance to themselves says nothing."""
-    own, n, real = digests(images), len(images), reference.fingerprints
-    inside, seen = (sum(each in real[split] for each in own) for split in ("test", "train"))
+    """Note samples that are identical to a test image, a training image or another sample."""
+    own, n = digests(images), len(images)
+    inside, seen = (sum(each in split for each in own) for split in reference.fingerprints)
     notes = []
     if inside:
         notes.append(
             f"{inside:,} of {n:,} images are test images themselves: by construction they lie at distance 0"
         )
     if seen:
-        notes.append(f"{seen:,} of {n:,} images are training images, to the bit")
+        notes.append(f"{seen:,} of {n:,} images are identical to a training image")
     if repeated := n - len(set(own)):
-        notes.append(f"{repeated:,} of {n:,} images repeat another one of them, to the bit")
+        notes.append(f"{repeated:,} of {n:,} images are identical to another one of them")
     return notes

@@ -17,9 +17,9 @@ from ddpm.config.schema import EvalConfig
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator, page, record, samples, table
-from ddpm.evaluate.metrics.registry import METRICS, OF_MODEL
+from ddpm.evaluate.metrics.registry import METRICS
 from ddpm.evaluate.provenance import Clock
-from ddpm.evaluate.reference import Found, Reference
+from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.runs import output_dirs
 from ddpm.runtime import device as runtime_device
 from ddpm.runtime import memory
@@ -64,21 +64,18 @@ def start(config: EvalConfig) -> torch.device:
 def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> None:
     opened, clock = open_model(config, own, device), Clock()
     with raise_on_all_ranks(own), shown_parts(own, clock):
-        reference = make_reference(config, opened.data, config.n, device, clock) if own.first else None
+        reference = make_reference(config, opened.data, config.n, device, clock, own)
     drawn = draw(config, own, opened.model, clock)
     with shown_parts(own, clock):
-        common = {"n": config.n, "seed": config.seed, "batch_size": config.batch_size}
-        of_model = evaluator.ask_model(
-            opened.model, opened.data, config.measure, **common, world=own, clock=clock
-        )
+        found = evaluator.compute(_samples(config, opened, reference, drawn, own), clock, on_all_ranks=True)
         with raise_on_all_ranks(own):
-            if reference is not None:
-                evaluated = measure(config, opened, reference, drawn, clock, of_model=of_model)
+            if own.first:
+                evaluated = measure(config, opened, reference, drawn, clock, on_all_ranks=found)
                 _finish(config, evaluated, _stem(opened.path))
 
 
 def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> None:
-    """All of it on rank 0, as nothing is drawn."""
+    """Evaluate given images, all on rank 0, as nothing is drawn."""
     assert config.samples is not None and config.dataset is not None
     stem, clock = Path("outputs") / "evaluations" / "eval", Clock()
     with raise_on_all_ranks(own), shown_parts(own, clock):
@@ -88,12 +85,10 @@ def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> No
         data = build.dataset(config.dataset, config.data_root)
         say(own, data.notice)
         found = samples.read(config.samples, data, config.dataset, config.n, config.seed, config.data_root)
+        reference = make_reference(config, data, len(found.images), device, clock)
         evaluated = evaluator.measure(
-            make_reference(config, data, len(found.images), device, clock),
-            found.images,
-            found.labels,
+            Samples(found.images, found.labels, reference, config.seed),
             subject=config.samples,
-            seed=config.seed,
             about={"samples": config.samples, "seed": config.seed},
             notes=found.notes,
             clock=clock,
@@ -139,6 +134,21 @@ def draw(config: EvalConfig, own: World, model: Model, clock: Clock) -> evaluato
         )
 
 
+def _samples(
+    config: EvalConfig, opened: Opened, reference: Reference, drawn: evaluator.Drawn, own: World
+) -> Samples:
+    return Samples(
+        drawn.images,
+        drawn.labels,
+        reference,
+        config.seed,
+        config.guidance_scale,
+        opened.model,
+        config.batch_size,
+        own,
+    )
+
+
 def measure(
     config: EvalConfig,
     opened: Opened,
@@ -146,7 +156,7 @@ def measure(
     drawn: evaluator.Drawn,
     clock: Clock,
     *,
-    of_model: Sequence[Found] = (),
+    on_all_ranks: Sequence[Found] | None = None,
     **more: Any,
 ) -> Evaluated:
     """Measure a model's images, on rank 0. `more` goes into the evaluation's protocol."""
@@ -165,12 +175,9 @@ def measure(
         "evaluations_per_image": drawn.evaluations,
     }
     return evaluator.measure(
-        reference,
-        drawn.images,
-        drawn.labels,
+        _samples(config, opened, reference, drawn, ALONE),
         subject=str(output_dirs.of_run(opened.path) if of_run else opened.path),
-        seed=config.seed,
-        of_model=of_model,
+        on_all_ranks=on_all_ranks,
         about={**about, **more},
         clock=clock,
     )
@@ -208,13 +215,14 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
 
 
 def make_reference(
-    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock
+    config: EvalConfig, data: Dataset, n: int, device: torch.device, clock: Clock, own: World = ALONE
 ) -> Reference:
-    """Prepare the reference images once for any number of measurements."""
-    parts = tuple(name for name in (*METRICS, *OF_MODEL) if name in config.measure)
-    return evaluator.prepare(
-        data, n=n, parts=parts, device=device, say=lambda text: say(ALONE, text), clock=clock
-    )
+    """Prepare, on rank 0, the reference images for any number of measurements."""
+    parts = tuple(name for name in METRICS if name in config.measure)
+    reference = Reference(data, parts, n, device, lambda text: say(own, text))
+    if own.first:
+        evaluator.prepare(reference, clock)
+    return reference
 
 
 def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:

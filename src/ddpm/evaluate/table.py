@@ -16,7 +16,7 @@ USUAL = {"guidance_scale": 1, "ema": True, "precision": "fp32"}  # said where it
 
 
 class Row(NamedTuple):
-    """How a metric is shown, and which way is better: -1 less, 1 more, 0 as the real ones."""
+    """How a metric is shown. better: -1 less, 1 more, 0 as close to real images as possible."""
 
     name: str
     title: str
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 def _number(metric: Metric) -> str:
-    """With its interval or error, in as many digits as that bears."""
+    """Format a value with its interval or error."""
     if metric.low is not None and metric.high is not None:
         return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
     if metric.error is not None:
@@ -67,6 +67,7 @@ ROWS = (
     Row("eps_loss", "error in eps, test", _number, -1),
     Row("eps_loss_train", "error in eps, training", _number, -1),
 )
+ONLY_STORED = ("pixel_fd",)
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
@@ -77,7 +78,8 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         columns += [(REAL, real)] if real else []
     lines = [["", *(head for head, _ in columns)]]
     names = {name: None for each in evaluations for name in each.figures if not name.startswith("real_")}
-    users = [Row(name, _short(name), _number) for name in names if name not in {row.name for row in ROWS}]
+    known = {*(row.name for row in ROWS), *ONLY_STORED}
+    users = [Row(name, _short(name), _number) for name in names if name not in known]
     for row in (*ROWS, *users):
         cells = [row.show(figures[row.name]) if row.name in figures else "–" for _, figures in columns]
         if set(cells) != {"–"}:
@@ -113,7 +115,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def differing(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """Return what is not the same in all of them though it must be: {key: its values}."""
+    """Return the keys of SAME that differ, with their values."""
     found = {}
     for key in SAME:
         values = list(dict.fromkeys(_short(evaluation.protocol.get(key, "?")) for evaluation in evaluations))
@@ -161,6 +163,6 @@ def _count(value: object) -> str:
 
 
 def _short(value: object) -> str:
-    """Of a file that anybody may have written."""
+    """Shorten a value from a file that anybody may have written."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 80 else text[:79] + "…"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from ddpm.sample.model import Guidance, Model, labels
 MAX_INPUTS = 4_096
 UNKNOWN_SHARE = 0.75  # of the pixels under mask=random
 SPLITS = ("train", "val", "test")
+OF_DATASET = re.compile(
+    r"(\w+):([^:/\\]*)(?::([^:/\\]*))?"
+)  # name, split and, unless it is all of it, numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,35 +43,38 @@ class Inputs:
 
 
 def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Inputs:
-    """`input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
+    """Read `input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
 
     Files are scaled and cut around their middle, and made grey or coloured as the model is. Of the dataset that
     the model was trained on, the splits are those of its training. Raises UserError.
     """
-    if match := re.fullmatch(r"(\w+):([^:/\\]*):([^:/\\]*)", text):
-        return _from_dataset(text, *match.groups(), facts=facts, trained_on=trained_on, data_root=data_root)
+    if (match := OF_DATASET.fullmatch(text)) and match[3] is not None:
+        own = None if "path" in trained_on.params else trained_on  # a path in a checkpoint is not followed
+        channels = {1, 3} if facts.channels in (1, 3) else {facts.channels}
+        found = of_dataset("input", text, match, facts, own, data_root, MAX_INPUTS, channels)
+        names = [f"{match[1]}:{match[2]}:{place}" for place in found.places.tolist()]
+        return Inputs(with_channels(found.images, facts.channels), found.labels, names, found.notice)
     if facts.channels not in (1, 3):
         raise UserError(f"input={text}: this model's images have {facts.channels} channels, files 1 or 3")
-    files = _files(text)
-    images = [_pixels(file, facts.image_size) for file in files]
-    return Inputs(with_channels(torch.stack(images), facts.channels), None, [str(file) for file in files])
-
-
-def _files(text: str) -> list[Path]:
-    root = user_path(text)
-    if not os.path.isdir(root):
-        if not os.path.isfile(root):
-            raise UserError(
-                f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
-            )
-        return [root]
-    try:
-        files = sorted(file for file in root.iterdir() if is_image(file, root))
-    except OSError as error:
-        raise UserError(f"input={text}: cannot be read ({reason(error)})") from None
-    if not 1 <= len(files) <= MAX_INPUTS:
+    path = user_path(text)
+    if not os.path.exists(path):
         raise UserError(
-            f"input={text}: {len(files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {MAX_INPUTS}"
+            f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
+        )
+    files = pictures("input", text, path, MAX_INPUTS) if os.path.isdir(path) else [path]
+    images = torch.stack([_pixels(file, facts.image_size) for file in files])
+    return Inputs(with_channels(images, facts.channels), None, [str(file) for file in files])
+
+
+def pictures(key: str, text: str, folder: Path, most: int) -> list[Path]:
+    """List the picture files in a folder that `key` names. Raises UserError unless there are 1 to `most`."""
+    try:
+        files = sorted(file for file in folder.iterdir() if is_image(file, folder))
+    except OSError as error:
+        raise UserError(f"{key}={text}: cannot be read ({reason(error)})") from None
+    if not 1 <= len(files) <= most:
+        raise UserError(
+            f"{key}={text}: {len(files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {most}"
         )
     return files
 
@@ -78,7 +84,7 @@ def _pixels(file: Path, size: int) -> Tensor:
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 (N, 1 or 3, S, S) grey or coloured: brightness by ITU-R BT.601, or the same grey three times."""
+    """Make uint8 (N, 1 or 3, S, S) grey, by the brightness of ITU-R BT.601, or coloured, by repeating the grey."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -87,55 +93,65 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
     return ((images * weights).sum(1, keepdim=True) + 500).div(1000, rounding_mode="floor").to(torch.uint8)
 
 
-def _from_dataset(
-    text: str, name: str, part: str, places: str, *, facts: DatasetInfo, trained_on: Component, data_root: str
-) -> Inputs:
+class Chosen(NamedTuple):
+    """Images of a dataset."""
+
+    images: Tensor  # uint8 (n, C, S, S)
+    labels: Tensor | None  # (n,); None where the dataset's classes are not those that are wanted
+    places: Tensor  # (n,) of each image in its split
+    notice: str
+
+
+def of_dataset(
+    key: str,
+    text: str,
+    match: re.Match[str],
+    facts: DatasetInfo,
+    own: Component | None,
+    data_root: str,
+    most: int,
+    channels: set[int],
+    loaded: Dataset | None = None,
+) -> Chosen:
+    """Read dataset images that `key` names, as `match` of OF_DATASET, in the size of `facts`.
+
+    `own` is the dataset of these facts, `loaded` already or not; its parameters are taken where it is named. Raises
+    UserError, for more than `most` images and for other `channels`, too.
+    """
+    name, part, places = match.groups()
     known = choices("dataset")
     if name not in known:
         raise UserError(
-            f"input={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}"
+            f"{key}={text}: no dataset '{name}'; must be one of {', '.join(known)}{nearest(name, known)}"
         )
     if part not in SPLITS:
-        raise UserError(f"input={text}: no split '{part}'; must be one of {', '.join(SPLITS)}")
-    wanted = indices(places, text)
-    data = _load(text, name, facts, trained_on, data_root)
-    split = {"train": data.train, "val": data.val, "test": data.test}[part]
-    if max(wanted) >= len(split):
-        raise UserError(f"input={text}: {name}:{part} has the images 0 to {len(split) - 1}")
-    chosen = torch.tensor(wanted)
-    same_classes = data.facts.class_names == facts.class_names and split.labels is not None
-    return Inputs(
-        with_channels(split.images[chosen], facts.channels),
-        split.labels[chosen] if same_classes and split.labels is not None else None,
-        [f"{name}:{part}:{place}" for place in wanted],
-        data.notice,
-    )
-
-
-def _load(text: str, name: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Dataset:
-    """The dataset in the model's image size; with the parameters of the training if it is the same one."""
-    content: dict[str, Any] = choices("dataset")[name]
-    params = {key: value for key, value in content.items() if key != "name"}
+        raise UserError(f"{key}={text}: no split '{part}'; must be one of {', '.join(SPLITS)}")
+    wanted = None if places is None else torch.tensor(indices(places, text, key, most))
+    same = own is not None and known[name]["name"] == own.name
+    params = {field: value for field, value in known[name].items() if field != "name"}
+    params |= own.params if own and same else {}
     if params.get("path") == "???":
-        raise UserError(f"input={text}: give the folder's path as input; one in a checkpoint is not followed")
-    if content["name"] == trained_on.name:
-        params = {**trained_on.params}
+        raise UserError(f"{key}={text}: give the folder's path as {key}, not the dataset's name")
     if "image_size" in params:
         params["image_size"] = facts.image_size
-    fits = f"this model's images are {facts.image_size}×{facts.image_size}×{facts.channels}"
+    fits = f"must be {facts.image_size}×{facts.image_size}×{facts.channels}, as those of {facts.name}"
     try:
-        data = build.dataset(Component(content["name"], params), data_root)
+        data = loaded if loaded and same else build.dataset(Component(known[name]["name"], params), data_root)
     except DataError as error:
-        raise UserError(f"input={text}: {error} ({fits})") from None
-    size, channels = data.facts.image_size, data.facts.channels
-    convertible = channels == facts.channels or {channels, facts.channels} == {1, 3}
-    if size != facts.image_size or not convertible:
-        raise UserError(f"input={text}: its images are {size}×{size}×{channels}, {fits}")
-    return data
+        raise UserError(f"{key}={text}: {error} ({fits})") from None
+    if (size := data.facts.image_size) != facts.image_size or data.facts.channels not in channels:
+        raise UserError(f"{key}={text}: its images are {size}×{size}×{data.facts.channels}, {fits}")
+    split = {"train": data.train, "val": data.val, "test": data.test}[part]
+    index = torch.arange(len(split)) if wanted is None else wanted
+    if index.max() >= len(split):
+        raise UserError(f"{key}={text}: {name}:{part} has the images 0 to {len(split) - 1}")
+    same_classes = data.facts.class_names == facts.class_names
+    labels = split.labels[index] if same_classes and split.labels is not None else None
+    return Chosen(split.images[index], labels, index, data.notice)
 
 
-def indices(places: str, text: str, key: str = "input", most: int = MAX_INPUTS) -> list[int]:
-    """Numbers and ranges, such as 0-15 or 3,5,8 or 0-3,7. Raises UserError that names `key` for more than `most`."""
+def indices(places: str, text: str, key: str, most: int) -> list[int]:
+    """Parse numbers and ranges, such as 0-15 or 0-3,7. Raises UserError that names `key` for more than `most`."""
     wanted: list[int] = []
     for item in places.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
@@ -163,7 +179,7 @@ def _inner(place: Tensor, size: int) -> Tensor:
 
 
 def mask(text: str, size: int, seed: int, numbers: Tensor) -> Tensor:
-    """`mask=`: bool (N, 1, S, S), true where unknown, for the inputs `numbers` (N,) int64.
+    """Make `mask=`: bool (N, 1, S, S), true where unknown, for the inputs `numbers` (N,) int64.
 
     Named: the `left` or `top` half, the `centre` (half as wide and high), or `random` (each pixel with probability
     3/4, from the seed and the input's number). Else a picture, white where unknown, scaled and cut like an input
@@ -192,7 +208,7 @@ RESULT_SHIFT = 32  # result j of input i has the index i + j 2^32, however many 
 
 @dataclass(frozen=True, eq=False)
 class Brought:
-    """What the user brought, and which of it the results start from."""
+    """A user's inputs, and which of them each result starts from."""
 
     inputs: Inputs
     numbers: Tensor  # (rows,) of the inputs in use
@@ -219,7 +235,7 @@ class Brought:
 
 
 def bring(config: SampleConfig, model: Model, each: int) -> Brought:
-    """The inputs, `each` results for every one. `index=` picks among them by their place, from 0."""
+    """Read the inputs for `each` results of every one. `index=` picks among them by their place, from 0."""
     assert config.input is not None
     brought = read(config.input, model.facts, model.config.dataset, config.data_root)
     numbers = torch.tensor(config.index) if config.index else torch.arange(len(brought.images))
@@ -251,7 +267,7 @@ def guidance(config: SampleConfig) -> Guidance:
 
 
 def wanted(config: SampleConfig) -> list[int] | None:
-    """The classes asked for; None where all are, or nothing was said."""
+    """Return the classes of `label=`; None for all, or where it is not given."""
     if isinstance(config.label, str):
         if config.label != "all":
             raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")

@@ -62,11 +62,11 @@ class Features:
 
     @property
     def dim(self) -> int:
-        """How many features an image has."""
+        """Return the number of features of an image."""
         return self.whitening.matrix.shape[1]
 
     def embed(self, images: Tensor, batch_size: int = 500) -> Embedding:
-        """uint8 (N, C, S, S) on the CPU. Raises ValueError for other images."""
+        """Embed images uint8 (N, C, S, S) on the CPU. Raises ValueError for other images."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.shape or not len(images):
             raise ValueError(
                 f"features {self.name} take uint8 images (N, {', '.join(map(str, self.shape))}), N ≥ 1, "
@@ -78,7 +78,7 @@ class Features:
 
 
 def features_for(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Features:
-    """The features of a dataset: shipped, or trained at their first use on this machine and cached, or Inception.
+    """Return the features of a dataset: shipped, or trained at first use on this machine and cached, or Inception.
 
     Trained are those of grey sets of 2 to 100 classes, 16 to 64 pixels a side and 10,000 training images or more; `say`
     hears of it. Others need torch-fidelity (extra `inception`). Raises UserError where features cannot be had.
@@ -93,7 +93,7 @@ def features_for(data: Dataset, device: torch.device, say: Callable[[str], None]
 
 
 def load(path: Path, facts: DatasetInfo, device: torch.device) -> Features:
-    """Features from a file that scripts/train_features.py wrote. Raises DataError where it is broken or another's."""
+    """Load a file that scripts/train_features.py wrote. Raises DataError where it is broken or another network's."""
     return _from_arrays(load_arrays(path, MAX_BYTES), facts, device)
 
 
@@ -152,7 +152,7 @@ def _trained(data: Dataset, device: torch.device, say: Callable[[str], None]) ->
 
 
 def _cached(path: Path, facts: DatasetInfo) -> Arrays | None:
-    """None where there is no such file, or a broken one."""
+    """Load a file of the cache. None where it is absent or broken."""
     try:
         arrays = load_arrays(path, MAX_BYTES)
         _from_arrays(arrays, facts, torch.device("cpu"))
@@ -162,17 +162,17 @@ def _cached(path: Path, facts: DatasetInfo) -> Arrays | None:
 
 
 def train(data: Dataset, seed: int, device: torch.device) -> Arrays:
-    """The recipe, on the training images alone."""
+    """Train the features of a dataset, on its training images alone."""
     return train_features(data.train, data.facts.num_classes, recipe(data.facts.name), seed, device)
 
 
 def recipe(name: str) -> Recipe:
-    """How the features of the dataset of this name are trained."""
+    """Return the training recipe of a dataset by its name."""
     return RECIPES.get(name, USUAL)
 
 
 def cache_name(data: Dataset) -> str:
-    """One for each dataset, size, training images and labels, version of the recipe, and seed."""
+    """Name the file after dataset, size, training images and labels, version of the recipe, and seed."""
     assert data.train.labels is not None
     digest = hashlib.sha256(data.train.images.numpy().tobytes())
     digest.update(data.train.labels.numpy().tobytes())

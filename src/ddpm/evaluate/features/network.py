@@ -48,7 +48,7 @@ class FeatureNetwork(nn.Module):
         self.classifier = nn.Linear(widths[2] * side**2, num_classes)
 
     def forward(self, images: Tensor) -> Output:
-        """Images float32 (N, C, S, S) in [0, 1]."""
+        """Compute moments and logits of images float32 (N, C, S, S) in [0, 1]."""
         x = halve(images) if self.halve_first else images
         moments = []
         for i, convolution in enumerate(self.convolutions):
@@ -61,7 +61,7 @@ class FeatureNetwork(nn.Module):
 
 
 def reconstruction_head(num_moments: int, channels: int, image_size: int) -> nn.Sequential:
-    """From the moments to all pixels: what it cannot see there (slant, stroke width) would be lost to the features."""
+    """Map moments (N, M) to all pixels, so that slant and stroke width are not lost to the features."""
     return nn.Sequential(
         nn.Linear(num_moments, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, channels * image_size**2)
     )
@@ -75,7 +75,7 @@ def halve(x: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module, seed: int, stream: str) -> None:
-    """Weights by He et al. 2015 (variance 2 / inputs), biases 0; in place, from (seed, stream) alone."""
+    """Draw weights by He et al. 2015 (variance 2 / inputs), biases 0; in place, from (seed, stream) alone."""
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             if parameter.ndim == 1:
@@ -87,7 +87,7 @@ def initialise(module: nn.Module, seed: int, stream: str) -> None:
 
 
 def repeatable() -> AbstractContextManager[None]:
-    """Convolutions that give the same bits every time, and nearly the same on every machine.
+    """Make convolutions deterministic, and nearly the same on every machine.
 
     Without TF32, which a GPU would use by itself and which keeps 10 bits of 23.
     """
@@ -95,7 +95,7 @@ def repeatable() -> AbstractContextManager[None]:
 
 
 def unit(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 → float32 in [0, 1] on the device, in the memory layout that convolutions on a CPU like best."""
+    """Convert uint8 to float32 in [0, 1] on the device, channels last, which is fastest on a CPU."""
     return (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -110,7 +110,7 @@ class Whitening(NamedTuple):
 
 
 def whitening(x: Tensor, d: int) -> Whitening:
-    """Of the d directions of largest variance of x (N, m), or as many as there are; float64.
+    """Whiten x (N, m) along its d directions of largest variance, or as many as there are; float64.
 
     Each direction's sign is fixed: its largest entry is positive. Raises DataError where nothing varies.
     """
@@ -130,7 +130,7 @@ def whitening(x: Tensor, d: int) -> Whitening:
 
 
 def dimensions(n: int) -> int:
-    """How many features n training images and a test set of their kind bear: 8 to 32.
+    """Choose the number of features for n training images: 8 to 32.
 
     More would follow ever smaller variances, and a distance within one class of 1,000 images would be mostly floor.
     """
@@ -138,6 +138,6 @@ def dimensions(n: int) -> int:
 
 
 def spread_out(n: int, most: int) -> Tensor:
-    """Indices of at most so many of n images, evenly spaced: a set may be in the order of its classes."""
+    """Return indices of at most `most` of n images, evenly spaced, as a set may be in the order of its classes."""
     count = min(n, most)
     return torch.arange(count) * n // count

@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
 
 
 def train_features(split: Split, num_classes: int, recipe: Recipe, seed: int, device: torch.device) -> Arrays:
-    """A feature network and its whitening, as the arrays that `features.load` reads.
+    """Train a feature network and its whitening. Returns the arrays that `extractor.load` reads.
 
     Weights are rounded to float16 before the whitening is computed, so that nothing is lost in the file.
     """
@@ -63,7 +63,7 @@ def fit(
     device: torch.device,
     head: nn.Module | None = None,
 ) -> None:
-    """Cross-entropy, plus the squared error of the head's images where there is a head; AdamW, in place.
+    """Minimize cross-entropy, plus the squared error of the head's images where there is a head; AdamW, in place.
 
     images uint8 (N, C, S, S), labels int64 (N,). The images stay as they are: an augmentation (blur, noise) or
     softened labels would teach the network not to see what its features are there to see.
@@ -88,12 +88,12 @@ def fit(
 
 
 def pace(part: float) -> float:
-    """Share of the learning rate after this part of the steps: a short rise, then half a cosine down to 0."""
+    """Return the share of the learning rate after this part of the steps: linear warm-up, then cosine to 0."""
     return min(part / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(0.0, part - WARMUP) / (1 - WARMUP)))
 
 
 def batches(n: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices of the images of each step: a new order for every pass, whose last, smaller batch is left out."""
+    """Yield the indices of each step's images: a new order for every pass, whose last, smaller batch is left out."""
     size = min(BATCH_SIZE, n)
     each = n // size
     for step in range(steps):
@@ -107,7 +107,7 @@ def batches(n: int, steps: int, seed: int) -> Iterator[Tensor]:
 def run(
     network: FeatureNetwork, images: Tensor, device: torch.device, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Moments (N, M) and logits (N, num_classes) of uint8 images, float32 on the CPU."""
+    """Compute moments (N, M) and logits (N, num_classes) of uint8 images, float32 on the CPU."""
     with repeatable():
         parts = [network(unit(part, device)) for part in torch.split(images, batch_size)]
     return tuple(torch.cat([part[i] for part in parts]).cpu() for i in range(2))  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 """Distances between the distributions of samples and of test images, and what a classifier says of the samples."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ CONFIDENT = 0.95  # probability of the likeliest class
 def distance(samples: Samples, reference: Reference) -> Found:
     """Compute Fréchet distances, KID and, where the features know classes, the statistics of these."""
     facts, embedded = reference.data.facts, samples.embedded
-    found = distances(embedded, reference.test, facts.num_classes)
+    found = distances(embedded, reference.test, facts.num_classes).beside(of_real(reference))
     if embedded.probabilities is None:
         name = reference.embedder.features.name
         absent = [f"no figures of classes: the features {name} know none"] if facts.num_classes else []
@@ -38,6 +39,7 @@ def distance(samples: Samples, reference: Reference) -> Found:
     return Found(values, found.notes, {"histogram": histogram})
 
 
+@lru_cache(maxsize=1)  # the same for all samples
 def of_real(reference: Reference) -> Found:
     """Compute the distances of training images from the test images, and the classes of the test images."""
     facts = reference.data.facts
@@ -95,7 +97,7 @@ def class_metrics(x: Embedded, meant: Tensor | None, names: Sequence[str]) -> di
 
 
 def class_shares(x: Embedded) -> Tensor:
-    """Share of each class, float64 (num_classes,)."""
+    """Return the share of each class, float64 (num_classes,)."""
     assert x.probabilities is not None and x.classes is not None
     counts = torch.bincount(x.classes, minlength=x.probabilities.shape[1])
     return counts.double() / len(x.classes)

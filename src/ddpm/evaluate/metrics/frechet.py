@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Fréchet distance, what chance alone adds to it, kernel distance.
+"""Distances between two sets of features: the Fréchet distance, its bias and its interval, and KID.
 
 Everything in float64. Features are (N, d) tensors; d is small (8 to 64 with whitened features, 2048 for Inception).
 """
@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
 
 
 def checked(features: Tensor, name: str) -> Tensor:
-    """The features in float64. Raises ValueError unless they are (N ≥ 2, d ≥ 1) and finite."""
+    """Return the features in float64. Raises ValueError unless they are (N ≥ 2, d ≥ 1) and finite."""
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
         raise ValueError(f"{name}: features must be (N, d) with N ≥ 2 and d ≥ 1, not {tuple(features.shape)}")
     if not torch.isfinite(features).all():
@@ -33,7 +33,7 @@ def checked(features: Tensor, name: str) -> Tensor:
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Mean and covariance of features (N, d). Raises ValueError if N < 2 or a number is not finite."""
+    """Fit a Gaussian to features (N, d). Raises ValueError if N < 2 or a number is not finite."""
     x = checked(features, "features")
     mean = x.mean(0)
     x = x - mean
@@ -41,7 +41,7 @@ def gaussian(features: Tensor) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6), never below 0.
+    """Compute the squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6), never below 0.
 
     |mean_a - mean_b|² + tr(A) + tr(B) - 2 tr((√A B √A)^½). The last trace is the sum of the roots of a symmetric
     matrix's eigenvalues, so nothing is complex and singular covariances do no harm.
@@ -53,7 +53,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def frechet_floor(n_1: int, n_2: int, d: int) -> float:
-    """What the distance is on average between n_1 and n_2 draws of one white Gaussian in d dimensions.
+    """Return the distance's mean between n_1 and n_2 draws of one white Gaussian in d dimensions.
 
     (1/n_1 + 1/n_2)(d + d(d+1)/4): d for the means, and a quarter of E|A - B|² for the covariances.
     """
@@ -61,7 +61,7 @@ def frechet_floor(n_1: int, n_2: int, d: int) -> float:
 
 
 def frechet_bias(x: Tensor, y: Tensor) -> float:
-    """By how much the distance of these two finite sets (n_1, d) and (n_2, d) is too large on average.
+    """Estimate the bias of the distance of two finite sets (n_1, d) and (n_2, d): by how much it is too large.
 
     The second-order term of the distance in the errors of both means and covariances, with the features' own
     fourth moments. Equals `frechet_floor` for two sets of white Gaussian features, and
@@ -89,7 +89,7 @@ def _distance_and_bias(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def _bias_of_one(x: Tensor, own: Gaussian, other: Gaussian) -> float:
-    """Share of the bias that comes from the finite set x, centred."""
+    """Compute the share of the bias that comes from the finite set x, centred."""
     z, root = transported(x, own, other)
     weights = curvature(root)
     squares = z.square()
@@ -98,14 +98,14 @@ def _bias_of_one(x: Tensor, own: Gaussian, other: Gaussian) -> float:
 
 
 def transported(x: Tensor, own: Gaussian, other: Gaussian) -> tuple[Tensor, Tensor]:
-    """x √B in the eigenbasis of M = √B A √B, and the roots (d,) of M's eigenvalues."""
+    """Return x √B in the eigenbasis of M = √B A √B, and the roots (d,) of M's eigenvalues."""
     root = matrix_root(other.covariance)
     eigenvalues, basis = torch.linalg.eigh(root @ own.covariance @ root)
     return x @ (root @ basis), eigenvalues.clamp(min=0).sqrt()
 
 
 def curvature(root: Tensor) -> Tensor:
-    """Weights w of Σ w_ij H_ij², the second-order term of -2 tr((M + H)^½), where M = diag(root²).
+    """Return the weights w of Σ w_ij H_ij², the second-order term of -2 tr((M + H)^½), where M = diag(root²).
 
     w_ij = 1 / (2 r_i r_j (r_i + r_j)): the divided difference of the square root's derivative. 0 where M is
     singular, for there nothing varies.
@@ -116,13 +116,13 @@ def curvature(root: Tensor) -> Tensor:
 
 
 def invertible(root: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of eigenvalues (d,) with 1 for those that are 0 up to rounding, and which these are."""
+    """Return roots of eigenvalues (d,) with 1 for those that are 0 up to rounding, and which these are."""
     singular = root <= 1e-7 * root.max()
     return root.masked_fill(singular, 1), singular
 
 
 def matrix_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix (d, d)."""
+    """Return the symmetric square root of a positive semidefinite matrix (d, d)."""
     eigenvalues, basis = torch.linalg.eigh(matrix)
     root: Tensor = basis * eigenvalues.clamp(min=0).sqrt() @ basis.T
     return root
@@ -139,17 +139,12 @@ class ClassFrechet(NamedTuple):
 
 
 def class_frechet(x: Tensor, x_labels: Tensor, y: Tensor, y_labels: Tensor, num_classes: int) -> ClassFrechet:
-    """Fréchet distance within each class. x (n_1, d), y (n_2, d), labels int64 0 … num_classes - 1.
+    """Compute the Fréchet distance within each class. x (n_1, d), y (n_2, d), labels int64 0 … num_classes - 1.
 
     A class with fewer than 2d images on either side is left out, and named in `left_out`. Raises ValueError if a
-    feature is not finite or a label does not fit.
+    feature is not finite.
     """
     x, y = checked(x, "x"), checked(y, "y")
-    for name, features, labels in (("x", x, x_labels), ("y", y, y_labels)):
-        if labels.shape != (len(features),):
-            raise ValueError(f"{name}: {len(features)} features, but labels of shape {tuple(labels.shape)}")
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise ValueError(f"{name}: labels must lie in 0 … {num_classes - 1}")
     needed = max(2, MIN_IMAGES_PER_DIMENSION * x.shape[1])
     result = ClassFrechet([], [], [], [], None)
     for k in range(num_classes):
@@ -168,14 +163,14 @@ def class_frechet(x: Tensor, x_labels: Tensor, y: Tensor, y_labels: Tensor, num_
 
 
 class Kid(NamedTuple):
-    """Kernel distance and its standard error."""
+    """KID and its standard error."""
 
     value: float
     error: float
 
 
 def kid(x: Tensor, y: Tensor) -> Kid:
-    """Unbiased squared MMD of (n_1, d) and (n_2, d) with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, KID).
+    """Compute KID (Bińkowski et al. 2018): unbiased squared MMD of (n_1, d) and (n_2, d), kernel (x·y/d + 1)³.
 
     All pairs are used, a chunk at a time. The error is that of a U-statistic (van der Vaart 1998, ch. 12) with both
     terms: the linear one, which counts when the sets differ, and the quadratic one, which is all there is when they
@@ -207,7 +202,7 @@ def _kernel(products: Tensor, d: int) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of the kernel over the rows (n_1,), the columns (n_2,), and of its square over all pairs."""
+    """Sum the kernel over the rows (n_1,) and the columns (n_2,), and its square over all pairs."""
     rows, columns, square = [], torch.zeros(len(y), dtype=x.dtype), torch.zeros((), dtype=x.dtype)
     for part in torch.split(x, CHUNK):
         k = _kernel(part @ y.T, x.shape[1])
@@ -218,7 +213,7 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _beyond_rows(mean_square: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Variance of a table of pairs that neither its rows' nor its columns' means explain."""
+    """Return the variance of a table of pairs that neither the means of its rows nor of its columns explain."""
     return mean_square - row.square().mean() - column.square().mean() + row.mean() ** 2
 
 
@@ -231,7 +226,7 @@ class Interval(NamedTuple):
 
 
 def frechet_interval(x: Tensor, y: Tensor, level: float = 0.95) -> Interval:
-    """Excess Fréchet distance of features (n_1, d) and (n_2, d), and its interval at this confidence level.
+    """Estimate the excess Fréchet distance of features (n_1, d) and (n_2, d), with its confidence interval.
 
     The value is `frechet_distance` - `frechet_bias`: it estimates the distance of the two distributions themselves,
     and may fall below 0 when they agree. The plain percentile bootstrap does not hold: each resample adds the bias
@@ -251,7 +246,9 @@ def frechet_interval(x: Tensor, y: Tensor, level: float = 0.95) -> Interval:
 
 
 def influence(x: Tensor, own: Gaussian, other: Gaussian) -> Tensor:
-    """By how much one more feature at each of x (N, d) would move the distance, times N, up to a constant: (N,).
+    """Compute the influence of each feature x (N, d) on the distance, (N,): N times what one more such would add.
+
+    Up to a constant.
 
     2 (x - a)·(a - b) + |x - a|² - (x - a)' T (x - a), T the optimal transport from A to B.
     """

@@ -1,20 +1,20 @@
-"""How likely a model holds images: bits per dimension, and the error in eps over the noise levels."""
+"""Likelihood: bits per dimension, and the error in eps over the noise levels."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm.data.dataset import Dataset, Split
+from ddpm.data.dataset import Split
 from ddpm.diffusion.denoiser import Estimate
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import UserError
 from ddpm.evaluate.metrics.monte_carlo import GROUP, Draws, evaluate, mean_of, root_of_squares, stratified
 from ddpm.evaluate.metrics.vlb import Terms, grey_levels
 from ddpm.evaluate.record import Metric
-from ddpm.evaluate.reference import Found
+from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.io.images import normalise
 from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
@@ -26,25 +26,19 @@ EPS_DRAWS = 10_000
 ENOUGH = 2500  # images for an error of about half a per cent in bits per dimension
 
 
-class _Common(TypedDict):
-    seed: int
-    batch_size: int
-    world: World
+def likelihood(samples: Samples, reference: Reference) -> Found:
+    """Compute the model's bits per dimension of test images, and its error in eps on test and training images.
 
-
-def likelihood(
-    model: Model | None, data: Dataset, *, n: int, seed: int, batch_size: int = 256, world: World = ALONE
-) -> Found:
-    """Compute bits per dimension of test images, and the error in eps on n test images (or all) and training images.
-
-    Bits and training images make do with `ENOUGH` of the n: the network's evaluations are most of what an evaluation
-    costs. What cannot be had is left out, with a note that says why.
+    The error on test images is that of n of them, as many as there are samples, or of all. The others make do with
+    `ENOUGH` of the n: the network's evaluations are most of what an evaluation costs. What cannot be had is left out,
+    with a note that says why.
     """
+    model, data, n = samples.model, reference.data, reference.n
     if model is None:
         return Found({}, ["no bits_per_dim, no eps_loss: they are asked of a model, not of images"])
     if min(n, len(data.test), len(data.train)) < 2:
         return Found({}, ["no bits_per_dim, no eps_loss: they need 2 images"])
-    common = _Common(seed=seed, batch_size=batch_size, world=world)
+    common: Any = {"seed": samples.seed, "batch_size": samples.batch_size, "world": samples.world}
     values, curves, notes = dict[str, Metric](), dict[str, Mapping[str, Any]](), list[str]()
     try:
         bits = bits_per_dimension(model, data.test, data.facts.levels, n=min(n, ENOUGH), **common)
@@ -89,7 +83,7 @@ def bits_per_dimension(
     batch_size: int = 256,
     world: World = ALONE,
 ) -> Bits:
-    """The variational bound of the model's chain over all T steps on n of the images (all, if there are fewer).
+    """Compute the variational bound of the model's chain over all T steps on n of the images (all, if there are fewer).
 
     Ho et al. 2020, eq. 5: the KL divergence of q(x_T | x_0) from the noise that sampling starts with, in closed form;
     that of each posterior q(x_{t-1} | x_t, x_0) from the model's step, by stratified sampling of t; and the code length
@@ -100,12 +94,10 @@ def bits_per_dimension(
     """
     grey_levels(data.images, levels)
     images = _chosen(model, data, n, seed)
-    labelled = model.conditional
+    how: Any = {"labelled": model.conditional, "batch_size": batch_size, "world": world}
     terms = Terms(model.schedule, levels)
     ends = Draws(seed, "bits/ends", images, torch.zeros_like(images), torch.ones(len(images)).double())
-    (decoder,) = evaluate(
-        model, data, ends, terms.decoder, labelled=labelled, batch_size=batch_size, world=world
-    )
+    decoder = evaluate(model, data, ends, terms.decoder, **how)
     prior = terms.prior(normalise(data.images[images]))
     additions = torch.zeros(len(data)).double()
     off = prior + decoder - (prior + decoder).mean()
@@ -113,9 +105,7 @@ def bits_per_dimension(
     diffusion, evaluations = 0.0, len(images)
     if model.schedule.num_timesteps > 1:
         middle = stratified(seed, "bits/middle", draws, images, terms.proposal())
-        (values,) = evaluate(
-            model, data, middle, terms.middle, labelled=labelled, batch_size=batch_size, world=world
-        )
+        values = evaluate(model, data, middle, terms.middle, **how)
         diffusion, more = mean_of(middle, values * middle.weight, len(data))
         additions += more
         evaluations += draws
@@ -123,7 +113,7 @@ def bits_per_dimension(
     error = unit * root_of_squares(additions)
     first, last, diffusion = unit * prior.mean().item(), unit * decoder.mean().item(), unit * diffusion
     total = first + last + diffusion
-    return Bits(total, error, first, last, diffusion, len(images), labelled, evaluations)
+    return Bits(total, error, first, last, diffusion, len(images), model.conditional, evaluations)
 
 
 class Curve(NamedTuple):
@@ -135,7 +125,7 @@ class Curve(NamedTuple):
     error: tuple[float, ...]
 
     def to_dict(self) -> dict[str, list[float | None]]:
-        """For JSON, which knows no infinity: lambda is None where nothing is left of the image (alpha = 0)."""
+        """Return plain data for JSON, which has no infinity: lambda is None where alpha = 0."""
         return {
             key: [value if math.isfinite(value) else None for value in values]
             for key, values in self._asdict().items()
@@ -164,7 +154,7 @@ def eps_loss(
     batch_size: int = 256,
     world: World = ALONE,
 ) -> EpsLoss:
-    """The loss of the introductory notebooks (L_simple: Ho et al. 2020, eq. 14), from whatever the network predicts.
+    """Compute the loss L_simple (Ho et al. 2020, eq. 14) from whatever the network predicts.
 
     The mean over images and all t alike of the squared error in eps, a pixel. Each of n images (None: all) serves at
     least once. `labelled`: with the labels (None: if the model is conditional), else as without any.
@@ -180,16 +170,14 @@ def eps_loss(
     images = _chosen(model, data, len(data) if n is None else n, seed)
     alike = torch.ones(model.schedule.num_timesteps, dtype=torch.float64)
     draws = stratified(seed, "eps_loss", max(n_draws, len(images)), images, alike)
-    (values,) = evaluate(
-        model, data, draws, _eps_errors, labelled=labelled, batch_size=batch_size, world=world
-    )
+    values = evaluate(model, data, draws, _eps_errors, labelled=labelled, batch_size=batch_size, world=world)
     mean, additions = mean_of(draws, values, len(data))
     curve = _curve(model.schedule, draws, values, len(data))
     return EpsLoss(mean, root_of_squares(additions), curve, len(images), draws.n, labelled)
 
 
 def _eps_errors(x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
-    return (estimate.eps - eps).double().square().mean(dim=(1, 2, 3))[None]
+    return (estimate.eps - eps).double().square().mean(dim=(1, 2, 3))
 
 
 def _curve(schedule: NoiseSchedule, draws: Draws, values: Tensor, num_images: int) -> Curve:
@@ -207,11 +195,9 @@ def _curve(schedule: NoiseSchedule, draws: Draws, values: Tensor, num_images: in
 
 
 def _chosen(model: Model, data: Split, n: int, seed: int) -> Tensor:
-    """n images drawn at random, all where there are no more."""
+    """Draw n images at random, all where there are no more."""
     if tuple(data.images.shape[1:]) != model.shape:
         raise ValueError(f"images {tuple(data.images.shape[1:])}, but the model makes {model.shape}")
-    if model.conditional and data.labels is None:
-        raise ValueError("a conditional model needs the images' labels")
     if min(n, len(data)) < 2:
         raise ValueError(f"n = {n}: at least 2 images, to have an error")
     return permutation(seed, "likelihood", 0, len(data))[:n].sort().values

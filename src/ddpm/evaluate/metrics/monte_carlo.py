@@ -1,4 +1,4 @@
-"""Evaluations of a network at drawn noise levels: which are drawn, what they give, how well their mean is known."""
+"""Stratified estimates over t: draw noise levels, evaluate the network at them, and estimate the mean's error."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,11 +33,11 @@ class Draws(NamedTuple):
         return len(self.t)
 
 
-Measure = Callable[[Tensor, Tensor, Tensor, Estimate], Tensor]  # of x_0, t, eps and estimate (b, …): (k, b)
+Measure = Callable[[Tensor, Tensor, Tensor, Estimate], Tensor]  # of x_0, t, eps and estimate (b, …): (b,)
 
 
 def stratified(seed: int, stream: str, n: int, images: Tensor, probability: Tensor) -> Draws:
-    """n draws of t = 0 … T-1 with `probability` (T,) float64, one in each of n slices of equal probability.
+    """Draw n of t = 0 … T-1 with `probability` (T,) float64, one in each of n slices of equal probability.
 
     The images (k,) int64 take turns in an order drawn at random: each serves n / k times, rounded up or down.
     """
@@ -54,16 +54,16 @@ def stratified(seed: int, stream: str, n: int, images: Tensor, probability: Tens
 def evaluate(
     model: Model, data: Split, draws: Draws, of: Measure, *, labelled: bool, batch_size: int, world: World
 ) -> Tensor:
-    """What `of` makes of each draw, (k, n) float64 on the CPU, the same for every batch_size and number of processes.
+    """Compute `of` for each draw, (n,) float64 on the CPU, the same for every batch_size and number of processes.
 
-    The network is asked in float32, with the images' labels or (labelled=False) without. The evaluations are spread
-    over the processes, which all get the same; a batch is halved where memory does not suffice. Raises UserError where
-    a result is not finite, or memory does not suffice for one image.
+    The network is evaluated in float32, with the images' labels or (labelled=False) without. The draws are spread over
+    the processes, which all get the same; a batch is halved where memory does not suffice. Raises UserError where a
+    result is not finite, or memory does not suffice for one image.
     """
     device, shape = model.device, model.shape
     tables = (model.schedule.alpha.to(device), model.schedule.sigma.to(device))
 
-    def asked(index: Tensor) -> Tensor:
+    def run(index: Tensor) -> Tensor:
         image, t = draws.image[index], draws.t[index].to(device)
         x_0 = normalise(data.images[image].to(device))
         y = data.labels[image].to(device) if labelled and data.labels is not None else None
@@ -76,10 +76,10 @@ def evaluate(
 
     own = world.share(draws.n)
     with distributed.raise_on_all_ranks(world):
-        parts = memory.in_batches(asked, torch.arange(own.start, own.stop), batch_size, device)
-    part = torch.cat(parts, 1) if parts else _nothing(model, of)
-    values = distributed.all_gather_columns(world, part, draws.n).cpu()
-    if not (finite := torch.isfinite(values).all(0)).all():
+        parts = memory.in_batches(run, torch.arange(own.start, own.stop), batch_size, device)
+    part = torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *parts])
+    values = distributed.all_gather_columns(world, part[None], draws.n)[0].cpu()
+    if not (finite := torch.isfinite(values)).all():
         worst = int(draws.t[int(finite.int().argmin())])
         raise UserError(
             f"the network's answers at t = {worst} are not finite, so its likelihood has no value"
@@ -87,15 +87,8 @@ def evaluate(
     return values
 
 
-def _nothing(model: Model, of: Measure) -> Tensor:
-    """(k, 0) for a process that has no share."""
-    x = torch.zeros(0, *model.shape, device=model.device)
-    t = torch.zeros(0, dtype=torch.int64, device=model.device)
-    return of(x, t, x, Estimate(x, x)).double()
-
-
 def mean_of(draws: Draws, values: Tensor, num_images: int) -> tuple[float, Tensor]:
-    """The mean of `values` (n,), and what each image (num_images,) adds to its error.
+    """Return the mean of `values` (n,), and what each image (num_images,) adds to its error.
 
     The images are a sample, and so are the draws: the squares of the additions add up to the variance of the mean.
     Draws are compared with their neighbours in t, not with all, as the strata keep them apart (collapsed strata:
@@ -112,5 +105,5 @@ def mean_of(draws: Draws, values: Tensor, num_images: int) -> tuple[float, Tenso
 
 
 def root_of_squares(additions: Tensor) -> float:
-    """The standard error that the additions of `mean_of` make."""
+    """Return the standard error that the additions of `mean_of` make."""
     return additions.square().sum().sqrt().item()

@@ -3,11 +3,13 @@
 Each set's support is the union of balls around its features that reach to their k-th neighbour in the same set.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm.evaluate.metrics.frechet import checked
 from ddpm.evaluate.record import Metric
 from ddpm.evaluate.reference import Embedded, Found, Reference, Samples, choose_rows
 
@@ -28,12 +30,13 @@ class Prdc(NamedTuple):
 
 
 def neighbours(samples: Samples, reference: Reference) -> Found:
-    """Compute the four of the samples."""
-    return _compare(samples.embedded, reference.test)
+    """Compute precision, recall, density and coverage of the samples, and of training images."""
+    return _compare(samples.embedded, reference.test).beside(of_real(reference))
 
 
+@lru_cache(maxsize=1)  # the same for all samples
 def of_real(reference: Reference) -> Found:
-    """Compute the four of training images."""
+    """Compute them of training images."""
     return _compare(reference.train, reference.test)
 
 
@@ -49,26 +52,19 @@ def _compare(x: Embedded, test: Embedded) -> Found:
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
-    """Four figures of two sets of features (n, d), with the same n.
+    """Compare two sets of features (n, d), with the same n.
 
     - precision: share of fake features inside a real ball; recall: share of real ones inside a fake ball
       (Kynkäänniemi et al. 2019, eq. 1-2);
     - density: real balls that hold a fake feature, on average, over k; coverage: share of real balls that hold a
       fake feature (Naeem et al. 2020).
 
-    Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. Raises
-    ValueError unless both have the same shape, n > k ≥ 1, and every number is finite.
+    Distances are computed in float64 and a tie counts as inside, so copies of the real features score 1. n > k ≥ 1.
+    Raises ValueError unless every number is finite.
     """
-    if real.ndim != 2 or real.shape != fake.shape:
-        raise ValueError(
-            f"real and fake must be (n, d) alike, not {tuple(real.shape)} and {tuple(fake.shape)}"
-        )
-    if not 1 <= k < len(real):
-        raise ValueError(f"k={k} does not fit {len(real)} features; allowed: 1 to {len(real) - 1}")
-    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
-        raise ValueError("some features are not finite numbers")
-    n, centre = len(real), real.double().mean(0)
-    real, fake = real.double() - centre, fake.double() - centre  # so that less is lost in |a|² + |b|² - 2 a·b
+    real, fake = checked(real, "real"), checked(fake, "fake")
+    n, centre = len(real), real.mean(0)
+    real, fake = real - centre, fake - centre  # so that less is lost in |a|² + |b|² - 2 a·b
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     precise = held = 0
     recalled_by = torch.zeros(n, dtype=torch.bool)
@@ -85,12 +81,12 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Prdc:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|², (N, d) and (M, d) → (N, M), by one matrix product, off by rounding of |a|²."""
+    """Compute |a_i - b_j|², (N, d) and (M, d) → (N, M), by one matrix product, off by rounding of |a|²."""
     return torch.addmm(a.square().sum(1, keepdim=True) + b.square().sum(1), a, b.T, alpha=-2).clamp_(min=0)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance from each of x (n, d) to its k-th neighbour, itself not counted: (n,)."""
+    """Compute the squared distance (n,) from each of x (n, d) to its k-th neighbour, itself not counted."""
     radii = []
     for start in range(0, len(x), CHUNK):
         distance = squared_distances(x[start : start + CHUNK], x)

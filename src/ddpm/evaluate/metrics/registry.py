@@ -1,26 +1,22 @@
-"""The tables of metrics. `measure=[…]` names their members; `ddpm.register` adds to METRICS."""
+"""The table of metrics: what `measure=[…]` names. `ddpm.register("metric")` adds to it."""
 
 from collections.abc import Callable
 
-from ddpm.evaluate.metrics import distance, prdc
 from ddpm.evaluate.metrics.cas import cas
+from ddpm.evaluate.metrics.distance import distance
 from ddpm.evaluate.metrics.likelihood import likelihood
-from ddpm.evaluate.metrics.memorization import copied
+from ddpm.evaluate.metrics.memorization import memorized
+from ddpm.evaluate.metrics.prdc import neighbours
 from ddpm.evaluate.reference import Found, Reference, Samples
 
-# Computed from samples, by rank 0. A single number is stored under the metric's own name.
+# A single number is stored under the metric's own name.
 METRICS: dict[str, Callable[[Samples, Reference], Found | float]] = {
-    "distance": distance.distance,
-    "neighbours": prdc.neighbours,
-    "memorization": copied,
+    "distance": distance,
+    "neighbours": neighbours,
+    "memorization": memorized,
+    "likelihood": likelihood,
     "cas": cas,
 }
 
-# Of these the values of real training images are computed once, before any samples are drawn.
-OF_REAL: dict[str, Callable[[Reference], Found]] = {
-    "distance": distance.of_real,
-    "neighbours": prdc.of_real,
-}
-
-# Asked of the model itself, by all processes together. Without a model they return a note.
-OF_MODEL: dict[str, Callable[..., Found]] = {"likelihood": likelihood}
+NEED_FEATURES = {"distance", "neighbours"}  # which are therefore loaded before any samples are drawn
+ON_ALL_RANKS = {"likelihood"}  # computed by all processes together; the others by rank 0

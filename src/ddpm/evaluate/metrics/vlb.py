@@ -25,24 +25,24 @@ class Terms:
         self.ideal = 0.5 * self.gap / (1 + snr)  # the terms of the ideal denoiser of pixels N(0, 1)
 
     def prior(self, x_0: Tensor) -> Tensor:
-        """KL(q(x_T | x_0) || N(0, sigma_T^2)), the noise that sampling starts with."""
+        """Compute KL(q(x_T | x_0) || N(0, sigma_T^2)), the noise that sampling starts with."""
         return 0.5 * (x_0.double() * (self.alpha_T / self.sigma_T)).square().sum(dim=(1, 2, 3))
 
     def middle(self, x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
-        """(1, b): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t ≥ 1. See `diffusion.vlb_terms`."""
+        """Compute (b,) KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t ≥ 1. See `diffusion.vlb_terms`."""
         gap, log_range = (table.to(t.device)[t].view(-1, 1, 1, 1) for table in (self.gap, self.log_range))
         error = gap * (estimate.x_0.clamp(-1, 1) - x_0).double().square()
         if estimate.fraction is None:
-            return 0.5 * error.sum(dim=(1, 2, 3))[None]
+            return 0.5 * error.sum(dim=(1, 2, 3))
         log_ratio = estimate.fraction.double() * log_range
         kl = 0.5 * (log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * error)
-        return kl.sum(dim=(1, 2, 3))[None]
+        return kl.sum(dim=(1, 2, 3))
 
     def decoder(self, x_0: Tensor, t: Tensor, eps: Tensor, estimate: Estimate) -> Tensor:
-        """(1, b): -log p(x | x_0), x being the image and x_0 here the first noised one."""
+        """Compute (b,) -log p(x | x_0), x being the image and x_0 here the first noised one."""
         mean = estimate.x_0.clamp(-1, 1).double()
         log_p = log_probability(x_0.double(), mean, math.sqrt(self.variance), self.levels)
-        return -log_p.sum(dim=(1, 2, 3))[None]
+        return -log_p.sum(dim=(1, 2, 3))
 
     def proposal(self) -> Tensor:
         """Return the probability to draw each t with, (T,) float64; 0 at 0.
@@ -55,14 +55,14 @@ class Terms:
 
 
 def decoder_variance(schedule: NoiseSchedule) -> float:
-    """Of the last step, onto the image: that of the step before, as its own posterior has none (as Ho et al. 2020)."""
+    """Return the variance of the last step: that of the step before, as its own posterior has none (Ho et al. 2020)."""
     if schedule.num_timesteps == 1:
         return schedule.sigma[0].item() ** 2
     return posterior(schedule.at(1), schedule.at(0)).variance
 
 
 def grey_levels(images: Tensor, levels: int) -> Tensor:
-    """uint8 images → their grey levels 0 … levels-1, int64. Raises ValueError where they have others."""
+    """Convert uint8 images to their grey levels 0 … levels-1, int64. Raises ValueError where they have others."""
     exact = images.double() * ((levels - 1) / 255)
     level = exact.round()
     if ((level - exact).abs() > 0.5 * (levels - 1) / 255 + 1e-9).any():
@@ -71,7 +71,7 @@ def grey_levels(images: Tensor, levels: int) -> Tensor:
 
 
 def log_probability(x: Tensor, mean: Tensor, std: float, levels: int) -> Tensor:
-    """log of the probability that N(mean, std^2) lies nearest to the grey level of x, in nats; all float64.
+    """Compute the log probability, in nats, that N(mean, std^2) lies nearest to the grey level of x; float64.
 
     The discretized Gaussian of Ho et al. 2020, eq. 13: levels evenly over [-1, 1], the outer ones open to infinity.
     """
