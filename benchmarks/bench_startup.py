@@ -60,7 +60,7 @@ ddpm.train.loop.train_step = first
 ddpm.cli.entry.train()
 """
 SAMPLE = """
-import os, sys, ddpm.cli.entry, ddpm.diffusion.process
+import os, sys, ddpm.cli.entry, ddpm.diffusion.denoiser
 evaluate = ddpm.diffusion.denoiser.Denoiser._evaluate
 def first(*given):
     print("mean", evaluate(*given).mean().item(), flush=True)

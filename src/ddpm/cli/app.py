@@ -17,7 +17,7 @@ from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import check
 from ddpm.errors import RankError, UserError, printable
 from ddpm.io.files import reason
-from ddpm.runs.run_dir import FAILED_FILE
+from ddpm.runtime.signals import FAILED_FILE
 from ddpm.runtime.world import world_for_errors
 
 HYDRA_FLAGS = {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version"}

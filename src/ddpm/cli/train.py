@@ -2,11 +2,10 @@
 
 from ddpm.cli import app
 from ddpm.config.schema import TrainConfig
-from ddpm.runs import resume_overrides
 
 
 def main() -> None:
-    app.run("train", TrainConfig, train, sweep=_sweep, defaults=resume_overrides.before_typed)
+    app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
 
 
 def train(config: TrainConfig) -> float:
@@ -14,6 +13,13 @@ def train(config: TrainConfig) -> float:
     from ddpm.cli import train_run
 
     return train_run.train(config)
+
+
+def _before_typed(overrides: list[str]) -> list[str]:
+    """Return the settings of the run to resume. Not for help and TAB."""
+    from ddpm.runs import resume_overrides
+
+    return resume_overrides.before_typed(overrides)
 
 
 def _sweep(overrides: list[str]) -> None:

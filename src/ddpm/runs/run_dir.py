@@ -18,7 +18,6 @@ from ddpm.io.files import leftovers, open_regular, read_regular, reason
 from ddpm.runs import output_dirs
 
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
-FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason
 MAX_JSON = 1 << 16  # bytes of result.json and environment.json
 RUN_FILES = (
     "config.yaml",

@@ -28,6 +28,7 @@ class Stopped(BaseException):
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 FORWARDED = getattr(signal, "SIGHUP", signal.SIGTERM)  # from a sweep to its jobs: never the second signal
 PARENT = "DDPM_PARENT_PID"  # environment: the process id with which a job of a sweep ends
+FAILED_FILE = "DDPM_FAILED_FILE"  # environment: where a job of a sweep leaves its reason
 GRACE = 10  # seconds to save, before the process is killed
 _stop: int | None = None
 _save = False

@@ -121,7 +121,7 @@ def _wait_for_others(sweep: Path, folder: Path, number: int, far: bool) -> None:
 def _train(arguments: list[str], sweep: Path, folder: Path, quiet: bool, far: bool) -> tuple[int, bool]:
     """Run ddpm-train and wait. Returns its exit status and whether the sweep asked it to stop."""
     command = [sys.executable, "-P", "-c", "from ddpm.cli.entry import train; train()", *arguments]
-    environment = {signals.PARENT: str(os.getpid()), run_dir.FAILED_FILE: str(folder / FAILED)}
+    environment = {signals.PARENT: str(os.getpid()), signals.FAILED_FILE: str(folder / FAILED)}
     signals.ignore_stop_signals()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
