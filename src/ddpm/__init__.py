@@ -16,7 +16,7 @@ sys.meta_path.insert(0, OldModules())
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is first asked for."""
+    """Import a name of `ddpm.api`, which needs torch, at its first use."""
     if name not in __all__:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
     from ddpm import api

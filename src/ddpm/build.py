@@ -34,7 +34,7 @@ def schedule(choice: Component) -> NoiseSchedule:
 
 
 def network(choice: Component, objective: ObjectiveConfig, facts: DatasetInfo) -> nn.Module:
-    """The network for images of these facts; twice the channels out where the variance is learned too."""
+    """Build the network for images of these facts, with twice the output channels for a learned variance."""
     params = {**choice.params}
     conditional = params.pop("conditional")
     if conditional and not facts.num_classes:

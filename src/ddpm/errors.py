@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
 
 def printable(text: str) -> str:
-    """Text from anywhere for a terminal: control characters and broken Unicode as \\x1b and the like."""
+    """Escape control characters and broken Unicode as \\x1b and the like, so that a terminal may show the text."""
     return (
         text
         if is_plain(text)
@@ -39,7 +39,7 @@ def printable(text: str) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """No control characters, no broken Unicode (lone surrogates)."""
+    """Return whether a text has neither control characters nor lone surrogates (broken Unicode)."""
     return text.isprintable() or all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 

@@ -58,7 +58,7 @@ def repaint(
 
 
 def _jump_back(x: Tensor, s: Level, t: Level, eps: Tensor) -> Tensor:
-    """A draw from q(x_t | x_s), all the levels from s back up to t at once (Kingma et al. 2021, appendix A.1)."""
+    """Draw from q(x_t | x_s), all the levels from s back up to t at once (Kingma et al. 2021, appendix A.1)."""
     return t.alpha / s.alpha * x + math.sqrt(posterior(t, s).transition_variance) * eps
 
 

@@ -168,7 +168,7 @@ def heun(
 def _raise_noise(
     schedule: NoiseSchedule, x: Tensor, t: Level, gamma: float, scale: float, eps: Tensor
 ) -> tuple[Tensor, Level]:
-    """A draw from q(x_u | x_t) at the u whose sigma / alpha is larger by the part gamma, at most at T-1."""
+    """Draw from q(x_u | x_t) at the u whose sigma / alpha is larger by the part gamma, at most at T-1."""
     u = schedule.at_lambda(t.lambda_ - math.log1p(gamma))
     if u.t <= t.t:
         return x, t
@@ -226,7 +226,7 @@ def unipc(
 
 
 def _unipc_step(x: Tensor, known: Known, s: Level, ahead: Tensor | None = None) -> Tensor:
-    """One step to s by UniP or, with the x_0 `ahead` at s, by UniC (ibid. eq. 3 and 9, for x_0)."""
+    """Step to s by UniP or, with the x_0 `ahead` at s, by UniC (Zhao et al. 2023), both for x_0."""
     (t, x_0), older = known[0], known[1:]
     h = s.lambda_ - t.lambda_
     if older and h > LONGEST_STRIDE * (t.lambda_ - older[0][0].lambda_):
@@ -242,7 +242,7 @@ def _unipc_step(x: Tensor, known: Known, s: Level, ahead: Tensor | None = None) 
 
 
 def _unipc_weights(r: list[float], h: float) -> list[float]:
-    """a of ibid. theorem 3.1: sum_i a_i r_i^(k-1) = k! h phi_(k+1)(-h) / B(h); for a single node, 1/2."""
+    """Solve for the weights a of UniPC (Zhao et al. 2023): sum_i a_i r_i^(k-1) = k! h phi_(k+1)(-h) / B(h); for a single node, 1/2."""
     if len(r) < 2:
         return [0.5] * len(r)
     wanted, phi = [], math.expm1(-h) / -h

@@ -97,7 +97,7 @@ class NoiseSchedule:
 
 
 def is_noise(level: Level) -> bool:
-    """Whether sampling may start here from N(0, sigma^2 I): what is left of the image is below a tenth."""
+    """Return whether sampling may start here from N(0, sigma^2 I): alpha is at most a tenth."""
     return level.alpha <= 0.1
 
 

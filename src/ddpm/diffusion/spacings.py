@@ -53,7 +53,7 @@ def _lambda_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def _times(schedule: NoiseSchedule, lambdas: list[float]) -> list[float]:
-    """The first time is T-1 itself, whatever lambda stands for it in the spacing; the last is 0."""
+    """Return the times of these lambdas, of which the first is exactly T-1 and the last 0."""
     return [schedule.num_timesteps - 1.0] + [schedule.at_lambda(lambda_).t for lambda_ in lambdas[1:]]
 
 

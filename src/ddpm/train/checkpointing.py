@@ -47,7 +47,7 @@ def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
 
 
 def _finite(numbers: Iterable[Tensor]) -> bool:
-    """Whether all are finite, by one transfer from the device: the largest magnitude shows an inf, and a nan."""
+    """Return whether all are finite, by one transfer from the device: the largest magnitude shows an inf, and a nan."""
     tensors = [tensor.detach() for tensor in numbers]
     return not tensors or bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
 
