@@ -242,7 +242,10 @@ def _unipc_step(x: Tensor, known: Known, s: Level, ahead: Tensor | None = None) 
 
 
 def _unipc_weights(r: list[float], h: float) -> list[float]:
-    """Solve for the weights a of UniPC (Zhao et al. 2023): sum_i a_i r_i^(k-1) = k! h phi_(k+1)(-h) / B(h); for a single node, 1/2."""
+    """Solve sum_i a_i r_i^(k-1) = k! h phi_(k+1)(-h) / B(h) for UniPC's weights a (Zhao et al. 2023).
+
+    A single node has the weight 1/2.
+    """
     if len(r) < 2:
         return [0.5] * len(r)
     wanted, phi = [], math.expm1(-h) / -h

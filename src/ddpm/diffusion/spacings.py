@@ -53,7 +53,7 @@ def _lambda_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def _times(schedule: NoiseSchedule, lambdas: list[float]) -> list[float]:
-    """Return the times of these lambdas, of which the first is exactly T-1 and the last 0."""
+    """Return the times of these lambdas; the first is exactly T-1."""
     return [schedule.num_timesteps - 1.0] + [schedule.at_lambda(lambda_).t for lambda_ in lambdas[1:]]
 
 
