@@ -95,8 +95,7 @@ class OpenRun:
         """Make room for what the run writes from `step` on. Returns a line about each file moved. Raises OSError."""
         run_dir.sweep(self.path)
         if not self.place.in_place:  # new or, with overwrite=true, in the place of another
-            run_dir.clear(self.path)
-            return []
+            return run_dir.clear(self.path)
         if self.source is None:
             return run_dir.set_aside_begun(self.path)
         moved = run_dir.set_aside(self.path, step)

@@ -128,14 +128,17 @@ def set_aside_begun(folder: Path) -> list[str]:
     )
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path) -> list[str]:
     """Delete what a run makes, and nothing else; last config.yaml, which shows it to be one. Raises OSError.
 
-    What other commands have made of it is moved to set_aside/.
+    What other commands have made of it is moved to set_aside/. Returns a line about each.
     """
-    for made_of_it in ((folder / "evaluations"), *sorted((folder / "samples").glob("drawn-*"))):
-        if made_of_it.exists():
-            _move_aside(made_of_it, folder)
+    made_of_it = [
+        path for path in [folder / "evaluations", *(folder / "samples").glob("drawn-*")] if path.exists()
+    ]
+    notes = [
+        f"{path} is of the run before: moved to {_move_aside(path, folder)}" for path in sorted(made_of_it)
+    ]
     for part in RUN_FOLDERS:
         if not (folder / part).exists():
             continue
@@ -147,6 +150,7 @@ def clear(folder: Path) -> None:
                 emptied.rmdir()
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
+    return notes
 
 
 def sweep(folder: Path) -> None:
