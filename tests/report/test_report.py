@@ -17,11 +17,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from ddpm.cli import report as command
 from ddpm.cli import train as train_command
 from ddpm.cli.report import _with_folders
 from ddpm.config import hydra
 from ddpm.config.choices import Component, choices
-from ddpm.config.schema import TrainConfig, check
+from ddpm.config.schema import ReportConfig, TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.report import contact_sheet, plot, runs
 from ddpm.report import table as report_table
@@ -208,6 +209,35 @@ def test_report_needs_no_torch_for_tables_and_a_sampler_may_be_typed(sweep: Path
     first = result.stdout.splitlines()[1].split()
     assert first[0] == ("linear", "cosine")[int(np.argmin(values))]
     assert not (sweep / "linear" / "report.csv").exists()
+
+
+def test_a_report_is_replaced_as_a_whole_and_nothing_else(sweep: Path, tmp_path: Path) -> None:
+    def report(*typed: str) -> None:
+        overrides = hydra.read_overrides([f"folder=[{sweep}]", "contact=false", *typed])
+        command.report(check(ReportConfig, hydra.compose("report", overrides)))
+
+    out = tmp_path / "out"
+    report(f"out={out}")
+    (out / "contact.png").write_text("of an earlier report")
+    report(f"out={out}")
+    assert {path.name for path in out.iterdir()} == {"report.csv", "report.png"}
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes.txt, which is not of a report"):
+        report(f"out={out}")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("report.csv", "report.png", "evaluation.json"):
+        (theirs / name).write_text("somebody else's")
+        with pytest.raises(UserError, match=f"holds {name}"):
+            report(f"out={theirs}")
+        assert (theirs / name).read_text() == "somebody else's"
+        (theirs / name).unlink()
+    runs = tmp_path / "runs"
+    shutil.copytree(sweep, runs)
+    (runs / "report.csv").write_text("my own list")
+    with pytest.raises(UserError, match="holds report.csv"):
+        report(f"folder=[{runs}]", "out=null")
+    assert (runs / "report.csv").read_text() == "my own list"
 
 
 def test_typed_sampler_is_the_one_that_draws(sweep: Path) -> None:

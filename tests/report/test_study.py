@@ -146,6 +146,38 @@ def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) ->
         assert (study_run.read_kept(tmp_path, identity) is not None) is there
 
 
+def test_a_study_goes_into_a_folder_of_its_own_checkpoint(tmp_path: Path) -> None:
+    def not_of(sha: str) -> str:
+        opened: Any = SimpleNamespace(meta=SimpleNamespace(sha256=sha))
+        return study_run._not_of_the_study(tmp_path, opened, {"ddim-4-0123abcd"})
+
+    about = {**of("ddim", 4, 0.2).protocol, "setting": "0", "checkpoint_sha256": "a"}
+    (tmp_path / "ddim-4-0123abcd").mkdir()  # of this command, killed before it was written
+    assert not_of("a") == not_of("b") == ""
+    (tmp_path / "heun-4-4567cdef").mkdir()
+    assert not_of("a") == "heun-4-4567cdef"
+    record.write(
+        tmp_path / "heun-4-4567cdef" / record.FILE, dataclasses.replace(of("heun", 4, 0.2), protocol=about)
+    )
+    assert not_of("a") == "" and not_of("b") == "heun-4-4567cdef"
+    (tmp_path / "study.md").write_text("my own")
+    assert not_of("a") == "study.md"
+    (tmp_path / "study.json").write_text(json.dumps({"about": {"checkpoint_sha256": "a"}}))
+    assert not_of("a") == "" and not_of("b") != ""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert not_of("a") == "thesis.txt"
+
+
+def test_a_sampler_file_of_somebody_is_kept(tmp_path: Path) -> None:
+    sampler, file = choose_sampler("heun", {}), tmp_path / sampler_file.NAME
+    sampler_file.write(file, sampler, ["written by ddpm-eval -m"])
+    sampler_file.write(file, sampler, ["written by ddpm-eval -m, again"])
+    file.write_text("name: ddim  # my own\n")
+    with pytest.raises(OSError, match="not written by a study"):
+        sampler_file.write(file, sampler, ["written by ddpm-eval -m"])
+    assert file.read_text() == "name: ddim  # my own\n"
+
+
 # As users type it.
 
 
@@ -262,6 +294,7 @@ MISTAKES = [
         ["sampler.num_steps=4,5", "measure=[neighbours]"],
         r"measure=\[neighbours\]: -m compares by distance",
     ),
+    (["guidance_scale=range(0,0)"], "holds no value"),
     (["sampler.num_steps=4,5", "compare=[a]"], "leave all but one out"),
     (["sampler.num_steps=4,5", "out=FILE/x"], "cannot write to .*it is no folder"),
 ]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.config import hydra
-from ddpm.config.schema import TrainConfig, check
+from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
 from ddpm.runs import open_run, resume, resume_overrides, run_dir
@@ -39,7 +40,7 @@ def run(tmp_path: Path) -> TrainState:
         folder = tmp_path / "mine" / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         save(run, folder / f"step_{step:07d}.safetensors", {})
-    (tmp_path / "mine" / "config.yaml").write_text("")
+    (tmp_path / "mine" / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(run.config)))
     return run
 
 
@@ -59,7 +60,7 @@ def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not empty"):
         run_dir.claim(str(tmp_path), False, fresh=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "thesis.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.txt"}
 
 
 def test_a_folder_that_has_gone_is_released_without_a_word(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_only_what_a_run_makes_is_ever_deleted(tmp_path: Path, run: TrainState) 
     run_dir.claim(str(mine), overwrite=True, fresh=True).release()
     run_dir.clear(mine)
     left = {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()}
-    assert left == {".lock", "thesis.txt", "checkpoints/epoch_3.ckpt"} and not (mine / "samples").exists()
+    assert left == {"thesis.txt", "checkpoints/epoch_3.ckpt"} and not (mine / "samples").exists()
     with pytest.raises(UserError, match="other things than a run"):
         run_dir.claim(str(mine), overwrite=True, fresh=True)
 
@@ -102,13 +103,14 @@ def test_auto_begins_anew_only_where_nothing_but_a_beginning_lies(tmp_path: Path
         (tmp_path / part).mkdir()
     for name in ("train.log", "config.yaml", ".lock", "samples/step_0000003.png", ".a.7.0123abcd.tmp"):
         (tmp_path / name).write_bytes(b"")
-    assert run_dir.is_only_begun(tmp_path)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(typed(*SMALL))))
+    assert run_dir.more_than_begun(tmp_path) == ""
     for name in ("checkpoints/epoch_3.ckpt", "samples/paper_figure.png", "thesis.txt", ".vimrc.tmp"):
         (tmp_path / name).write_bytes(b"")
-        assert not run_dir.is_only_begun(tmp_path), name
+        assert run_dir.more_than_begun(tmp_path), name
         (tmp_path / name).unlink()
     (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"")
-    assert not run_dir.is_only_begun(tmp_path)
+    assert run_dir.more_than_begun(tmp_path)
 
 
 def test_leftovers_of_killed_processes_are_swept(tmp_path: Path, run: TrainState) -> None:
@@ -205,7 +207,7 @@ def test_auto_begins_goes_on_and_never_begins_again_over_broken_files(
 
 
 def test_a_longer_run_is_asked_for_in_either_way(tmp_path: Path, run: TrainState) -> None:
-    epochs = prepare(typed(*SMALL, "trainer.max_epochs=1"), tiny_data(), CPU)
+    epochs = prepare(typed(*SMALL[:2], "trainer.max_epochs=1"), tiny_data(), CPU)
     save(epochs, tmp_path / "a.safetensors", {})
     longer = typed(f"trainer.resume={tmp_path}/a.safetensors", "trainer.max_steps=60").trainer
     assert longer.max_steps == 60 and longer.max_epochs is None

@@ -273,11 +273,20 @@ def test_optuna_minimises_what_the_jobs_return(tmp_path: Path) -> None:
 
 def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".owner").write_text("somebody else's")
+    before = sorted(tmp_path.rglob("*"))
     for arguments, words in (
         (["seed=0,0"], "two jobs are the same"),
         (["seed=0,1", "gpus=a,b"], "gpus=a,b: must be auto, or numbers"),
         (["seed=0,1", "hydra/launcher=jobib"], "hydra/launcher=jobib: must be one of basic"),
         (["seed=0,1", "run_dir=run"], "is a single run"),
+        (["seed=0,1", "run_dir=mine"], "run_dir=mine is not empty and no sweep"),
+        (["seed=range(0,0)", "run_dir=new/deep"], "seed=range(0,0): holds no value"),
+        (
+            ["seed=0,1", "trainer.batch_size=4", "trainer.accumulate=5"],
+            "trainer.accumulate=5: must be at most",
+        ),
         (["seed=0,1", "hydra.sweep.dir=here"], "run_dir=… names the sweep's folder"),
         (["seed=0,1", "logger=wandb"], "logger=wandb: must be one of files, tensorboard"),
         (["seed=0,1", "device=cdua"], "device=cdua: must be auto, cpu, cuda or cuda:<number>"),
@@ -292,7 +301,28 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
         result = run_script("train", "-m", *arguments, cwd=tmp_path)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1
-        assert [path.name for path in tmp_path.rglob("*")] == ["run", "checkpoints"]
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_jobs_whose_evidence_is_gone_fail_and_lose_nothing(tmp_path: Path) -> None:
+    sweep = ["-m", *TINY, "trainer.max_steps=2", "seed=1,2,3", "run_dir=s"]
+    assert run_script("train", *sweep, cwd=tmp_path).returncode == 0
+    folders = sorted(path for path in (tmp_path / "s").iterdir() if path.is_dir())
+    (folders[0] / "checkpoints").rename(tmp_path / "on_a_disk")
+    (folders[1] / "checkpoints").rename(tmp_path / "on_another")
+    (folders[1] / "checkpoints").symlink_to("/mnt/no/disk")
+    folders[2].rename(tmp_path / "job")
+    folders[2].symlink_to("/mnt/no/disk")
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    for more in ([], ["overwrite=true", "seed=2,3"]):  # the link counts as evidence, also to replace
+        result = run_script("train", *sweep, *more, cwd=tmp_path)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert "cannot write to" in result.stdout
+        after = {path: path.read_bytes() for path in before if path.exists()}
+        assert {path: data for path, data in before.items() if path.name != job.OWNER} == {
+            path: data for path, data in after.items() if path.name != job.OWNER
+        }
 
 
 def test_every_job_is_planned_and_checked() -> None:

@@ -161,9 +161,9 @@ def test_a_run_that_began_without_is_told_from_its_beginning(tmp_path: Path) -> 
 def test_event_files_are_a_runs_own(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
-    assert run_dir.is_only_begun(tmp_path)
+    assert not run_dir.more_than_begun(tmp_path)
     (tmp_path / "tensorboard" / "thesis.txt").touch()
-    assert not run_dir.is_only_begun(tmp_path)
+    assert run_dir.more_than_begun(tmp_path)
 
 
 def test_without_the_package_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

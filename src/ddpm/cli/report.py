@@ -10,11 +10,13 @@ from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import reason, write_atomically
+from ddpm.io.folders import make_folder, names_in, remove_empty
 from ddpm.report import runs, table
 from ddpm.report.runs import RunRow
 from ddpm.runs import run_dir
 from ddpm.runs.output_dirs import dated_folder
 
+FILES = ("report.csv", "report.png", "contact.png")
 MAX_IMAGES = 64  # of each run in contact.png
 
 
@@ -56,21 +58,29 @@ def report(config: ReportConfig) -> None:
         _contact_sheet().runtime_device.device(config.device)  # a mistake comes before the table
     folders = [Path(folder) for folder in config.folder]
     rows = runs.ranked(runs.read_all(folders, run_dir.is_running), config.figure)
+    alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
+    out = Path(config.out) if config.out is not None else folders[0] if alone else None
+    if out is not None:
+        _check_out(out, beside_runs=alone and out.resolve() == folders[0].resolve())
     print(table.table(rows, config.figure), flush=True)
-    out = _out(config, folders, rows)
+    made: list[Path] = []
     try:
+        made = dated_folder("outputs/report") if out is None else make_folder(out)
+        out = out or made[0]
         for line in _write(config, rows, out):
             print(printable(line), flush=True)
     except BrokenPipeError:  # `ddpm-report … | head`
         raise
     except OSError as error:
+        remove_empty(made)
         raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
 
 
 def _write(config: ReportConfig, rows: list[RunRow], out: Path) -> Iterator[str]:
     """Write the files one by one. Yields lines that say which. Raises UserError, OSError."""
     figure, without = config.figure, sum(row.best(config.figure) is None for row in rows)
-    out.mkdir(parents=True, exist_ok=True)
+    for old in FILES[1:]:  # a report is replaced as a whole
+        (out / old).unlink(missing_ok=True)
     write_atomically(out / "report.csv", table.csv_text(rows, figure).encode())
     yield str(out / "report.csv")
     if without == len(rows):
@@ -96,9 +106,14 @@ def _contact_sheet() -> Any:
     return contact_sheet
 
 
-def _out(config: ReportConfig, folders: list[Path], rows: list[RunRow]) -> Path:
-    """Return the folder for the results: beside the runs of one folder, but never a run's own folder."""
-    if config.out is not None:
-        return Path(config.out)
-    alone = len(folders) == 1 and all(row.path != folders[0] for row in rows)
-    return folders[0] if alone else dated_folder("outputs/report")
+def _check_out(out: Path, beside_runs: bool) -> None:
+    """Check that the results go into a folder that is new, empty or a report's. Raises UserError.
+
+    `beside_runs`: it is the folder of the runs, where other files may lie.
+    """
+    there = names_in(out) if out.is_dir() else set[str]()
+    foreign = there - {*FILES} if table.is_csv(out / FILES[0]) else there
+    if foreign := foreign & {*FILES} if beside_runs else foreign:
+        raise UserError(
+            f"out={out}: holds {min(foreign)}, which is not of a report; out=… names another folder"
+        )

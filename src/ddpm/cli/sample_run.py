@@ -56,6 +56,7 @@ def run(config: SampleConfig, started: float) -> None:
         with raise_on_all_ranks(own):
             if own.first:
                 path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
+                output_dirs.check_results(config.out, _stem(path))
         path = broadcast_object(own, path)
         with raise_on_all_ranks(own):
             model, meta = load(path, device, config.ema, config.precision)
@@ -127,14 +128,18 @@ def _finish(
         **figures,
         "evaluations_per_image": drawn.evaluations,
     }
-    with output_dirs.results(config.out, output_dirs.of_run(path) / "samples" / "drawn") as out:
-        files = _write(config, todo, drawn, out)
+    with output_dirs.results(config.out, _stem(path)) as (folder, out):
+        files = _write(config, todo, drawn, folder)
         about |= {"seconds": round(time.perf_counter() - started, 3), "files": files}
-        write_atomically(out / "sample.json", json.dumps(about, indent=2).encode())
+        write_atomically(folder / "sample.json", json.dumps(about, indent=2).encode())
     if measured:
         print(measured)
     for file in [*files, "sample.json"]:
         print(out / file)
+
+
+def _stem(checkpoint_file: Path) -> Path:
+    return output_dirs.of_run(checkpoint_file) / "samples" / "drawn"
 
 
 def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[str]:

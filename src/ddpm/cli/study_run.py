@@ -5,6 +5,7 @@ is measured; a repeated study skips those that are there.
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 from datetime import date
@@ -22,15 +23,18 @@ from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation
 from ddpm.evaluate.reference import Reference
 from ddpm.evaluate.run import Opened
-from ddpm.io.files import reason, write_atomically
+from ddpm.io.files import leftovers, reason, write_atomically
+from ddpm.io.folders import check_can_be_made
 from ddpm.report import sampler_study, sampler_study_plot
-from ddpm.runs import output_dirs
+from ddpm.runs import output_dirs, run_dir
 from ddpm.runtime import signals
 from ddpm.runtime.console import tell
 from ddpm.runtime.world import ALONE
 from ddpm.sample import sampler_file, sampling
 from ddpm.sample.model import Guidance, Model, denoiser, labels
 
+FILES = ("study.json", "study.png", "study.md")  # written in this order
+MAX_STUDY = 1 << 24  # bytes of study.json
 FEWEST = 1000  # images for a sampler to become the default
 Identity = dict[str, Any]  # all that decides an evaluation's figures, beside the features
 
@@ -38,8 +42,9 @@ Identity = dict[str, Any]  # all that decides an evaluation's figures, beside th
 def run(settings: list[EvalConfig], varied: list[str]) -> None:
     """Measure checked configs that differ in the keys `varied` alone. Raises UserError before the first image."""
     first = settings[0]
-    opened = evaluation_run.open_model(first, ALONE, evaluation_run.start(first))
-    out = Path(first.out) if first.out else output_dirs.of_run(opened.path) / "evaluations" / "study"
+    anywhere = replace(first, out=None)
+    opened = evaluation_run.open_model(anywhere, ALONE, evaluation_run.start(first))
+    out = _folder(first.out, opened, {_name(_identity(setting, opened)) for setting in settings})
     for setting in settings:
         _try(setting, opened.model)
     tell(printable(f"{len(settings)} settings, {first.n:,} images each; kept in {out}"))
@@ -50,6 +55,35 @@ def run(settings: list[EvalConfig], varied: list[str]) -> None:
         raise signals.Stopped(stopped.number, said=True) from None
     except OSError as error:
         raise UserError(f"cannot write to {out}: {reason(error)}; out=… names another folder") from None
+
+
+def _folder(out: str | None, opened: Opened, names: set[str]) -> Path:
+    """Return the folder of a study of this checkpoint: `out`, else the run's first that can be. Raises UserError."""
+    if out is not None:
+        check_can_be_made(Path(out))
+        if other := _not_of_the_study(Path(out), opened, names):
+            raise UserError(
+                f"out={out}: holds {other}, which is not of a study of this checkpoint; choose another name"
+            )
+        return Path(out)
+    stem = output_dirs.of_run(opened.path) / "evaluations" / "study"
+    folders = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in itertools.count(2)))
+    return next(folder for folder in folders if not _not_of_the_study(folder, opened, names))
+
+
+def _not_of_the_study(folder: Path, opened: Opened, names: set[str]) -> str:
+    """Return the name of something in a folder that no study of this checkpoint has written; "" if there is none."""
+    about = run_dir.read_json(folder / FILES[0], MAX_STUDY).get("about")
+    is_study = isinstance(about, dict) and about.get("checkpoint_sha256") == opened.meta.sha256
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not (path.name in names or (is_study and path.name in FILES) or path in leftovers(folder)):
+            try:
+                about = record.read(str(path / record.FILE)).protocol
+            except UserError:
+                return path.name
+            if "setting" not in about or about.get("checkpoint_sha256") != opened.meta.sha256:
+                return path.name
+    return ""
 
 
 def _try(setting: EvalConfig, model: Model) -> None:
@@ -119,9 +153,12 @@ def digest_of(identity: Identity) -> str:
 
 
 def evaluation_file(out: Path, identity: Identity) -> Path:
+    return out / _name(identity) / record.FILE
+
+
+def _name(identity: Identity) -> str:
     sampler = identity["sampler"]
-    name = f"{sampler['name']}-{sampler['num_steps'] or 'all'}-{digest_of(identity)[:8]}"
-    return out / name / record.FILE
+    return f"{sampler['name']}-{sampler['num_steps'] or 'all'}-{digest_of(identity)[:8]}"
 
 
 def read_kept(out: Path, identity: Identity) -> Evaluation | None:
@@ -145,12 +182,13 @@ def conclude(
 ) -> None:
     """Write table, files and, where one setting is preferable, sampler.yaml beside the checkpoint `path`."""
     result = sampler_study.gather(evaluations, varied)
-    sampler_study.write(out / "study.json", result)
-    sampler_study_plot.draw(result, out / "study.png")
-    write_atomically(out / "study.md", f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
+    data, picture, text = (out / name for name in FILES)
+    sampler_study.write(data, result)
+    sampler_study_plot.draw(result, picture)
+    write_atomically(text, f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
     tell(sampler_study.table(result))
-    for name in ("study.md", "study.json", "study.png"):
-        tell(printable(str(out / name)))
+    for file in (text, data, picture):
+        tell(printable(str(file)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
     why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))

@@ -10,7 +10,7 @@ from ddpm import build
 from ddpm.checkpoint.file import read_meta
 from ddpm.checkpoint.locate import of_run
 from ddpm.cli.train_progress import show_progress
-from ddpm.config.schema import TrainConfig, to_dict
+from ddpm.config.schema import TrainConfig, check_batch, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
@@ -69,12 +69,7 @@ def _check_size(config: TrainConfig, own: World) -> None:
         raise UserError(
             f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"
         )
-    batch, parts = config.trainer.batch_size, config.trainer.accumulate
-    if own.size > 1 and batch < own.size * parts:
-        raise UserError(
-            f"trainer.batch_size={batch}: it is shared by {own.size} processes with trainer.accumulate={parts} parts "
-            f"each, and must be at least {own.size * parts}"
-        )
+    check_batch(config.trainer, own.size)
 
 
 def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
@@ -82,8 +77,9 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
     if not state.world.first:
         return Log(None)
     moved = run.begin(state.step)
-    log = Log(run.path / "train.log")
+    # first, as it shows the other files to be a run's
     write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(to_dict(state.config)).encode())
+    log = Log(run.path / "train.log")
     about = {**state.environment, "seed": state.config.seed, **elastic.recorded()}
     write_atomically(run.path / "environment.json", json.dumps(about, indent=2).encode())
     plots.draw_forward(data.train.images[:8], state.schedule, run.path / "forward.png")

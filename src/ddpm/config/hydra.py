@@ -57,7 +57,7 @@ def parsed(program: str, overrides: list[str]) -> Iterator[list[Any]]:
 
 
 def unrolled(override: Any) -> list[str]:
-    """Return each override that a parsed, perhaps sweeping one stands for. Raises UserError for an interval."""
+    """Return each override that a parsed, perhaps sweeping one stands for. Raises UserError for intervals and none."""
     key = override.get_key_element()
     if not override.is_sweep_override():
         return [f"{key}={override.get_value_element_as_str()}"]
@@ -65,7 +65,10 @@ def unrolled(override: Any) -> list[str]:
         raise UserError(
             f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
         )
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    found = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not found:
+        raise UserError(f"{override.input_line}: holds no value; -m makes a run of each")
+    return found
 
 
 def enter_hydra(program: str, arguments: list[str], task: Callable[[Any], Any]) -> None:

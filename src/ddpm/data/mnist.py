@@ -29,6 +29,7 @@ from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
 from ddpm.io.cache import cached_images
 from ddpm.io.files import leftovers, read_bounded, read_regular, reason, write_atomically
+from ddpm.io.folders import make_folder, remove_empty
 
 SIZES = (28, 32, 64)
 HELD_OUT = 5_000  # validation images, taken from the training images
@@ -183,8 +184,9 @@ def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint
 
 def _download(variant: _Variant, raw: Path) -> None:
     """Download and decompress the absent files under a lock, so that one process does."""
+    made: list[Path] = []
     try:
-        raw.mkdir(parents=True, exist_ok=True)
+        made = make_folder(raw)
         with FileLock(raw / "download.lock"):
             for left_by_a_killed_process in leftovers(raw):
                 left_by_a_killed_process.unlink()
@@ -196,6 +198,9 @@ def _download(variant: _Variant, raw: Path) -> None:
                     write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
                 write_atomically(raw / file, _unpack(read_bounded(packed, MAX_BYTES), packed, shape))
     except (OSError, DataError) as error:
+        if made:  # a mistyped data_root, say
+            (raw / "download.lock").unlink(missing_ok=True)
+            remove_empty(made)
         text = str(error) if isinstance(error, DataError) else reason(error)
         raise DataError(
             f"{raw} lacks files that cannot be downloaded ({text}); put {', '.join(SHAPES)} (or the same as "

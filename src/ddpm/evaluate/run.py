@@ -227,9 +227,9 @@ def make_reference(
 
 def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
     evaluation, gallery = evaluated
-    with output_dirs.results(config.out, stem) as out:
-        page.draw(evaluation, gallery, out / record.PICTURE)
-        record.write(out / record.FILE, evaluation)
+    with output_dirs.results(config.out, stem) as (folder, out):
+        page.draw(evaluation, gallery, folder / record.PICTURE)
+        record.write(folder / record.FILE, evaluation)
     print(table.table([evaluation]))
     for file in (record.FILE, record.PICTURE):
         print(printable(str(out / file)))

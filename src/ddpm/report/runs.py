@@ -27,7 +27,12 @@ MAX_RUNS = 10_000
 MAX_TEXT = 1 << 16  # bytes of a config or a reason
 MAX_DEPTH = 8  # of a config
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
-_PARTS = {"checkpoints", "samples", "tensorboard"}  # folders of a run, in which no other run is looked for
+_PARTS = {
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "set_aside",
+}  # folders of a run, in which no other run is looked for
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,17 @@ import json
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ddpm.config.choices import choices
 from ddpm.errors import printable
 from ddpm.evaluate.table import aligned
+from ddpm.io.files import open_regular
 from ddpm.report.runs import FIGURES, RunRow, ranked
 
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
+HEAD = b"run,status,reason,"  # how `csv_text` begins
 MAX_CELL = 24
 MAX_NAME = 48
 MAX_REASON = 100  # failed.txt and the CSV have all of it
@@ -69,6 +72,15 @@ def csv_text(rows: Iterable[RunRow], figure: str) -> str:
         cells += [row.images_per_second, row.seconds, row.parameters, row.path.absolute()]
         writer.writerow(["" if cell is None else printable(str(cell)) for cell in cells])
     return out.getvalue()
+
+
+def is_csv(path: Path) -> bool:
+    """Return whether a file begins as `csv_text` does."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(HEAD)) == HEAD
+    except OSError:
+        return False
 
 
 def label(row: RunRow, keys: Sequence[str]) -> str:

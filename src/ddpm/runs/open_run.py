@@ -16,6 +16,7 @@ from ddpm.runs.resume import Place
 from ddpm.runtime.console import tell
 from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks
 from ddpm.runtime.world import World
+from ddpm.train import metrics_file
 from ddpm.train.environment import BITWISE_FACTORS
 from ddpm.train.state import TrainState
 
@@ -51,9 +52,11 @@ class OpenRun:
         if folder is not None:
             self.claim = run_dir.claim(folder, config.overwrite, fresh=not in_place)
         self.source = choose(self.place, config)
-        if folder is not None and in_place and not self.source and not run_dir.is_only_begun(Path(folder)):
+        fresh = in_place and self.source is None
+        if fresh and (found := run_dir.more_than_begun(Path(str(folder)))):
             raise UserError(
-                f"{folder} holds no checkpoint, but other things than a run: nothing to go on with"
+                f"{folder} holds no checkpoint, but {found}: nothing to go on with (is a disk not mounted? "
+                "overwrite=true without trainer.resume begins anew)"
             )
 
     def settle(self, state: TrainState) -> float | None:
@@ -89,14 +92,15 @@ class OpenRun:
         return figure
 
     def begin(self, step: int) -> list[str]:
-        """Remove what the run writes anew from `step` on. Returns a line about each file moved. Raises OSError."""
-        on = self.source is not None and self.place.in_place
-        if not on:
-            run_dir.clear(self.path)
+        """Make room for what the run writes from `step` on. Returns a line about each file moved. Raises OSError."""
         run_dir.sweep(self.path)
-        for ended in ("result.json", run_dir.FAILED):  # what they say is of a shorter run
-            (self.path / ended).unlink(missing_ok=True)
-        return run_dir.set_aside(self.path, step) if on else []
+        if not self.place.in_place:  # new or, with overwrite=true, in the place of another
+            return run_dir.clear(self.path)
+        if self.source is None:
+            return run_dir.set_aside_begun(self.path)
+        moved = run_dir.set_aside(self.path, step)
+        metrics_file.complete(self.path / "metrics.jsonl", step, self.source.meta.figures)
+        return moved
 
     @contextmanager
     def name_last_checkpoint(self) -> Iterator[None]:

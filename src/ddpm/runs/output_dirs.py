@@ -1,22 +1,20 @@
 """New folders with names of their own."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from ddpm.errors import UserError
-from ddpm.io.files import reason
+from ddpm.io.folders import check_can_be_made, check_free, make_folder, new_folder, remove_empty
 
 
-def dated_folder(base: str) -> Path:
-    """Make a new folder base/<date>/<time>. Raises UserError."""
-    return _new_folder(Path(base) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}", first="")
+def dated_folder(base: str) -> list[Path]:
+    """Make a new folder base/<date>/<time>. Return it and those above it that were made. Raises UserError."""
+    return _numbered_folder(Path(base) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}", first="")
 
 
-def _new_folder(stem: Path, first: str) -> Path:
+def _numbered_folder(stem: Path, first: str) -> list[Path]:
     """Make the folder stem + first, stem-2, stem-3, …: the first that is not there yet. Raises UserError.
 
     Made atomically, so that two starts in one second do not share one.
@@ -24,12 +22,12 @@ def _new_folder(stem: Path, first: str) -> Path:
     for suffix in (first, *(f"-{i}" for i in range(2, 100_000))):
         folder = stem.with_name(stem.name + suffix)
         try:
-            folder.mkdir(parents=True, exist_ok=False)
+            return make_folder(folder, exist_ok=False)
         except FileExistsError:
-            continue
+            if not folder.parent.is_dir():  # a file, or a link to a disk that is not mounted
+                raise UserError(f"cannot make the folder {folder}: {folder.parent} is no folder") from None
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-        return folder
     raise UserError(f"no free folder name beside {stem}")
 
 
@@ -41,33 +39,23 @@ def of_run(checkpoint_file: Path) -> Path:
 
 def check_results(out: str | None, stem: Path) -> None:
     """Check before hours of work whether `results` can be written. Raises UserError."""
-    place = Path(out) if out is not None else stem.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "no permission" if place.is_dir() else "it is no folder"
-        raise UserError(f"cannot write to {place}: {why}; out=… names another folder")
+    if out is not None:
+        check_free(Path(out))
+    else:
+        check_can_be_made(stem.with_name(f"{stem.name}-1"))
 
 
 @contextmanager
-def results(out: str | None, stem: Path) -> Iterator[Path]:
-    """Yield the folder for the files: `out`, or a new one stem-1, stem-2, …
+def results(out: str | None, stem: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a temporary folder for the files, and where they will lie: in `out`, or a new folder stem-1, stem-2, …
 
-    Remove a folder made here if the block fails. Raises UserError.
+    `out` must be new or empty. If the block fails nothing is left. Raises UserError.
     """
-    if out is None:
-        folder, new = _new_folder(stem, first="-1"), True
-    else:
-        folder, new = Path(out), not Path(out).exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make out={out}: {reason(error)}") from None
+    made = [] if out is not None else _numbered_folder(stem, first="-1")
+    final = Path(out) if out is not None else made[0]
     try:
-        yield folder
-    except BaseException as error:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write to {folder}: {reason(error)}") from None
+        with new_folder(final) as folder:
+            yield folder, final
+    except BaseException:
+        remove_empty(made)
         raise

@@ -3,6 +3,8 @@
 The file is not trusted: it is read as plain data, and checked like a typed config.
 """
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,9 @@ def read(path: Path) -> Component | None:
 
 
 def write(path: Path, sampler: Component, comment: list[str]) -> None:
-    """Write a sampler and, as comments, where it comes from. Raises OSError."""
+    """Write a sampler and, as comments, where it comes from. Raises OSError, also where another file is there."""
+    if os.path.lexists(path) and not read_regular(path, MAX_BYTES).startswith(b"# written by ddpm"):
+        raise FileExistsError(errno.EEXIST, "it was not written by a study, and is kept")
     head = "".join(f"# {printable(line)}\n" for line in comment)
     body = yaml.safe_dump(sampler.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomically(path, (head + body).encode())

@@ -6,6 +6,7 @@ In a subprocess its memory, its GPU and its exit code are its own, and a launche
 import hashlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from ddpm.config.load_plugins import load_plugins
 from ddpm.config.overrides import quote_path, typed_value
 from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.errors import printable
+from ddpm.io.files import read_regular, reason
 from ddpm.runs import run_dir
 from ddpm.runs.resume import same_run
 from ddpm.runs.run_dir import FAILED
@@ -56,8 +58,12 @@ def run(raw: Any) -> float:
         tell(f"job {number}: done already: {folder}")
         return figure(folder, config.minimize)
     tell(f"job {number}: begins: {folder}")
-    folder.mkdir(exist_ok=True)
-    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
+    except OSError as error:  # a file, or a link to a disk that is not mounted
+        tell(f"job {number}: failed: cannot write to {folder}: {reason(error)}")
+        raise JobFailed(f"cannot write to {folder}") from None
     started = time.perf_counter()
     resume = [] if typed_value(overrides, "trainer.resume") or config.overwrite else ["trainer.resume=auto"]
     arguments = [*plugins(), *overrides, *resume, quote_path(f"run_dir={folder}")]
@@ -96,6 +102,14 @@ def figure(folder: Path, key: str) -> float:
         tell(f"{folder}: metrics.jsonl holds no {key}")
         raise JobFailed(f"{folder} holds no {key}")
     return best
+
+
+def is_sweep(folder: Path) -> bool:
+    """Return whether a folder is a sweep's, by its file with the token of the last start."""
+    try:
+        return re.fullmatch(rb"[0-9a-f]{16}", read_regular(folder / OWNER, 16)) is not None
+    except OSError:
+        return False
 
 
 def is_far(launcher: str) -> bool:

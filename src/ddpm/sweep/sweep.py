@@ -18,11 +18,11 @@ from typing import Any
 
 from ddpm.config import hydra
 from ddpm.config.overrides import quoted, typed_value
-from ddpm.config.schema import TrainConfig, check
+from ddpm.config.schema import TrainConfig, check, check_batch
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
 from ddpm.report import runs, table
-from ddpm.runs import output_dirs, resume_overrides
+from ddpm.runs import resume_overrides
 from ddpm.runs import run_dir as run_folder
 from ddpm.runtime import gpu_locks, signals
 from ddpm.runtime.console import tell, typed
@@ -59,7 +59,8 @@ def sweep(overrides: list[str]) -> None:
     for (group, name), limit in UNLIMITED.items():
         if choice[group] == name and typed_value(of_hydra, limit.partition("=")[0]) is None:
             shares.append(limit)
-    folder, lock = _claim(typed_value(overrides, "run_dir"))
+    claim = _claim(typed_value(overrides, "run_dir"))
+    folder = claim.path
     try:
         count = f"{len(jobs)} jobs" if jobs else f"jobs by {choice['hydra/sweeper']}"
         tell(f"{count} in {folder}{note}; how they do: ddpm-report {typed(folder)}")
@@ -68,7 +69,7 @@ def sweep(overrides: list[str]) -> None:
         status = _launch(arguments, environment, folder, job.is_far(choice["hydra/launcher"]))
         _tell_results(folder, [job.name(overrides) for overrides in jobs], of_jobs)
     finally:
-        lock.release()
+        claim.release()
     if (number := signals.stop_requested()) is not None:
         tell(f"stopped by {signals.name(number)}; the same command with run_dir={typed(folder)} goes on")
         raise signals.Stopped(number, said=True)
@@ -100,6 +101,7 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
 
 def _check(overrides: list[str]) -> None:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
+    check_batch(config.trainer)
     loggers.check(config.logger)
     gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
@@ -120,17 +122,21 @@ def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:
     tell(f"pictures and CSV: ddpm-report {typed(folder)}")
 
 
-def _claim(run_dir: str | None) -> tuple[Path, Any]:
-    """Lock the sweep's folder, new unless it was named. Returns it and its lock. Raises UserError."""
+def _claim(run_dir: str | None) -> run_folder.Claim:
+    """Lock the sweep's folder: a new one unless it was named; else new, empty or a sweep's. Raises UserError."""
     if run_dir in (None, "null"):
-        folder = output_dirs.dated_folder("outputs/multirun")
-    else:
-        folder = Path(str(run_dir))
-        if (folder / "checkpoints").exists():
-            raise UserError(f"run_dir={folder} is a single run; a sweep needs a folder of its own")
-    lock = run_folder.lock(folder)
-    (folder / job.STOP).unlink(missing_ok=True)
-    return folder, lock
+        return run_folder.claim_new("outputs/multirun")
+    claim = run_folder.lock(Path(str(run_dir)))
+    try:
+        if claim.before - {run_folder.LOCK} and not job.is_sweep(claim.path):
+            raise UserError(
+                f"run_dir={claim.path} is not empty and no sweep; a sweep needs a folder of its own"
+            )
+        (claim.path / job.STOP).unlink(missing_ok=True)
+    except BaseException:
+        claim.release()
+        raise
+    return claim
 
 
 def _shares(

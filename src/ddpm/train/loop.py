@@ -88,8 +88,6 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
             record = {name: value for name, value in wanted.items() if math.isfinite(value)}
             if due(trainer.validate_every):
                 record |= _validate(run, validation)
-            if run.world.first:
-                metrics_file.append(run_dir / "metrics.jsonl", record)
             run.loss_sum.zero_()
             run.last_logged_step = step
             if run.world.first and due(trainer.sample_every):
@@ -98,6 +96,8 @@ def fit(run: TrainState, data: Dataset, run_dir: Path) -> Iterator[Progress]:
                 # before the step file: where a process is killed in between, this comes again
                 best = record["val_eps_mse"]
                 save(run, run_dir / "checkpoints" / "best.safetensors", record)
+            if run.world.first:  # after `best`: figures in the file show that there was a checkpoint
+                metrics_file.append(run_dir / "metrics.jsonl", record)
             if run.world.first and due(trainer.checkpoint_every):
                 keep(run, run_dir, record)
             clock, counted = time.perf_counter(), step

@@ -36,6 +36,13 @@ def cut(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
+def complete(path: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Cut the file, and add the line of a checkpoint's figures where a kill came between the two. Raises OSError."""
+    cut(path, step)
+    if "loss" in figures and not any(record["step"] == step for record in read(path)):
+        append(path, {"step": step, **figures})
+
+
 def read(path: Path) -> Iterator[dict[str, float]]:
     """Yield the lines of a file from anywhere. A last line without an end is still being written, and left out.
 
@@ -63,6 +70,13 @@ def _record(line: bytes) -> dict[str, float] | None:
     ):
         return None
     return record if isinstance(record["step"], int) and 0 <= record["step"] <= 10**12 else None
+
+
+def validated_after(path: Path, step: int) -> bool:
+    """Return whether a line past `step` has figures of a validation. Raises OSError for a file that cannot be read."""
+    with suppress(FileNotFoundError, ValueError):  # a killed process may have left half a line
+        return any(record["step"] > step and VALIDATED[0] in record for record in read(path))
+    return False
 
 
 def lowest(path: Path, key: str) -> float | None:
