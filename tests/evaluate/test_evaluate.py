@@ -550,6 +550,15 @@ def test_evaluation_json_is_read_back(tmp_path: Path) -> None:
         lambda d: d["figures"].update(fd={"value": 1.0, "low": 1.1, "high": 2.0}),
         lambda d: d["figures"].update(fd={"value": 1.0, "high": 0.9}),
         lambda d: d["protocol"].update(seconds={"sampling": float("inf")}),
+        lambda d: d["protocol"].update(seconds={"sampling": "x" * 9999}),
+        lambda d: d["protocol"].update(seconds=7),
+        lambda d: d["protocol"].update(n=0),
+        lambda d: d["protocol"].update(n=2**64),
+        lambda d: d["protocol"].update(image_size="x" * 9999),
+        lambda d: d["protocol"].update(dataset="x" * 9999),
+        lambda d: d["protocol"].update(sampler={"name": ["ddim"]}),
+        lambda d: d["figures"].update(fd={"value": True}),
+        lambda d: d["figures"].update({str(number): {"value": 1} for number in range(300)}),
         lambda d: d.update(notes=7),
         lambda d: d.clear(),
     ],
@@ -586,7 +595,9 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
 def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
     long = "x" * 100_000
     figures = {"rarest_class": Metric(0.1, text=long[:4000])}
-    made = evaluation(protocol={**evaluation().protocol, "image_size": long}, figures=figures, notes=(long,))
+    made = evaluation(
+        protocol={**evaluation().protocol, "dataset": long[:4000]}, figures=figures, notes=(long,)
+    )
     record.write(tmp_path / "evaluation.json", made)
     lines = table.table([record.read(str(tmp_path))]).splitlines()
     assert max(map(len, lines)) < 4200 and sum(len(line) > 300 for line in lines) == 1  # the note

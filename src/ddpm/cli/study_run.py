@@ -22,7 +22,7 @@ from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation
 from ddpm.evaluate.reference import Reference
 from ddpm.evaluate.run import Opened
-from ddpm.io.files import reason, write_atomically
+from ddpm.io.files import reason, try_to_draw, write_atomically
 from ddpm.report import sampler_study, sampler_study_plot
 from ddpm.runs import output_dirs
 from ddpm.runtime import signals
@@ -129,7 +129,7 @@ def read_kept(out: Path, identity: Identity) -> Evaluation | None:
     try:
         found = record.read(str(evaluation_file(out, identity)))
         sampler_study.table(sampler_study.gather([found], []))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+    except (UserError, KeyError):
         return None
     about = found.protocol
     same = about.get("setting") == digest_of(identity) and about["sampler"] == identity["sampler"]
@@ -146,11 +146,11 @@ def conclude(
     """Write table, files and, where one setting is preferable, sampler.yaml beside the checkpoint `path`."""
     result = sampler_study.gather(evaluations, varied)
     sampler_study.write(out / "study.json", result)
-    sampler_study_plot.draw(result, out / "study.png")
     write_atomically(out / "study.md", f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
+    warnings = try_to_draw(sampler_study_plot.draw, result, out / "study.png")
     tell(sampler_study.table(result))
-    for name in ("study.md", "study.json", "study.png"):
-        tell(printable(str(out / name)))
+    for line in (out / "study.md", out / "study.json", *(warnings or [out / "study.png"])):
+        tell(printable(str(line)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
     why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))

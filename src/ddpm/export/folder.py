@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ddpm.checkpoint import locate, verify
 from ddpm.config.schema import ExportConfig
 from ddpm.errors import UserError
 from ddpm.export import crosscheck, model_card
 from ddpm.export.formats import FORMATS
 from ddpm.io.files import reason, write_atomically
-from ddpm.sample.model import load
+from ddpm.runtime.world import ALONE
+from ddpm.sample.model import load_newest
 
 
 def write(config: ExportConfig) -> list[str]:
@@ -22,8 +22,7 @@ def write(config: ExportConfig) -> list[str]:
 
     Raises UserError, and then leaves nothing behind.
     """
-    path, lines = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
-    model, meta = load(path, torch.device("cpu"), config.ema)
+    _, model, meta, lines = load_newest(config.ckpt, ALONE, torch.device("cpu"), config.ema)
     files = FORMATS[config.format](model)
     files["README.md"] = model_card.card(model, config.format, config.ema, meta.sha256).encode()
     with new_folder(Path(config.out)) as folder:

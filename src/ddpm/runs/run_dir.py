@@ -1,7 +1,5 @@
 """The folder of a run: locked, never overwritten by accident, and cleared of what a killed process left."""
 
-import json
-import math
 import re
 import shutil
 from contextlib import suppress
@@ -13,8 +11,9 @@ from filelock import FileLock, Timeout
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.errors import UserError
+from ddpm.errors import DataError, UserError
 from ddpm.io.files import leftovers, open_regular, read_regular, reason
+from ddpm.io.plain_data import is_number, parse_json
 from ddpm.runs import output_dirs
 
 FAILED = "failed.txt"  # one line: why a job of a sweep came to nothing
@@ -127,8 +126,8 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of at most 64 KiB; {} where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_regular(path, MAX_JSON))
+    with suppress(OSError, DataError):
+        content = parse_json(read_regular(path, MAX_JSON))
         if isinstance(content, dict):
             return content
     return {}
@@ -136,14 +135,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, float] | None:
     """Read result.json of a finished run: step, seconds, validation figures. None if it is absent or malformed."""
-    try:
-        result = {key: float(value) for key, value in read_json(folder / "result.json").items()}
-    except (TypeError, ValueError, OverflowError):
-        return None
+    result = read_json(folder / "result.json")
     whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
-        map(math.isfinite, result.values())
+        map(is_number, result.values())
     )
-    return result if whole else None
+    return {key: float(value) for key, value in result.items()} if whole else None
 
 
 def is_running(folder: Path) -> bool:
