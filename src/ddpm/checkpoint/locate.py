@@ -10,7 +10,7 @@ from ddpm.checkpoint.file import read_meta, verify
 from ddpm.errors import CheckpointError
 
 T = TypeVar("T")
-MAX_TRIES = 100  # to read the checkpoint of a run that writes one faster than it is read
+MAX_TRIES = 50  # to read the checkpoint of a run that writes one faster than it is read
 _STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
