@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from tests.faults import damage, disk, downloads, hostile, kills, mutations, numbers, signals  # noqa: E402
+from tests.faults import beside, damage, disk, downloads, hostile, kills, mutations, numbers, signals  # noqa: E402
 
 import ddpm  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
-MODULES = (kills, signals, disk, damage, mutations, hostile, downloads, numbers)  # the longest first
+MODULES = (kills, signals, disk, damage, mutations, beside, hostile, downloads, numbers)  # the longest first
 CASES = {case.name: case for module in MODULES for case in module.CASES}
 
 

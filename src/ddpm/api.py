@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint import locate, verify
 from ddpm.config.choices import choose_sampler
 from ddpm.config.schema import DrawConfig, check
 from ddpm.io.images import save_grid, to_uint8
 from ddpm.runtime import device as runtime_device
+from ddpm.runtime.world import ALONE
 from ddpm.sample import model as models
 from ddpm.sample import sampler_file
 from ddpm.sample.model import Guidance, labels
@@ -76,10 +76,9 @@ def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True
     the newest intact checkpoint is loaded; a UserWarning names newer ones that are broken. No code in a file is run.
     Raises UserError; CheckpointError if there is no checkpoint.
     """
-    path, notes = locate.newest_good(locate.find(str(ckpt)), check=verify.examine)
+    _, model, _, notes = models.load_newest(str(ckpt), ALONE, runtime_device.device(str(device)), ema)
     for note in notes:
         warnings.warn(note.removeprefix("warning: "), stacklevel=2)
-    model, _ = models.load(path, runtime_device.device(str(device)), ema)
     return Model(**vars(model))
 
 

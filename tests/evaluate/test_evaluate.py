@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.errors import UserError
 from ddpm.evaluate import evaluator, page, record, reference, samples, table
+from ddpm.evaluate import run as evaluation_run
 from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.likelihood import likelihood
 from ddpm.evaluate.metrics.registry import METRICS
@@ -550,6 +552,15 @@ def test_evaluation_json_is_read_back(tmp_path: Path) -> None:
         lambda d: d["figures"].update(fd={"value": 1.0, "low": 1.1, "high": 2.0}),
         lambda d: d["figures"].update(fd={"value": 1.0, "high": 0.9}),
         lambda d: d["protocol"].update(seconds={"sampling": float("inf")}),
+        lambda d: d["protocol"].update(seconds={"sampling": "x" * 9999}),
+        lambda d: d["protocol"].update(seconds=7),
+        lambda d: d["protocol"].update(n=0),
+        lambda d: d["protocol"].update(n=2**64),
+        lambda d: d["protocol"].update(image_size="x" * 9999),
+        lambda d: d["protocol"].update(dataset="x" * 9999),
+        lambda d: d["protocol"].update(sampler={"name": ["ddim"]}),
+        lambda d: d["figures"].update(fd={"value": True}),
+        lambda d: d["figures"].update({str(number): {"value": 1} for number in range(300)}),
         lambda d: d.update(notes=7),
         lambda d: d.clear(),
     ],
@@ -586,10 +597,22 @@ def test_the_table_shows_floor_interval_doubt_and_real_images() -> None:
 def test_a_long_text_in_a_file_makes_no_long_table(tmp_path: Path) -> None:
     long = "x" * 100_000
     figures = {"rarest_class": Metric(0.1, text=long[:4000])}
-    made = evaluation(protocol={**evaluation().protocol, "image_size": long}, figures=figures, notes=(long,))
+    made = evaluation(
+        protocol={**evaluation().protocol, "dataset": long[:4000]}, figures=figures, notes=(long,)
+    )
     record.write(tmp_path / "evaluation.json", made)
     lines = table.table([record.read(str(tmp_path))]).splitlines()
     assert max(map(len, lines)) < 4200 and sum(len(line) > 300 for line in lines) == 1  # the note
+
+
+def test_a_page_that_fails_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page, "draw", lambda *_: 1 / 0)
+    config: Any = SimpleNamespace(out=str(tmp_path / "out"))
+    evaluation_run._finish(config, (evaluation(), None), tmp_path / "stem")  # type: ignore[arg-type]
+    assert record.read(str(tmp_path / "out")) == evaluation()
+    assert "evaluation.png could not be drawn: division by zero" in capsys.readouterr().out
 
 
 def test_a_page_is_drawn_whatever_there_is(tmp_path: Path) -> None:

@@ -56,11 +56,15 @@ Read = Callable[[bytes, Path], None]  # writes the bytes where they belong, read
 
 @dataclass(frozen=True)
 class Target:
-    """Valid files of one form, and how they are read. `mend` repairs the checksums, so that more is reached."""
+    """Valid files of one form, and how they are read. `mend` repairs the checksums, so that more is reached.
+
+    `change` makes a file of two valid ones; None: `mutate`.
+    """
 
     valid: Sequence[bytes]
     read: Read
     mend: Callable[[bytes], bytes] = bytes
+    change: Callable[[bytes, bytes, random.Random], bytes] | None = None
 
 
 # Mutations
@@ -120,9 +124,9 @@ CHANGES = (_flip, _set_byte, _set_word, _set_word, _cut, _insert, _remove, _repe
 # Trials: in a process of their own, whose memory is limited and which a clock kills
 
 
-def try_all(make_targets: Callable[[], list[Target]], folder: Path, count: int) -> str:
+def try_all(make_targets: Callable[[], list[Target]], folder: Path, count: int, memory: int = MEMORY) -> str:
     context = multiprocessing.get_context("fork")  # Python, torch and Pillow need not be loaded again
-    child = context.Process(target=_child, args=(make_targets, folder, count))
+    child = context.Process(target=_child, args=(make_targets, folder, count, memory))
     child.start()
     child.join()
     report = folder / "report.json"
@@ -138,7 +142,7 @@ def try_all(make_targets: Callable[[], list[Target]], folder: Path, count: int) 
     )
 
 
-def _child(make_targets: Callable[[], list[Target]], folder: Path, count: int) -> None:
+def _child(make_targets: Callable[[], list[Target]], folder: Path, count: int, memory: int) -> None:
     printed = os.open(folder / "printed", os.O_WRONLY | os.O_CREAT)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
@@ -146,24 +150,24 @@ def _child(make_targets: Callable[[], list[Target]], folder: Path, count: int) -
     warnings.simplefilter("error")
     try:
         targets = make_targets()
-        result: dict[str, object] = {**_trials(targets, folder, count)}
+        result: dict[str, object] = {**_trials(targets, folder, count, memory)}
     except BaseException:
         result = {"failure": traceback.format_exc()}
     (folder / "report.json").write_text(json.dumps(result))
     os._exit(0)  # nothing of pytest is run to its end twice
 
 
-def _trials(targets: list[Target], folder: Path, count: int) -> dict[str, float]:
+def _trials(targets: list[Target], folder: Path, count: int, memory: int) -> dict[str, float]:
     for target in targets:
         for data in target.valid:
             target.read(data, folder)  # what is not mutated can be read
     size, before = _status("VmSize"), _status("VmRSS")
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, resource.RLIM_INFINITY))
     refused, slowest = 0, 0.0
     for trial in range(count):
         draw = random.Random(f"mutations/{trial}")
         target = targets[trial % len(targets)]
-        data = mutate(draw.choice(target.valid), draw.choice(target.valid), draw)
+        data = (target.change or mutate)(draw.choice(target.valid), draw.choice(target.valid), draw)
         (folder / "input").write_bytes(data)
         signal.alarm(HANG)
         data = target.mend(data) if draw.random() < 0.5 else data

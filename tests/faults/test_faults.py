@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import damage, disk, downloads, hostile, kills, mutations, numbers, signals
+from tests.faults import beside, damage, disk, downloads, hostile, kills, mutations, numbers, signals
 from tests.faults.cases import Case
 
-MODULES = (damage, disk, downloads, hostile, kills, mutations, numbers, signals)
+MODULES = (beside, damage, disk, downloads, hostile, kills, mutations, numbers, signals)
 CASES = [case for module in MODULES for case in module.CASES]
 
 

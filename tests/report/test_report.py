@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ddpm.cli import report as command
 from ddpm.cli import train as train_command
-from ddpm.cli.report import _with_folders
+from ddpm.cli.report import _with_folders, report
 from ddpm.config import hydra
 from ddpm.config.choices import Component, choices
 from ddpm.config.schema import ReportConfig, TrainConfig, check
@@ -29,7 +30,7 @@ from ddpm.report import table as report_table
 from ddpm.report.runs import Point, RunRow
 from ddpm.runs import run_dir
 from ddpm.sample.model import load
-from ddpm.train import metrics_file
+from ddpm.train import metrics_file, plots
 from tests.conftest import Command, run_script
 
 QUICK = [
@@ -235,7 +236,7 @@ def test_a_report_is_replaced_as_a_whole_and_nothing_else(sweep: Path, tmp_path:
     runs = tmp_path / "runs"
     shutil.copytree(sweep, runs)
     (runs / "report.csv").write_text("my own list")
-    with pytest.raises(UserError, match="holds report.csv"):
+    with pytest.raises(UserError, match=r"holds report\.csv"):
         report(f"folder=[{runs}]", "out=null")
     assert (runs / "report.csv").read_text() == "my own list"
 
@@ -336,12 +337,12 @@ def test_hostile_folders_are_listed_with_the_reason(tmp_path: Path, monkeypatch:
     expected = {
         "long": "more than the 1048576 allowed",
         "fifo": "not a regular file",
-        "bomb": "has aliases or is nested",
+        "bomb": "tags, anchors, aliases or deep nesting",
         "big": "config.yaml",
-        "nested": "has aliases or is nested",
-        "code": "no YAML that can be read",
+        "nested": "config.yaml: it is no YAML",
+        "code": "tags, anchors, aliases or deep nesting",
         "keys": "config.yaml: ",
-        "list": "is no set of keys",
+        "list": "it is no set of keys",
         "loop": "metrics.jsonl: Too many levels of symbolic links",
     } | dict.fromkeys(
         ("line", "deep", "digits", "nan", "text", "half"), "metrics.jsonl: line 1 makes no sense"
@@ -355,10 +356,70 @@ def test_hostile_folders_are_listed_with_the_reason(tmp_path: Path, monkeypatch:
     assert len(report_table.csv_text(rows.values(), "val_eps_mse").splitlines()) == len(rows) + 1
 
 
+def test_a_name_is_no_formula_in_csv(tmp_path: Path) -> None:
+    names = ["=HYPERLINK(1)", "+1+1", "-2+3", "@SUM(1)", "-5", "a=1", "\t=1"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    rows = [
+        dataclasses.replace(row, settings={"dataset.path": row.name, "schedule.start": -5.5 - number})
+        for number, row in enumerate(runs.read_all([tmp_path], run_dir.is_running))
+    ]
+    lines = list(csv.DictReader(report_table.csv_text(rows, "val_eps_mse").splitlines()))
+    expected = {"'=HYPERLINK(1)", "'+1+1", "'-2+3", "'@SUM(1)", "-5", "a=1", "\\t=1"}
+    assert {line["run"] for line in lines} == {line["dataset.path"] for line in lines} == expected
+    assert sorted(float(line["schedule.start"]) for line in lines)[-1] == -5.5  # a number stays one
+
+
+def test_what_nobody_thought_of_costs_one_row_or_one_picture(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = runs.read
+
+    def read(path: Path, *others: Any) -> RunRow:
+        if path.name == "cosine":
+            raise ZeroDivisionError("of a\nstrange kind")
+        return original(path, *others)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(runs, "read", read)
+    monkeypatch.setattr(plot, "draw", fail)
+    typed = hydra.read_overrides([f"folder=[{sweep}]", f"out={tmp_path}", "contact=false"])
+    report(check(ReportConfig, hydra.compose("report", typed)))
+    printed = capsys.readouterr().out
+    assert "cosine: cannot be read: ZeroDivisionError: of a strange kind" in printed
+    assert f"warning: {tmp_path / 'report.png'} could not be drawn: no font\n" in printed
+    assert len((tmp_path / "report.csv").read_text().splitlines()) == 8
+
+
+def test_pictures_that_fail_cost_a_training_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("latex was not found")
+
+    monkeypatch.setattr(plots, "_axes", fail)
+    monkeypatch.setattr(plots, "save_png", fail)
+    train(tmp_path / "run", "trainer.max_steps=2")
+    assert run_dir.read_result(tmp_path / "run") is not None
+    log = (tmp_path / "run" / "train.log").read_text()
+    for name in ("forward", "loss", "schedule"):
+        warning = f"warning: {tmp_path / 'run' / name}.png could not be drawn: latex was not found\n"
+        assert log.count(warning) == 1 and not (tmp_path / "run" / f"{name}.png").exists()
+    assert "done in" in log
+
+
 def test_results_that_make_no_sense_do_not_count(sweep: Path, tmp_path: Path) -> None:
     run = shutil.copytree(sweep / "linear", tmp_path / "run")
     whole = json.loads((run / "result.json").read_text())
-    for change in ({"step": 1e999}, {"seconds": None}, {"val_loss": "x"}, {"step": float("nan")}):
+    for change in (
+        {"step": 1e999},
+        {"seconds": None},
+        {"val_loss": "x"},
+        {"step": float("nan")},
+        {"val_loss": "1.5"},
+        {"step": True},
+    ):
         (run / "result.json").write_text(json.dumps({**whole, **change}))
         assert runs.read(run, "run", run_dir.is_running).status == "stopped", change
     (run / "result.json").write_text(json.dumps(whole))

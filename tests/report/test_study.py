@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,7 +96,7 @@ def concluded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *evaluations: Evaluation, **settings: Any
 ) -> Component | None:
     """The sampler that a study of these evaluations leaves beside its checkpoint."""
-    monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: None)
+    monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: 1 / 0)  # a picture decides nothing
     usual = {"ema": True, "n": 1000, **settings}
     configs: list[Any] = [
         SimpleNamespace(sampler=choose_sampler(str(each.protocol["sampler"]["name"]), {}), **usual)
@@ -119,6 +120,7 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
     assert (
         found is not None and found.name == "unipc"
     )  # the cheapest at guidance 1, which ddpm-sample draws with
+    assert "study.png could not be drawn: division by zero" in capsys.readouterr().out
     text = (tmp_path / "sampler.yaml").read_text()
     assert "of 2 settings" in text and "ddim" not in text and "guidance_scale 1\n" in text
     capsys.readouterr()
@@ -134,7 +136,10 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
         assert f"sampler.yaml is not written: {why}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"evaluations_per_image": 1e308 * 10}, {"n": 10**400}, {"n": 0}, {"seconds": {"sampling": "x" * 9999}}],
+)
 def test_what_was_kept_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     identity = {"sampler": {"name": "ddim", "num_steps": 4}}
     about = {**of("ddim", 4, 0.2).protocol, "setting": study_run.digest_of(identity)}
@@ -176,6 +181,31 @@ def test_a_sampler_file_of_somebody_is_kept(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not written by a study"):
         sampler_file.write(file, sampler, ["written by ddpm-eval -m"])
     assert file.read_text() == "name: ddim  # my own\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["about"].update(n="x" * 9999),
+        lambda d: d["about"].pop("machine"),
+        lambda d: d.update(about=[]),
+        lambda d: d.update(rows={"a": 1}),
+        lambda d: d["rows"][0].update(seconds="x" * 9999),
+        lambda d: d["rows"][0].update(evaluations=None),
+        lambda d: d["rows"][0].update(sampler="ddim"),
+        lambda d: d["rows"][0].update(more=1),
+        lambda d: d["rows"][0]["figures"].update(fd_excess={"value": "x"}),
+        lambda d: d.update(real=[]),
+    ],
+)
+def test_a_strange_study_json_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = tmp_path / "study.json"
+    sampler_study.write(file, sampler_study.gather([of("ddim", 4, 0.2)], []))
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"study.json: is no study\.json of ddpm-eval -m"):
+        sampler_study.read(file)
 
 
 # As users type it.

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runtime import device
-from ddpm.train import loop, metrics_file
+from ddpm.train import loop, metrics_file, plots
 from ddpm.train.checkpointing import restore
 from ddpm.train.loop import fit
 from ddpm.train.state import TrainState, prepare
@@ -193,6 +194,22 @@ def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="more than the 30 allowed"):
         metrics_file.cut(file, 2)
     assert file.read_text() == "".join(lines[:2])
+
+
+def test_metrics_are_read_alike_by_all_and_in_linear_time(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    of_validation = dict.fromkeys(metrics_file.VALIDATED, -0.5)  # an error below 0, a loss of 0, an integer
+    lines = [json.dumps({"step": step, "loss": 0, "lr": 2**60, **of_validation}) + "\n" for step in range(50)]
+    file.write_text("".join(lines) + "junk\n" + lines[0])
+    with pytest.raises(ValueError, match="line 51 makes no sense"):
+        list(metrics_file.read(file))
+    metrics_file.cut(file, 10)
+    assert [record["step"] for record in metrics_file.read(file)] == list(range(11))
+    plots.plot_loss(file, tmp_path / "loss.png")
+    file.write_text("".join(lines) * 400)  # 3 MB
+    started = time.process_time()
+    metrics_file.cut(file, 10**9)
+    assert time.process_time() - started < 3 and len(list(metrics_file.read(file))) == 20_000
 
 
 def test_accumulation_is_the_same_batch(tmp_path: Path) -> None:

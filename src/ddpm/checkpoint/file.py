@@ -59,7 +59,7 @@ def config(path: Path, meta: Meta) -> TrainConfig:
     try:
         return check(TrainConfig, brought_up_to_date(meta.config))  # type: ignore[no-any-return]
     except UserError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
+        raise CheckpointError(f"{path} cannot be used: {reason(error)}") from None
 
 
 def verify(path: Path) -> None:

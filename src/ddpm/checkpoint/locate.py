@@ -1,12 +1,16 @@
 """Find checkpoints: those of a run, those that `ckpt=` names, the newest one that is intact."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ddpm.checkpoint.file import read_meta, verify
 from ddpm.errors import CheckpointError
 
+T = TypeVar("T")
+MAX_TRIES = 50  # to read the checkpoint of a run that writes one faster than it is read
 _STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
@@ -46,7 +50,7 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
             raise CheckpointError(
                 f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
             )
-        return of_run(max(files, key=lambda file: (_modified(file), file.name)).parent.parent)
+        return find(str(max(files, key=lambda file: (_modified(file), file.name)).parent))
     path = Path(spec)
     if path.is_dir():
         inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
@@ -69,17 +73,34 @@ def newest_good(files: Sequence[Path], check: Callable[[Path], object] = verify)
 
     Raises CheckpointError if none passes.
     """
-    notes: list[str] = []
-    for number, file in enumerate(files):
-        try:
-            check(file)
-        except CheckpointError as error:
-            if len(files) == 1:
-                raise
-            following = f"; trying {files[number + 1]}" if number + 1 < len(files) else ""
-            notes.append(f"warning: {error}{following}")
+    path, _, notes = read_newest(lambda: files, check)
+    return path, notes
+
+
+def read_newest(
+    list_files: Callable[[], Sequence[Path]], read: Callable[[Path], T]
+) -> tuple[Path, T, list[str]]:
+    """Return the first of the listed files that `read` can read, what it returns, and a warning for each file before.
+
+    A run that trains deletes its older checkpoints: where a listed file has gone, list them again. So `read` does all
+    that needs the file. Raises CheckpointError if it does so for all of them, or if there is none.
+    """
+    for attempt in itertools.count():
+        files, notes = list_files(), list[str]()
+        for number, file in enumerate(files):
+            try:
+                return file, read(file), notes
+            except (CheckpointError, FileNotFoundError) as error:
+                if attempt < MAX_TRIES and not file.exists():
+                    break
+                if len(files) == 1:
+                    raise
+                following = f"; trying {files[number + 1]}" if number + 1 < len(files) else ""
+                notes.append(f"warning: {error}{following}")
         else:
-            return file, notes
+            break
+    if not files:
+        raise CheckpointError("no checkpoint yet")
     first = notes[0].removeprefix("warning: ").partition("; trying ")[0]
     raise CheckpointError(f"{first}; nor is any other of the {len(files)} checkpoints there whole")
 

@@ -16,21 +16,22 @@ def main() -> None:
 
 def info(config: InfoConfig) -> None:
     """Run the command for one checked config. Raises UserError."""
-    path, notes = locate.newest_good(locate.find(config.ckpt), check=checkpoint.read_meta)
-    meta, tensors = checkpoint.read_meta(path)
+    path, (meta, tensors, length), notes = locate.read_newest(
+        lambda: locate.find(config.ckpt), lambda file: (*checkpoint.read_meta(file), file.stat().st_size)
+    )
     trained = checkpoint.config(path, meta)
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
     data, trainer = meta.facts, trained.trainer
     size, epochs = data["image_size"], trainer.max_epochs
-    length = f"of {trainer.max_steps:,} steps" if epochs is None else f"steps of {epochs} epochs"
+    end = f"of {trainer.max_steps:,} steps" if epochs is None else f"steps of {epochs} epochs"
     rows = {
-        "checkpoint": f"{path} ({path.stat().st_size / 2**20:.1f} MiB)",
+        "checkpoint": f"{path} ({length / 2**20:.1f} MiB)",
         "data": f"{data['name']}, {size}×{size}×{data['channels']}, {data['num_classes']} classes",
         "network": f"{trained.model.name}, {parameters:,} parameters ({_flat(trained.model.params)})",
         "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
         "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",
         "sampler": f"{trained.sampler.name} ({_flat(trained.sampler.params)})",
-        "trained": f"{meta.step:,} {length}, batch {trainer.batch_size}, seed {trained.seed}",
+        "trained": f"{meta.step:,} {end}, batch {trainer.batch_size}, seed {trained.seed}",
         "figures": ", ".join(f"{key} {value:.5g}" for key, value in meta.figures.items()),
         "made with": ", ".join(f"{key} {value}" for key, value in meta.versions.items()),
         "tensors": f"{len(tensors)}, SHA-256 {meta.sha256}",

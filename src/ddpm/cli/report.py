@@ -9,7 +9,7 @@ from ddpm.cli import app
 from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
-from ddpm.io.files import reason, write_atomically
+from ddpm.io.files import reason, try_to_draw, write_atomically
 from ddpm.io.folders import make_folder, names_in, remove_empty
 from ddpm.report import runs, table
 from ddpm.report.runs import RunRow
@@ -88,8 +88,8 @@ def _write(config: ReportConfig, rows: list[RunRow], out: Path) -> Iterator[str]
     else:
         from ddpm.report import plot
 
-        plot.draw(rows, figure, out / "report.png")
-        yield str(out / "report.png")
+        picture = out / "report.png"
+        yield from try_to_draw(plot.draw, rows, figure, picture) or [str(picture)]
     if config.contact:
         options = (config.n, config.seed, config.sampler, figure, config.device)
         yield from _contact_sheet().write(out / "contact.png", rows, *options)

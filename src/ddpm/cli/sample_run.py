@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint import locate, verify
 from ddpm.config.schema import SampleConfig, to_dict
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import printable
@@ -20,14 +19,13 @@ from ddpm.runs import output_dirs
 from ddpm.runtime import console, memory
 from ddpm.runtime import device as runtime_device
 from ddpm.runtime.distributed import (
-    broadcast_object,
     gather_to_rank_zero,
     process_group,
     raise_on_all_ranks,
 )
 from ddpm.runtime.world import ALONE, World, world
 from ddpm.sample import tasks
-from ddpm.sample.model import Model, load
+from ddpm.sample.model import Model, load_newest
 from ddpm.sample.sampling import draw_all
 from ddpm.sample.tasks import Plan
 from ddpm.sample.user_images import guidance
@@ -52,14 +50,10 @@ def run(config: SampleConfig, started: float) -> None:
     memory.keep_freed()
     device = runtime_device.device(config.device, own)
     with process_group(own, device):
-        path, notes = Path(), list[str]()
+        path, model, meta, notes = load_newest(config.ckpt, own, device, config.ema, config.precision)
         with raise_on_all_ranks(own):
             if own.first:
-                path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
                 output_dirs.check_results(config.out, _stem(path))
-        path = broadcast_object(own, path)
-        with raise_on_all_ranks(own):
-            model, meta = load(path, device, config.ema, config.precision)
             todo = tasks.make(config, model)
         slow = runtime_device.slow_in_bf16("precision", config.precision, device)
         for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):

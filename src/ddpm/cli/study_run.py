@@ -23,7 +23,7 @@ from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation
 from ddpm.evaluate.reference import Reference
 from ddpm.evaluate.run import Opened
-from ddpm.io.files import leftovers, reason, write_atomically
+from ddpm.io.files import leftovers, reason, try_to_draw, write_atomically
 from ddpm.io.folders import check_can_be_made
 from ddpm.report import sampler_study, sampler_study_plot
 from ddpm.runs import output_dirs, run_dir
@@ -166,7 +166,7 @@ def read_kept(out: Path, identity: Identity) -> Evaluation | None:
     try:
         found = record.read(str(evaluation_file(out, identity)))
         sampler_study.table(sampler_study.gather([found], []))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+    except (UserError, KeyError):
         return None
     about = found.protocol
     same = about.get("setting") == digest_of(identity) and about["sampler"] == identity["sampler"]
@@ -184,11 +184,11 @@ def conclude(
     result = sampler_study.gather(evaluations, varied)
     data, picture, text = (out / name for name in FILES)
     sampler_study.write(data, result)
-    sampler_study_plot.draw(result, picture)
     write_atomically(text, f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
+    warnings = try_to_draw(sampler_study_plot.draw, result, picture)
     tell(sampler_study.table(result))
-    for file in (text, data, picture):
-        tell(printable(str(file)))
+    for line in (text, data, *(warnings or [str(picture)])):
+        tell(printable(str(line)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
     why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))

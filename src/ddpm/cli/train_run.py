@@ -14,7 +14,7 @@ from ddpm.config.schema import TrainConfig, check_batch, to_dict
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
-from ddpm.io.files import write_atomically
+from ddpm.io.files import try_to_draw, write_atomically
 from ddpm.runs import elastic
 from ddpm.runs.open_run import OpenRun, notes, open_run
 from ddpm.runs.run_dir import RUN_FILES
@@ -82,8 +82,9 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
     log = Log(run.path / "train.log")
     about = {**state.environment, "seed": state.config.seed, **elastic.recorded()}
     write_atomically(run.path / "environment.json", json.dumps(about, indent=2).encode())
-    plots.draw_forward(data.train.images[:8], state.schedule, run.path / "forward.png")
+    shown = (data.train.images[:8], state.schedule, run.path / "forward.png")
     for line in [
+        *try_to_draw(plots.draw_forward, *shown),
         *_describe(state, data),
         *state.notes,
         *(notes(run.source, state) if run.source else []),
@@ -114,18 +115,21 @@ def _describe(state: TrainState, data: Dataset) -> list[str]:
 
 
 def _finish(run: OpenRun, state: TrainState, log: Log, seconds: float) -> float:
-    """Write the plots and result.json, and return val_eps_mse.
+    """Write result.json, then the plots, and return val_eps_mse.
 
     The figures are the last checkpoint's: a run killed just before this needs only this again.
     """
-    plots.plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
-    plots.plot_schedule(state.schedule, run.path / "schedule.png")
     final = of_run(run.path)[0]
     last = read_meta(final)[0].figures
     if not last.keys() >= set(VALIDATED):
         raise UserError(f"{final} holds no figures of its last step: give trainer.max_steps a larger number")
     result = {"step": state.step, **{key: last[key] for key in VALIDATED}, "seconds": seconds}
     write_atomically(run.path / "result.json", json.dumps(result).encode())
+    for warning in (
+        *try_to_draw(plots.plot_loss, run.path / "metrics.jsonl", run.path / "loss.png"),
+        *try_to_draw(plots.plot_schedule, state.schedule, run.path / "schedule.png"),
+    ):
+        log.say(warning)
     log.say(f"done in {duration(seconds)}: {figures(last)}")
     written = [name for name in RUN_FILES if (run.path / name).exists()]
     log.say(f"{run.path}: {' '.join(written)} samples/ checkpoints/")

@@ -1,17 +1,15 @@
 """Groups with a choice, whose YAML files are their schemas, and the choices that `ddpm.register` adds."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ddpm.config.limits import GROUP_KEYS, PLUGIN_HINT, REQUIRED, Key, like, nearest
 from ddpm.config.tables import TABLES
 from ddpm.errors import UserError
+from ddpm.io.plain_data import parse_yaml
 
 _PACKAGED = Path(__file__).parents[1] / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
@@ -112,19 +110,9 @@ def _like_any(examples: list[Any], value: Any, path: str) -> Any:
     return like(example, value, path, allowed)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """libyaml's loader where it is installed: ten times as fast."""
-
-
-# YAML 1.1 takes 1e-3 for a text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML file of keys and values; an empty one has none."""
-    return {str(key): value for key, value in (yaml.load(file.read_bytes(), _Loader) or {}).items()}
+    return parse_yaml(file.read_bytes())
 
 
 def known_keys(program: str) -> list[str]:

@@ -1,20 +1,24 @@
 """evaluation.json: the metrics of one set of images, their errors and the protocol. Needs no torch."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import DataError, UserError
 from ddpm.io.files import read_bounded, write_atomically
+from ddpm.io.plain_data import is_number, parse_json
 
 FORMAT_VERSION = 1
 FILE, PICTURE = "evaluation.json", "evaluation.png"
 MAX_BYTES = 1 << 22
 MAX_FIGURES = 256
 MAX_TEXT = 4096  # characters
+# Of the protocol: whole numbers with the smallest allowed, and other numbers.
+WHOLE = {"n": 1, "split_images": 1, "image_size": 1}
+WHOLE |= dict.fromkeys(("step", "seed", "num_steps", "batch_size", "feature_dim"), 0)
+NUMBERS = ("evaluations_per_image", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -65,41 +69,72 @@ def read(spec: str) -> Evaluation:
     file = path / FILE if path.is_dir() else path
     data = read_bounded(file, MAX_BYTES)
     try:
-        return _checked(json.loads(data))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return _checked(parse_json(data))
+    except (DataError, ValueError, TypeError, KeyError):
         raise DataError(f"{file}: is no evaluation.json of ddpm-eval (format {FORMAT_VERSION})") from None
 
 
 def _checked(raw: Any) -> Evaluation:
     """Check what `write` writes. Raises ValueError, TypeError or KeyError."""
-    json.dumps(raw, allow_nan=False)  # JSON of Python's may hold NaN and infinity, anywhere
     if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
         raise ValueError("another format")
-    if not isinstance(raw["subject"], str) or len(raw["subject"]) > MAX_TEXT:
-        raise ValueError("no subject")
-    parts = {key: raw[key] for key in ("figures", "protocol", "histogram", "curves", "memorization")}
-    if not all(isinstance(part, dict) for part in parts.values()) or len(parts["figures"]) > MAX_FIGURES:
-        raise ValueError("no sets of keys")
-    parts["figures"] = {name: _metric(figure) for name, figure in parts["figures"].items()}
+    parts = {key: raw[key] for key in ("protocol", "histogram", "curves", "memorization")}
+    if not (
+        _is_text(raw["subject"])
+        and isinstance(raw["notes"], list)
+        and all(isinstance(part, dict) for part in parts.values())
+    ):
+        raise ValueError("a part is not what it must be")
+    check_protocol(parts["protocol"])
     notes = tuple(note[:MAX_TEXT] for note in raw["notes"] if isinstance(note, str))
-    return Evaluation(subject=raw["subject"], notes=notes, **parts)
+    return Evaluation(raw["subject"], metrics(raw["figures"]), notes=notes, **parts)
+
+
+def check_protocol(protocol: Mapping[str, Any]) -> None:
+    """Check all of a protocol that is calculated with or printed. Raises ValueError that names the key."""
+    for key, value in protocol.items():
+        if key in WHOLE:
+            right = type(value) is int and value >= WHOLE[key]
+        elif key in NUMBERS:
+            right = is_number(value)
+        elif key == "seconds":
+            right = isinstance(value, dict) and all(map(is_number, value.values()))
+        elif key == "sampler":
+            right = (
+                isinstance(value, dict)
+                and _is_text(value.get("name"))
+                and all(map(_is_short, value.values()))
+            )
+        else:
+            right = _is_short(value)
+        if not right:
+            raise ValueError(key)
+
+
+def metrics(raw: Any) -> dict[str, Metric]:
+    """Check the figures of a file. Raises ValueError, TypeError."""
+    if not isinstance(raw, dict) or len(raw) > MAX_FIGURES:
+        raise ValueError("no figures by name, or too many")
+    return {name: _metric(figure) for name, figure in raw.items()}
 
 
 def _metric(raw: Mapping[str, Any]) -> Metric:
-    if unknown := raw.keys() - {each.name for each in fields(Metric)}:
-        raise ValueError(f"unknown: {unknown}")
+    figure = Metric(**raw)  # TypeError for other keys
     for key, value in raw.items():
-        if key == "text":
-            right = isinstance(value, str) and len(value) <= MAX_TEXT
-        else:
-            right = type(value) in (int, float) and math.isfinite(value)
-        if not right:
+        if not (_is_text(value) if key == "text" else is_number(value)):
             raise ValueError(key)
-    figure = Metric(**raw)
     low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
     if not low <= figure.value <= high:
         raise ValueError("an interval without its value")
     return figure
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _is_short(value: object) -> bool:
+    return not isinstance(value, str) or len(value) <= MAX_TEXT
 
 
 def read_all(specs: list[str]) -> list[Evaluation]:

@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from ddpm import build
-from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import choices
 from ddpm.config.schema import EvalConfig
@@ -20,13 +19,14 @@ from ddpm.evaluate import evaluator, page, record, samples, table
 from ddpm.evaluate.metrics.registry import METRICS
 from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.reference import Found, Reference, Samples
+from ddpm.io.files import try_to_draw
 from ddpm.runs import output_dirs
 from ddpm.runtime import device as runtime_device
 from ddpm.runtime import memory
 from ddpm.runtime.console import of_steps, tell
-from ddpm.runtime.distributed import broadcast_object, process_group, raise_on_all_ranks, rank_zero_first
+from ddpm.runtime.distributed import process_group, raise_on_all_ranks, rank_zero_first
 from ddpm.runtime.world import ALONE, World, world
-from ddpm.sample.model import Model, levels, load
+from ddpm.sample.model import Model, levels, load_newest
 
 Evaluated = tuple[record.Evaluation, evaluator.Gallery]
 
@@ -99,14 +99,10 @@ def _evaluate_images(config: EvalConfig, own: World, device: torch.device) -> No
 def open_model(config: EvalConfig, own: World, device: torch.device) -> Opened:
     """Load the newest whole checkpoint and its dataset, and check that results can be written. Raises UserError."""
     assert config.ckpt is not None
-    path, notes = Path(), list[str]()
+    path, model, meta, notes = load_newest(config.ckpt, own, device, config.ema, config.precision)
     with raise_on_all_ranks(own):
         if own.first:
-            path, notes = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
             output_dirs.check_results(config.out, _stem(path))
-    path = broadcast_object(own, path)
-    with raise_on_all_ranks(own):
-        model, meta = load(path, device, config.ema, config.precision)
     data = rank_zero_first(own, lambda: dataset_of(config, model))
     slow = runtime_device.slow_in_bf16("precision", config.precision, device)
     say(own, *notes, data.notice, slow)
@@ -228,11 +224,14 @@ def make_reference(
 def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
     evaluation, gallery = evaluated
     with output_dirs.results(config.out, stem) as (folder, out):
-        page.draw(evaluation, gallery, folder / record.PICTURE)
         record.write(folder / record.FILE, evaluation)
+        failed = try_to_draw(page.draw, evaluation, gallery, folder / record.PICTURE)
     print(table.table([evaluation]))
-    for file in (record.FILE, record.PICTURE):
-        print(printable(str(out / file)))
+    for line in (
+        out / record.FILE,
+        *([w.replace(str(folder), str(out)) for w in failed] or [str(out / record.PICTURE)]),
+    ):
+        print(printable(str(line)))
 
 
 def say(own: World, *lines: str) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ddpm.checkpoint import locate, verify
 from ddpm.config.schema import ExportConfig
 from ddpm.export import crosscheck, model_card
 from ddpm.export.formats import FORMATS
 from ddpm.io.files import write_atomically
 from ddpm.io.folders import new_folder
-from ddpm.sample.model import load
+from ddpm.runtime.world import ALONE
+from ddpm.sample.model import load_newest
 
 
 def write(config: ExportConfig) -> list[str]:
@@ -18,8 +18,7 @@ def write(config: ExportConfig) -> list[str]:
 
     Raises UserError, and then leaves nothing behind.
     """
-    path, lines = locate.newest_good(locate.find(config.ckpt), check=verify.examine)
-    model, meta = load(path, torch.device("cpu"), config.ema)
+    _, model, meta, lines = load_newest(config.ckpt, ALONE, torch.device("cpu"), config.ema)
     files = FORMATS[config.format](model)
     files["README.md"] = model_card.card(model, config.format, config.ema, meta.sha256).encode()
     with new_folder(Path(config.out)) as folder:

@@ -5,8 +5,9 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ddpm.errors import DataError, printable
 
@@ -86,6 +87,15 @@ def reason(error: Exception) -> str:
     """Return an error's text as one short line that is safe to print on a terminal."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(" ".join(text.split()))[:MAX_REASON]
+
+
+def try_to_draw(draw: Callable[..., object], *arguments: Any) -> list[str]:
+    """Draw a picture, whose path is the last argument. Returns a warning where that fails: results are worth more."""
+    try:
+        draw(*arguments)
+    except Exception as error:  # whatever a drawing library raises
+        return [f"warning: {arguments[-1]} could not be drawn: {reason(error)}"]
+    return []
 
 
 def user_path(text: str) -> Path:

@@ -13,9 +13,9 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ddpm.checkpoint import locate, verify
+from ddpm.checkpoint import locate
 from ddpm.config.choices import Component
-from ddpm.errors import CheckpointError, UserError
+from ddpm.io.files import reason, try_to_draw
 from ddpm.io.images import Pixels, save_png, to_uint8
 from ddpm.report.runs import RunRow, brief
 from ddpm.report.table import label, measured, varying
@@ -55,7 +55,7 @@ def write(
 ) -> list[str]:
     """Draw n images from every run, with a bar on a terminal, and write the sheet.
 
-    Returns lines that say what was written and why a run was left out. Raises UserError, OSError.
+    Returns lines that say what was written and why a run was left out. Raises UserError.
     """
     found, keys = runtime_device.device(device), varying(rows)
     strips, lines = list[Strip](), list[str]()
@@ -67,16 +67,20 @@ def write(
             if not locate.of_run(row.path):  # the table says what is the matter
                 continue
             images, step = drawn(row.path, n, seed, sampler, found)
-        except (UserError, OSError) as error:
-            lines.append(f"no images of {row.name}: {brief(str(error), row.path)}")
+        except Exception as error:  # one bad run must not take the others' images away
+            lines.append(f"no images of {row.name}: {brief(reason(error), row.path)}")
             continue
         head, foot = measured(row, figure) or f"no {figure}", f"{row.status}, step {step}: {row.name}"
         strips.append(Strip(head, label(row, keys), foot, images))
     if not strips:
         return [*lines, f"nothing to draw from: no {picture.name}"]
     of = "each run's own sampler" if sampler is None else sampler.name
-    save_png(picture, sheet(f"{n} images of seed {seed}, {of}, best {figure} first", strips))
-    return [*lines, str(picture)]
+    title = f"{n} images of seed {seed}, {of}, best {figure} first"
+    return lines + (try_to_draw(_save, title, strips, picture) or [str(picture)])
+
+
+def _save(title: str, strips: Sequence[Strip], picture: Path) -> None:
+    save_png(picture, sheet(title, strips))
 
 
 def drawn(
@@ -86,10 +90,7 @@ def drawn(
 
     `sampler` None: that of its training, so that a study of one run's samplers does not set it apart. Raises UserError.
     """
-    files = locate.of_run(run)
-    if not files:
-        raise CheckpointError("no checkpoint yet")
-    model, _ = load(locate.newest_good(files, check=verify.examine)[0], device)
+    _, (model, _), _ = locate.read_newest(lambda: locate.of_run(run), lambda file: load(file, device))
     sampler, guidance, index = fitted(sampler or model.config.sampler, model), Guidance(), torch.arange(n)
     y, steps = labels(model, None, index, guidance), generation(model, sampler, index, seed)
     x, _ = draw_all(

@@ -11,21 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.checkpoint.header import brought_up_to_date
 from ddpm.config.schema import TrainConfig, check, settings_of
 from ddpm.errors import UserError, printable
 from ddpm.io.files import read_regular, reason
+from ddpm.io.plain_data import parse_yaml
 from ddpm.runs.run_dir import FAILED, read_result
 from ddpm.train import metrics_file
 
 FIGURES = ("val_eps_mse", "val_loss")
 MAX_RUNS = 10_000
 MAX_TEXT = 1 << 16  # bytes of a config or a reason
-MAX_DEPTH = 8  # of a config
 _MARKS = {"config.yaml", "metrics.jsonl", FAILED}  # files that make a folder a run's
 _PARTS = {
     "checkpoints",
@@ -96,7 +94,17 @@ def read_all(roots: Sequence[Path], running: Callable[[Path], bool]) -> list[Run
     if not runs:
         named = ", ".join(str(root) for root in roots)
         raise UserError(f"no run in {named}: a run's folder holds config.yaml, metrics.jsonl or checkpoints")
-    return [read(path, printable(name), running) for path, name in runs.values()]
+    return [_row(path, printable(name), running) for path, name in runs.values()]
+
+
+def _row(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
+    """Read one run. Whatever goes wrong with it, the others are read."""
+    try:
+        return read(path, name, running)
+    except Exception as error:
+        why = f"cannot be read: {type(error).__name__}: {reason(error)}"
+        none: dict[str, list[Point]] = {figure: [] for figure in FIGURES}
+        return RunRow(path, name, "broken", why, {}, 0, None, None, None, None, [], none)
 
 
 def read(path: Path, name: str, running: Callable[[Path], bool]) -> RunRow:
@@ -167,9 +175,10 @@ def _outline(path: Path) -> _Outline:
     """Read the newest checkpoint whose header is whole, or config.yaml where there is none."""
     wrong = ""
     try:
-        if files := locate.of_run(path):
-            file, notes = locate.newest_good(files, check=checkpoint.read_meta)
-            meta, tensors = checkpoint.read_meta(file)
+        if locate.of_run(path):
+            file, (meta, tensors), notes = locate.read_newest(
+                lambda: locate.of_run(path), checkpoint.read_meta
+            )
             settings = settings_of(checkpoint.config(file, meta))
             parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
             note = notes[0].removeprefix("warning: ").partition("; trying")[0] if notes else ""
@@ -184,24 +193,12 @@ def _outline(path: Path) -> _Outline:
 def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
     """Read an untrusted config.yaml. Returns its settings, and what is wrong with it."""
     try:
-        content = read_regular(path / "config.yaml", MAX_TEXT).decode()
-        depth = 0
-        for event in yaml.parse(content, Loader=yaml.SafeLoader):  # aliases make much of a small file
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-                return {}, "config.yaml: has aliases or is nested, which no config of ddpm is"
-        raw = yaml.safe_load(content)
-        if not isinstance(raw, dict):
-            return {}, "config.yaml: is no set of keys"
+        raw = parse_yaml(read_regular(path / "config.yaml", MAX_TEXT))
         return settings_of(check(TrainConfig, brought_up_to_date(raw))), ""
     except FileNotFoundError:
         return {}, ""
-    except OSError as error:
-        return {}, f"config.yaml: {reason(error)}"
-    except UserError as error:
-        return {}, brief(f"config.yaml: {error}", path)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
-        return {}, "config.yaml: is no YAML that can be read"
+    except (UserError, OSError) as error:
+        return {}, brief(f"config.yaml: {reason(error)}", path)
 
 
 def _failed(path: Path) -> str | None:
@@ -218,7 +215,7 @@ def _failed(path: Path) -> str | None:
 def _add_figures(figures: Mapping[str, list[Point]], step: int, record: Mapping[str, float]) -> None:
     for figure, points in figures.items():
         if figure in record and f"{figure}_error" in record:
-            points.append(Point(step, record[figure], abs(record[f"{figure}_error"])))
+            points.append(Point(step, float(record[figure]), float(abs(record[f"{figure}_error"]))))
 
 
 def brief(message: str, path: Path) -> str:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import printable
+from ddpm.errors import DataError, printable
+from ddpm.evaluate import record
 from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.table import aligned
-from ddpm.io.files import write_atomically
+from ddpm.io.files import read_bounded, write_atomically
+from ddpm.io.plain_data import parse_json
 
 FORMAT_VERSION = 1
 QUALITY = "fd_excess"  # the figure that decides; less is better
@@ -179,15 +181,24 @@ def write(path: Path, study: Study) -> None:
 
 
 def read(path: Path) -> Study:
-    """Read a trusted study.json. Raises OSError, ValueError, KeyError, TypeError."""
-    raw = json.loads(path.read_text())
-    rows = tuple(Row(**{**row, "figures": _figures(row["figures"])}) for row in raw["rows"])
-    return Study(rows, tuple(raw["varied"]), _figures(raw["real"]), raw["about"])
+    """Read a study.json and check it. Raises UserError."""
+    data = read_bounded(path, record.MAX_BYTES)
+    try:
+        raw = parse_json(data)
+        about = raw["about"]
+        record.check_protocol({**about, **{key: about[key] for key in (*COMMON, "subject", "machine")}})
+        rows, varied = tuple(map(_checked, raw["rows"])), tuple(map(str, raw["varied"]))
+        return Study(rows, varied, record.metrics(raw["real"]), about)
+    except (DataError, ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: is no study.json of ddpm-eval -m (format {FORMAT_VERSION})") from None
+
+
+def _checked(raw: dict[str, Any]) -> Row:
+    """Check a row of a file. Raises ValueError, TypeError, KeyError."""
+    costs = {"evaluations_per_image": raw["evaluations"], "seconds": {"sampling": raw["seconds"]}}
+    record.check_protocol({**raw, **costs})
+    return Row(**{**raw, "figures": record.metrics(raw["figures"])})
 
 
 def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
     return {key: figure.to_dict() for key, figure in figures.items()}
-
-
-def _figures(raw: Mapping[str, Any]) -> dict[str, Metric]:
-    return {key: Metric(**figure) for key, figure in raw.items()}

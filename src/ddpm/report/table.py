@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -70,7 +71,7 @@ def csv_text(rows: Iterable[RunRow], figure: str) -> str:
             cells += [best.value, best.error, best.step] if best else [None] * 3
             cells += [last.value, last.error] if last else [None] * 2
         cells += [row.images_per_second, row.seconds, row.parameters, row.path.absolute()]
-        writer.writerow(["" if cell is None else printable(str(cell)) for cell in cells])
+        writer.writerow([_cell(cell) for cell in cells])
     return out.getvalue()
 
 
@@ -81,6 +82,13 @@ def is_csv(path: Path) -> bool:
             return file.read(len(HEAD)) == HEAD
     except OSError:
         return False
+
+
+def _cell(value: object) -> str:
+    """Format a cell of CSV; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    text = "" if value is None else printable(str(value))
+    is_number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text)
+    return f"'{text}" if text[:1] in tuple("=+-@") and not is_number else text
 
 
 def label(row: RunRow, keys: Sequence[str]) -> str:

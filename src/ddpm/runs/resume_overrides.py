@@ -18,8 +18,8 @@ def before_typed(overrides: list[str]) -> list[str]:
             f"trainer.resume={typed} goes on with the weights of that run; trainer.init_from begins a new one: "
             "leave one of them out"
         )
-    path, _ = locate.newest_good(locate.find(str(typed)), check=checkpoint.read_meta)
-    was = to_dict(checkpoint.config(path, checkpoint.read_meta(path)[0]))
+    path, (meta, _), _ = locate.read_newest(lambda: locate.find(str(typed)), checkpoint.read_meta)
+    was = to_dict(checkpoint.config(path, meta))
     if "path" in was["dataset"] and typed_value(overrides, "dataset.path") is None:
         raise UserError(
             f"dataset.path was '{was['dataset'].pop('path')}' in this run; a path in a file is not followed by "

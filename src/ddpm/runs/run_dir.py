@@ -1,7 +1,6 @@
 """The folder of a run: locked, never overwritten by accident, and cleared of what a killed process left."""
 
 import itertools
-import json
 import math
 import os
 import re
@@ -17,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.errors import UserError
+from ddpm.errors import DataError, UserError
 from ddpm.io.files import leftovers, open_regular, read_regular, reason
 from ddpm.io.folders import make_folder, remove_empty
+from ddpm.io.plain_data import is_number, parse_json
 from ddpm.runs import output_dirs
 from ddpm.runtime.console import Log
 from ddpm.train import metrics_file
@@ -198,8 +198,8 @@ def _free_name(path: Path, aside: Path) -> Path:
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes; {} where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_regular(path, limit))
+    with suppress(OSError, DataError):
+        content = parse_json(read_regular(path, limit))
         if isinstance(content, dict):
             return content
     return {}
@@ -207,14 +207,11 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, float] | None:
     """Read result.json of a finished run: step, seconds, validation figures. None if it is absent or malformed."""
-    try:
-        result = {key: float(value) for key, value in read_json(folder / "result.json").items()}
-    except (TypeError, ValueError, OverflowError):
-        return None
+    result = read_json(folder / "result.json")
     whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
-        map(math.isfinite, result.values())
+        map(is_number, result.values())
     )
-    return result if whole else None
+    return {key: float(value) for key, value in result.items()} if whole else None
 
 
 def is_running(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddpm import build
 from ddpm.checkpoint import file as checkpoint
-from ddpm.checkpoint import verify
+from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import Component
 from ddpm.config.schema import TrainConfig
@@ -19,6 +19,8 @@ from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import sample_levels
 from ddpm.diffusion.schedules import Level, NoiseSchedule
 from ddpm.errors import UserError
+from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks
+from ddpm.runtime.world import World
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +58,35 @@ class Guidance:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def load_newest(
+    ckpt: str, world: World, device: torch.device, ema: bool = True, precision: str = "fp32"
+) -> tuple[Path, Model, Meta, list[str]]:
+    """Load the newest whole checkpoint that `ckpt` means, in all processes, which may be one of a run that trains.
+
+    Returns its path, the model, the metadata, and a warning for each that is broken. Raises UserError.
+    """
+
+    def read(file: Path) -> tuple[Model, Meta]:
+        return load(file, device, ema, precision)
+
+    path, notes, loaded = Path(), list[str](), None
+    with raise_on_all_ranks(world):
+        if world.first:
+            path, loaded, notes = locate.read_newest(lambda: locate.find(ckpt), read)
+    path = broadcast_object(world, path)
+    with raise_on_all_ranks(world):
+        loaded = loaded or read(path)
+    assert loaded is not None
+    return path, *loaded, notes
+
+
 def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
     """Rebuild the model from a checkpoint alone. Returns it and the metadata. Raises UserError."""
     meta, config, network = verify.outline(path)
     which = "ema" if ema else "model"
-    _, tensors = checkpoint.load(path, which)
+    read, tensors = checkpoint.load(path, which)
+    if read.sha256 != meta.sha256:  # a run that trains has written `best` anew in between
+        return load(path, device, ema, precision)
     verify.load_weights(path, network, checkpoint.part(tensors, which))
     network.to(device).eval()
     if config.trainer.channels_last:

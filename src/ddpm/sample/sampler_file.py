@@ -5,9 +5,7 @@ The file is not trusted: it is read as plain data, and checked like a typed conf
 
 import errno
 import os
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,10 +13,10 @@ from ddpm.config.choices import Component, check_choice
 from ddpm.config.schema import TrainConfig
 from ddpm.errors import UserError, printable
 from ddpm.io.files import read_regular, reason, write_atomically
+from ddpm.io.plain_data import parse_yaml
 
 NAME = "sampler.yaml"
 MAX_BYTES = 64 * 2**10  # a list of 4,096 times needs 40 thousand
-MAX_MESSAGE = 300  # characters
 
 
 def default(config: TrainConfig, folder: Path | None) -> tuple[Component, Path | None]:
@@ -43,9 +41,11 @@ def read(path: Path) -> Component | None:
     except OSError as error:
         raise _wrong(path, f"it cannot be read: {reason(error)}") from None
     try:
-        return check_choice("sampler", _parsed(data))
+        if b"${" in data:
+            raise UserError("it holds '${', and only plain values are read")
+        return check_choice("sampler", parse_yaml(data))
     except UserError as error:
-        raise _wrong(path, str(error)) from None
+        raise _wrong(path, reason(error)) from None
 
 
 def write(path: Path, sampler: Component, comment: list[str]) -> None:
@@ -57,31 +57,7 @@ def write(path: Path, sampler: Component, comment: list[str]) -> None:
     write_atomically(path, (head + body).encode())
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
-    """Parse a YAML mapping of plain values and lists of them. Raises UserError."""
-    if b"${" in data:
-        raise UserError("it holds '${', and only plain values are read")
-    try:
-        node = yaml.compose(data.decode(), Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode) or not all(map(_is_flat, node.value)):
-            raise UserError("it is no list of keys with plain values")
-        names = [key.value for key, _ in node.value]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"'{twice[0]}' stands twice")
-        return {str(key): value for key, value in yaml.safe_load(data.decode()).items()}
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError("it is no YAML of plain values") from None
-
-
-def _is_flat(entry: tuple[yaml.Node, yaml.Node]) -> bool:
-    """Return whether a key has a plain value or a list of them, which excludes nested aliases."""
-    key, value = entry
-    items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-    return all(isinstance(node, yaml.ScalarNode) for node in (key, *items))
-
-
 def _wrong(path: Path, why: str) -> UserError:
-    why = why if len(why) <= MAX_MESSAGE else why[:MAX_MESSAGE] + "…"
     return UserError(f"{path} cannot be used: {why}; delete the file, or name another sampler (sampler=…)")
 
 

@@ -95,8 +95,9 @@ def init_from(run: TrainState, ckpt: str) -> list[str]:
     `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
     and which of the run's tensors stay as they are. Raises UserError if nothing fits, or nothing there is whole.
     """
-    path, notes = locate.newest_good(locate.find(ckpt), check=verify.examine)
-    meta, tensors = checkpoint.load(path, "ema")
+    path, (_, (meta, tensors)), notes = locate.read_newest(
+        lambda: locate.find(ckpt), lambda file: (verify.outline(file), checkpoint.load(file, "ema"))
+    )
     found, own = checkpoint.part(tensors, "ema"), run.network.state_dict()
     fits = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
     new = [

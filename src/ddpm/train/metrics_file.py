@@ -1,13 +1,15 @@
 """metrics.jsonl: a line of figures for each step that was logged, each step once, whatever stops a run."""
 
-import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm.io.files import read_regular, write_atomically
+from ddpm.errors import DataError
+from ddpm.io.files import open_regular, write_atomically
+from ddpm.io.plain_data import is_number, parse_json
 
 VALIDATED = ("val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")  # in a line together
 MAX_BYTES = 1 << 28  # a million lines
@@ -27,12 +29,10 @@ def cut(path: Path, step: int) -> None:
     A killed process may have left half a line. Raises OSError, also for a file of more than MAX_BYTES.
     """
     kept = []
-    for line in io.BytesIO(read_regular(path, MAX_BYTES) if path.exists() else b""):
-        record = _record(line)
-        if record is None or not line.endswith(b"\n"):
-            break
-        if record["step"] <= step:
-            kept.append(line)
+    with suppress(FileNotFoundError, ValueError):
+        for line, record in _lines(path):
+            if record["step"] <= step:
+                kept.append(line)
     write_atomically(path, b"".join(kept))
 
 
@@ -48,28 +48,7 @@ def read(path: Path) -> Iterator[dict[str, float]]:
 
     Raises OSError, also for a file of more than MAX_BYTES, and ValueError for a malformed line.
     """
-    for number, line in enumerate(io.BytesIO(read_regular(path, MAX_BYTES)), start=1):
-        if not line.endswith(b"\n") and len(line) <= MAX_LINE:
-            return
-        if (record := _record(line)) is None:
-            raise ValueError(f"line {number} makes no sense")
-        yield record
-
-
-def _record(line: bytes) -> dict[str, float] | None:
-    """Parse a line of finite numbers, those that belong together all there; None if it is none."""
-    try:
-        record = json.loads(line) if len(line) <= MAX_LINE else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
-    if not needed <= record.keys() or not all(
-        type(value) in (int, float) and abs(value) < 1e300 for value in record.values()
-    ):
-        return None
-    return record if isinstance(record["step"], int) and 0 <= record["step"] <= 10**12 else None
+    return (record for _, record in _lines(path))
 
 
 def validated_after(path: Path, step: int) -> bool:
@@ -86,3 +65,31 @@ def lowest(path: Path, key: str) -> float | None:
         for record in read(path):
             found += [record[key]] if key in record else []
     return min(found, default=None)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, float]]]:
+    """Yield each line with its figures, for all who read such a file. Raises OSError, ValueError."""
+    with open_regular(path, MAX_BYTES) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE + 1)
+            if not line.endswith(b"\n") and len(line) <= MAX_LINE:
+                return
+            if (record := _record(line)) is None:
+                raise ValueError(f"line {number} makes no sense")
+            yield line, record
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """Parse a line of numbers, those that belong together all there; None if it is none."""
+    try:
+        record = parse_json(line) if len(line) <= MAX_LINE else None
+    except DataError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
+    if not needed <= record.keys() or not all(map(is_number, record.values())):
+        return None
+    if not isinstance(step := record.pop("step"), int) or not 0 <= step <= 10**12:
+        return None
+    return {"step": step, **{key: float(value) for key, value in record.items()}}

@@ -21,7 +21,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     figure, axes = _axes()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss", lw=1)
     for key, label in (("val_loss", "validation loss (EMA)"), ("val_eps_mse", "val_eps_mse (EMA)")):
-        points = [(r["step"], r[key], r[key + "_error"]) for r in records if key in r]
+        points = [(r["step"], r[key], abs(r[key + "_error"])) for r in records if key in r]
         if points:
             steps, values, errors = zip(*points, strict=True)
             axes.errorbar(steps, values, errors, label=label, marker=".", lw=1)
