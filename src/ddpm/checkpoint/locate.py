@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddpm.checkpoint.file import read_meta, verify
 from ddpm.errors import CheckpointError
+from ddpm.io.files import reason
 
 _STEP = re.compile(r"step_[0-9]{1,12}\.safetensors")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -48,6 +49,10 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
             )
         return of_run(max(files, key=lambda file: (_modified(file), file.name)).parent.parent)
     path = Path(spec)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise CheckpointError(f"cannot read {spec}: {reason(error)}") from None
     if path.is_dir():
         inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
         files = of_run(path.parent if inside else path)
