@@ -18,6 +18,7 @@ from ddpm.diffusion.samplers import Step
 from ddpm.errors import printable
 from ddpm.io.files import write_atomically
 from ddpm.io.images import (
+    WIDEST,
     Pixels,
     by_class,
     fitting,
@@ -157,7 +158,7 @@ def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[st
         picture, shown = _grid(config, todo, pixels, classes)
         save_png(out / "grid.png", picture)
         if shown < len(pixels):
-            print(f"grid.png shows {shown:,} of {len(pixels):,} images")
+            print(f"grid.png shows {shown:,} of {len(pixels):,} images; save=[grid,images] keeps each")
         files.append("grid.png")
     if "images" in config.save:
         digits = max(5, len(str(len(pixels) - 1)))
@@ -188,6 +189,8 @@ def _grid(
         numbers = by_class(classes)
     else:
         numbers = in_rows(n, min(config.nrow or math.ceil(math.sqrt(n)), fit))
+        if config.nrow and min(config.nrow, n) > fit:
+            print(f"nrow={config.nrow}: {fit} images fill a row of {WIDEST:,} pixels")
     picture, shown = table(images, numbers)
     return picture, int(np.count_nonzero((shown >= 0) & (shown < n)))
 

@@ -108,19 +108,19 @@ def save_png(path: Path, image: Pixels) -> None:
 def save_grid(images: Tensor, path: str | Path, nrow: int | None = None) -> None:
     """Write (N, C, H, W) in [-1, 1], C 1 or 3, as one picture, `nrow` in a row, atomically.
 
-    The path's suffix names the format: png, jpg, jpeg, bmp, gif or webp. Raises OSError, and UserError for arguments
-    that are none of this.
+    The path's suffix names the format: png (or none), jpg, jpeg, bmp, gif, webp. Raises OSError, and UserError for
+    arguments that are none of this.
     """
     pixels = to_uint8(images)
     if len(pixels) == 0 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
         raise UserError(f"images: {tuple(images.shape)}: must be (N, C, H, W) with N at least 1, C 1 or 3")
-    path = Path(path) if isinstance(path, str | os.PathLike) else Path()
-    if (format_ := SUFFIXES.get(path.suffix.lower())) is None:
-        raise UserError(f"path={path}: must end with one of {', '.join(SUFFIXES)}")
+    suffix = Path(path).suffix.lower() if isinstance(path, str | os.PathLike) else "none"
+    if (format_ := SUFFIXES.get(suffix or ".png")) is None:
+        raise UserError(f"path={path!r}: must be a path that ends with one of {', '.join(SUFFIXES)}")
     if nrow is not None and (isinstance(nrow, bool) or not isinstance(nrow, Integral) or nrow < 1):
         raise UserError(f"nrow={nrow!r}: must be a whole number of at least 1, or None")
     try:
-        _save(path, grid(pixels, nrow), format_)
+        _save(Path(path), grid(pixels, nrow), format_)
     except (ValueError, struct.error) as error:
         raise UserError(f"path={path}: {format_} cannot hold this picture ({reason(error)})") from error
 

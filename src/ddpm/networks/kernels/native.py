@@ -52,7 +52,7 @@ def library(source: Path) -> tuple[ctypes.CDLL, str]:
                 "this PyTorch does not use GNU OpenMP, and two kinds of threads hinder each other"
             )
         name = f"{source.stem}-{_fingerprint(source, compiler)}"
-        with _locked(_folder()) as (folder, descriptor):
+        with _locked(own_folder("native")) as (folder, descriptor):
             path = next(filter(_whole, folder.glob(f"{name}-*.so")), None)
             if path is None:
                 path = _compile(compiler, source, folder, name)
@@ -108,9 +108,9 @@ def _locked(folder: Path) -> Iterator[tuple[Path, int]]:
         os.close(descriptor)
 
 
-def _folder() -> Path:
-    """Create the cache folder for compiled code. Raises Unavailable if other users could write to it."""
-    folder = cache_folder() / "native"
+def own_folder(name: str) -> Path:
+    """Create a folder for compiled code in the cache. Raises OSError, and Unavailable if others could write to it."""
+    folder = cache_folder() / name
     make_folder(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     _check_own(folder)
