@@ -3,7 +3,11 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +244,186 @@ def test_out_of_memory_halves_the_batch_with_a_warning(
     assert (halves - whole).abs().max() < 1e-4 and said[0].filename == __file__
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def callers_state() -> list[object]:
+    with torch.device("cpu"):
+        numbers = torch.random.get_rng_state().tolist()
+    precisions = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    return [
+        *(torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), numbers),
+        *(torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads()),
+        *(torch.get_float32_matmul_precision(), [kind.fp32_precision for kind in precisions]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        *(partial(default_dtype, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+        *(partial(torch.device, name) for name in ("meta", "cpu")),
+        *(partial(torch.autocast, "cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(torch.inference_mode, torch.no_grad, partial(matmul_precision, "medium")),
+    ],
+    ids=str,
+)
+def test_a_callers_world_changes_nothing_and_is_not_changed(
+    home: Path, model: ddpm.Model, world: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    wanted = {"label": [3, 1], "guidance_scale": 2, "num_steps": 3, "sampler": "dpmpp_2m_sde"}
+    expected, loaded = model.sample(3, **wanted), ddpm.load(home / "run", device="cpu").sample(2, num_steps=2)
+    with world():
+        before = callers_state()
+        drawn, other = model.sample(3, **wanted), ddpm.load(home / "run", device="cpu")
+        again = other.sample(2, num_steps=2)
+        assert callers_state() == before
+    assert drawn.dtype == torch.float32 and torch.equal(drawn, expected) and torch.equal(again, loaded)
+    assert not drawn.is_inference()
+    for parameter in other.network.parameters():
+        assert parameter.dtype == torch.float32 and parameter.requires_grad and not parameter.is_inference()
+
+
+def test_threads_that_draw_at_once_leave_the_precision_alone(model: ddpm.Model) -> None:
+    expected, matmul = model.sample(2, num_steps=3), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            drawn = list(pool.map(lambda _: model.sample(2, num_steps=3), range(8)))
+        assert matmul.fp32_precision == "tf32" and all(torch.equal(x, expected) for x in drawn)
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"n": n} for n in (0, -1, 2.5, "4", True, None, 10**400)),
+        *({"seed": seed} for seed in (-1, 1.5, 2**64)),
+        *({"index": index} for index in ([], [[1]], [-1], {1}, np.array([0.5]), torch.tensor([True]))),
+        *({"label": label} for label in ([99], "1", 1.0, [], torch.zeros(2, 2))),
+        *({"guidance_scale": scale} for scale in (float("nan"), -1, "x", 2j, torch.ones(2))),
+        *({"sampler": sampler} for sampler in (5, "", ["ddim"], {})),
+        *({"batch_size": size} for size in (0, 2.0)),
+        *({"num_steps": steps} for steps in (0, 1e9, [3], torch.tensor(3.5))),
+        *({"spacing": spacing} for spacing in ([5, 7], {}, object())),
+        *({"eta": 2}, {"clip": None}, {"dynamic_percentile": float("nan")}, {"nonsense": 1}),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_of_sample_is_named(model: ddpm.Model, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ddpm.UserError, match=next(iter(arguments))) as caught:
+        model.sample(**{"n": 1, "num_steps": 2, "sampler": "ddim", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_numbers(model: ddpm.Model) -> None:
+    expected = model.sample(2, num_steps=2, label=[3, 1], seed=5)
+    for number, many in ((np.int64, np.array), (torch.tensor, torch.tensor)):
+        drawn = model.sample(number(2), num_steps=number(2), label=many([3, 1]), seed=number(5))
+        assert torch.equal(drawn, expected)
+        assert torch.equal(
+            model.sample(index=many([0, 1]), num_steps=2, label=many([3, 1]), seed=5), expected
+        )
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        *(("does not exist", {"ckpt": ckpt}) for ckpt in (None, 5, b"run", ["run"], "a\0b")),
+        *(("too long", {"ckpt": "x" * 5000}), ("holds no checkpoint", {"ckpt": ""})),
+        *(("device=", {"device": d}) for d in (0, None, "meta", torch.device("meta"), "cuda:99999999")),
+        *(("ema=", {"ema": ema}) for ema in ("no", None, 1)),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_of_load_is_named(words: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ddpm.UserError, match=words):
+        patch.chdir(tmp_path)
+        ddpm.load(**{"ckpt": "latest", **arguments})
+
+
 def test_save_grid(model: ddpm.Model, tmp_path: Path) -> None:
     ddpm.save_grid(model.sample(6, num_steps=2), tmp_path / "a.png", nrow=3)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (3 * 58 + 2, 2 * 58 + 2) and picture.mode == "L"
     with pytest.raises(OSError):
         ddpm.save_grid(torch.zeros(1, 1, 8, 8), tmp_path / "none" / "a.png")
+
+
+def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
+    x = torch.linspace(-1, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
+    shown = {}
+    for suffix, kind in (
+        *((".png", "PNG"), (".PNG", "PNG"), (".jpg", "JPEG"), (".jpeg", "JPEG"), (".bmp", "BMP")),
+        *((".gif", "GIF"), (".webp", "WEBP")),
+    ):
+        for channels in (1, 3):
+            ddpm.save_grid(x[:, :channels], tmp_path / f"g{suffix}")
+            with Image.open(tmp_path / f"g{suffix}") as picture:
+                assert picture.format == kind
+                shown[kind, channels] = np.asarray(picture.convert("RGB")).astype(int)
+    for (kind, channels), pixels in shown.items():
+        apart = np.abs(pixels - shown["PNG", channels]).mean()
+        assert apart < (5 if kind in ("JPEG", "GIF") else 0.01), kind
+    ddpm.save_grid(x, tmp_path / "none")
+    with Image.open(tmp_path / "none") as picture:
+        assert picture.format == "PNG"
+    for name in ("g.tiff", "g.txt", "g.png.gz", "g.pn", 5, None, b"g.png"):
+        with pytest.raises(ddpm.UserError, match=r"path=.*must be a path that ends with one of \.png"):
+            ddpm.save_grid(x, name if isinstance(name, int | bytes | None) else tmp_path / name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *(torch.zeros(shape) for shape in ((8, 8), (1, 8, 8), (0, 1, 8, 8), (2, 2, 8, 8), (2, 4, 8, 8))),
+        *(torch.zeros(shape) for shape in ((2, 0, 8, 8), (2, 1, 0, 8), (1, 2, 1, 8, 8))),
+        *(
+            torch.zeros(2, 1, 8, 8, dtype=dtype)
+            for dtype in (torch.uint8, torch.int64, torch.bool, torch.cfloat)
+        ),
+        *(torch.full((2, 1, 8, 8), value) for value in (torch.nan, torch.inf)),
+        *(np.zeros((2, 1, 8, 8), np.float32), [torch.zeros(1, 8, 8)], None),
+    ],
+    ids=lambda x: f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}",
+)
+def test_what_is_no_images_is_refused_and_nothing_written(images: Any, tmp_path: Path) -> None:
+    with pytest.raises(ddpm.UserError, match=r"^images: "):
+        ddpm.save_grid(images, tmp_path / "g.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_a_grid_and_every_floating_point_dtype(tmp_path: Path) -> None:
+    x = torch.rand(6, 1, 8, 8) * 2 - 1
+    expected = ddpm.to_uint8(x).astype(int)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        rounded = np.abs(ddpm.to_uint8(x.to(dtype)).astype(int) - expected).max()
+        assert rounded <= (1 if dtype == torch.bfloat16 else 0) or (dtype == torch.float16 and rounded <= 1)
+        assert np.array_equal(ddpm.to_uint8(x.to(dtype)), ddpm.to_uint8(x.to(dtype).float()))
+    for nrow in (0, -1, 2.0, "3", True, [2], torch.tensor(2)):
+        with pytest.raises(ddpm.UserError, match="nrow="):
+            ddpm.save_grid(x, tmp_path / "g.png", nrow=nrow)  # type: ignore[arg-type]
+    for nrow in (3, np.int64(3), 10**12):
+        ddpm.save_grid(x.requires_grad_(), tmp_path / "g.png", nrow=nrow)  # type: ignore[arg-type]
+        with Image.open(tmp_path / "g.png") as picture:
+            assert picture.size == ((3 if nrow == 3 else 6) * 58 + 2, (2 if nrow == 3 else 1) * 58 + 2)
 
 
 def test_bf16_is_the_networks_alone_and_near_float32(model: ddpm.Model) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config.choices import choose_sampler
+from ddpm.config.limits import like
 from ddpm.config.schema import DrawConfig, check
 from ddpm.io.images import save_grid, to_uint8
 from ddpm.runtime import device as runtime_device
@@ -56,17 +57,17 @@ class Model(models.Model):
         todo: DrawConfig = check(DrawConfig, typed)
         base = sampler if sampler is not None else sampler_file.default(self.config, self.folder)[0]
         chosen = choose_sampler(base, {key: _plain(value) for key, value in settings.items()})
-        numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
         guidance = Guidance(todo.guidance_scale)
-        y = labels(self, todo.label, numbers, guidance)
 
         def halved(left: int, size: int) -> None:
             warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=5)
 
-        steps = generation(self, chosen, numbers, todo.seed)
-        places, size = torch.arange(len(numbers)), todo.batch_size
-        x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
-        return x.clamp_(-1, 1)
+        with runtime_device.own_defaults():
+            numbers = torch.tensor(todo.index) if todo.index else torch.arange(todo.n)
+            y, places = labels(self, todo.label, numbers, guidance), torch.arange(len(numbers))
+            steps, size = generation(self, chosen, numbers, todo.seed), todo.batch_size
+            x, _ = draw_all(self, chosen, guidance, y, places, steps, size, lambda at, step: None, halved)
+            return x.clamp_(-1, 1)
 
 
 def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True) -> Model:
@@ -76,7 +77,9 @@ def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True
     the newest intact checkpoint is loaded; a UserWarning names newer ones that are broken. No code in a file is run.
     Raises UserError; CheckpointError if there is no checkpoint.
     """
-    _, model, _, notes = models.load_newest(str(ckpt), ALONE, runtime_device.device(str(device)), ema)
+    ema, found = like(True, _plain(ema), "ema", None), runtime_device.device(str(device))
+    with runtime_device.own_defaults():
+        _, model, _, notes = models.load_newest(str(ckpt), ALONE, found, ema)
     for note in notes:
         warnings.warn(note.removeprefix("warning: "), stacklevel=2)
     return Model(**vars(model))

@@ -45,7 +45,9 @@ def network(choice: Component, objective: ObjectiveConfig, facts: DatasetInfo) -
         "out_channels": facts.channels * (2 if objective.learned_variance else 1),
         "num_classes": facts.num_classes if conditional else 0,
     }
-    return _call("model", NETWORKS, Component(choice.name, params), **facts_of_data)  # type: ignore[no-any-return]
+    made: nn.Module = _call("model", NETWORKS, Component(choice.name, params), **facts_of_data)
+    # a program that uses ddpm may have another default dtype, which layers take
+    return made if torch.get_default_dtype() == torch.float32 else made.float()
 
 
 def objective(config: ObjectiveConfig, schedule: NoiseSchedule, device: torch.device) -> Objective:

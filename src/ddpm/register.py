@@ -48,7 +48,8 @@ def register(kind: str, *, name: str | None = None, **defaults: Any) -> Callable
     """
 
     def add(function: Function) -> Function:
-        _add("network" if kind == "model" else kind, name or function.__name__, function, defaults)
+        named = name or getattr(function, "__name__", repr(function))
+        _add("network" if kind == "model" else str(kind), named, function, defaults)
         return function
 
     return add
@@ -63,7 +64,10 @@ def _add(kind: str, name: str, function: Callable[..., Any], defaults: dict[str,
     table = getattr(import_module(module), attribute)
     if name in table and _home(table[name]) != _home(function):  # not just a cell run again
         raise UserError(f"{here} exists already, in {_home(table[name])}: choose another name")
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{here}: must be a function or class of Python ({error})") from None
     begin, rest = BEGIN[kind], parameters[len(BEGIN[kind]) :]
     if [p.name for p in parameters[: len(begin)]] != begin:
         raise UserError(f"{here}: its parameters must begin with {', '.join(begin)}")
@@ -79,7 +83,8 @@ def _add(kind: str, name: str, function: Callable[..., Any], defaults: dict[str,
                 )
             if default is inspect.Parameter.empty:
                 raise UserError(f"{here}: its parameter '{parameter}' needs a default")
-        add_choice(group, {"name": name, **common, **defaults, **own})
+        plain = {key: _plain(value) for key, value in defaults.items()}
+        add_choice(group, {"name": name, **common, **plain, **own})
     elif kind in ("prediction", "optimizer"):  # each has a file: this one gets a copy of the first
         like = {**choices(group)[next(iter(Names(kind)))]}
         extra = {"weight": "plain"} if kind == "prediction" else {}
@@ -88,6 +93,8 @@ def _add(kind: str, name: str, function: Callable[..., Any], defaults: dict[str,
 
 
 def _plain(default: Any) -> Any:
+    """Convert numbers of other libraries, and tuples, to what a config holds."""
+    default = default.tolist() if hasattr(default, "tolist") else default
     return list(default) if isinstance(default, tuple) else default
 
 

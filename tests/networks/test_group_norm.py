@@ -1,18 +1,26 @@
 """Our GroupNorm for CPUs against float64, and when it is not taken."""
 
 import os
+import pwd
+import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.io.cache import save_arrays
 from ddpm.networks.kernels import group_norm, native
 from ddpm.networks.kernels.group_norm import normed
 
@@ -188,6 +196,114 @@ def test_code_that_somebody_else_could_have_written_is_not_loaded(cache: Path) -
         native.library(SOURCE)
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Something that is compiled faster."""
+    (tmp_path / "small.c").write_text("int one(void) { return 1; }\n")
+    return tmp_path / "small.c"
+
+
+@compiled
+@pytest.mark.parametrize("damage", ["half", "empty", "a page of zeros", "a bit"])
+def test_code_that_a_power_cut_left_half_written_is_compiled_anew(
+    cache: Path, small: Path, damage: str
+) -> None:
+    """Loading it would end the process, so that no later command could mend it."""
+    native.library(small)
+    (made,) = cache.iterdir()
+    whole = made.read_bytes()
+    broken = {
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "a page of zeros": whole[:-4096] + bytes(4096),
+        "a bit": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+    }[damage]
+    (cache / "new").write_bytes(broken)  # another file: the old one is loaded in this process
+    (cache / "new").chmod(0o700)
+    (cache / "new").replace(made)
+    native.library(small)
+    assert list(cache.iterdir()) == [made] and made.read_bytes() == whole
+
+
+@compiled
+def test_what_is_compiled_is_on_the_disk_before_it_gets_its_name(
+    cache: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), flush(file))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    native.library(small)
+    assert done == ["fsync", "rename", "fsync"]
+
+
+@compiled
+def test_what_a_killed_compiler_left_is_removed_and_what_a_running_one_needs_is_not(
+    cache: Path, small: Path, tmp_path: Path
+) -> None:
+    fake = tmp_path / "bin" / "gcc"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ntouch "$TMPDIR/part.s"; exec sleep 60\n')
+    fake.chmod(0o700)
+    code = f"from ddpm.networks.kernels import native\nimport pathlib\nnative.library(pathlib.Path({str(small)!r}))"
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import torch\n{code}"], env={**os.environ, "PATH": path}
+    ) as slow:
+        while not (found := list(cache.glob("tmp*/part.s"))):
+            assert slow.poll() is None
+            time.sleep(0.02)
+        children = Path(f"/proc/{slow.pid}/task/{slow.pid}/children").read_text().split()
+        native.library(small)
+        assert found[0].exists()
+        slow.kill()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    native.library(small)
+    (made,) = cache.iterdir()
+    assert made.suffix == ".so"
+
+
+@compiled
+def test_with_a_umask_that_lets_the_group_write(
+    cache: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders made here are closed to the group; others may be open to a user's own group, and to no other."""
+    before = os.umask(0o002)
+    try:
+        save_arrays(cache.parent / "a.safetensors", {"a": np.zeros(1)})
+        native.library(small)
+        (made,) = cache.iterdir()
+        assert not (stat.S_IMODE(cache.parent.stat().st_mode) | made.stat().st_mode) & 0o022
+    finally:
+        os.umask(before)
+    cache.parent.chmod(0o775)
+    me = pwd.getpwuid(os.geteuid())
+    own = SimpleNamespace(gr_name=me.pw_name, gr_mem=[me.pw_name])
+    shared = SimpleNamespace(gr_name=me.pw_name, gr_mem=["someone"])
+    users = SimpleNamespace(gr_name="users", gr_mem=[])
+    monkeypatch.setattr(native.pwd, "getpwall", lambda: [me])
+    for group, works in ((own, True), (shared, False), (users, False)):
+        monkeypatch.setattr(native.grp, "getgrgid", lambda number, group=group: group)
+        with nullcontext() if works else pytest.raises(native.Unavailable, match="could be exchanged"):
+            native.library(small)
+    other = SimpleNamespace(pw_name="someone", pw_gid=cache.parent.stat().st_gid)
+    monkeypatch.setattr(native.grp, "getgrgid", lambda number: own)
+    monkeypatch.setattr(native.pwd, "getpwall", lambda: [me, other])
+    with pytest.raises(native.Unavailable, match="could be exchanged"):
+        native.library(small)
+
+
+@compiled
+def test_the_same_code_has_the_same_name_and_another_compiler_another(
+    cache: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, first), (_, again) = native.library(small), native.library(small)
+    assert first == again and re.fullmatch(r"GCC: .*, code [0-9a-f]{16}", first)
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS[1:], "-O1"))
+    assert native.library(small)[1] != first and len(list(cache.iterdir())) == 2
+
+
 @compiled
 def test_what_cannot_be_compiled_or_loaded_is_a_reason_and_no_crash(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,7 +353,9 @@ def test_a_training_without_it_says_so_and_comes_to_the_same_loss(tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 9, 7, 2), (2, 24, 5, 5, 8), (3, 12, 3, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 9, 7, 2), (2, 24, 5, 5, 8), (3, 12, 3, 1, 4), (1, 6, 1, 1, 3)], ids=str
+)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_triton_kernels_are_right(shape: tuple[int, ...], silu: bool, dtype: str) -> None:

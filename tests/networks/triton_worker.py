@@ -21,6 +21,11 @@ def main() -> None:
 def check(
     x: Tensor, extra: Tensor | None, dy: Tensor, norm: torch.nn.GroupNorm, silu: bool, close: float
 ) -> None:
+    """Compare, relative to the largest value; the gradients of x and extra relative to what they are a difference of.
+
+    Of two numbers in a group, 1 - xhat^2 = eps / (variance + eps) of the gradient is left: some 1e-6 of terms near 1,
+    of which no float32 keeps more than a digit, PyTorch's own GroupNorm neither.
+    """
     leaves = [x, norm.weight, norm.bias, *([] if extra is None else [extra])]
     wanted = reference(x, extra, norm, silu)
     exact = gradients(wanted, dy, *leaves)
@@ -32,8 +37,11 @@ def check(
         dx, dextra, dweight, dbias = kernels.backward(dy, x, own, weight, bias, mean, rstd, silu)
     assert y.dtype == dx.dtype == x.dtype and y.is_contiguous(memory_format=torch.channels_last)
     found = [y, dx, dweight.sum(0), dbias.sum(0), *([] if extra is None else [dextra])]
+    terms = float((rstd.max() * dy.abs().max() * weight.abs().max()).detach())
     for name, a, b in zip(("y", "x", "weight", "bias", "extra"), found, [wanted, *exact], strict=False):
-        assert far(a.double(), b) < close, f"{name}: {far(a.double(), b)}"
+        cancels = name in ("x", "extra") and x.numel() == 2 * rstd.numel()
+        error = float((a.double() - b).abs().max()) / terms if cancels else far(a.double(), b)
+        assert error < close, f"{name}: {error}"
 
 
 main()

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
+from ddpm.networks.kernels import group_norm
 from ddpm.runs import open_run, resume, resume_overrides, run_dir
 from ddpm.train import environment
 from ddpm.train.checkpointing import save
@@ -244,6 +246,47 @@ def test_a_weight_that_was_another_function_is_named(tmp_path: Path, run: TrainS
         assert source is not None
         told = "\n".join(open_run.notes(source, prepare(config, tiny_data(), CPU)))
         assert words in told and ("bit by bit" in told) == bool(words)
+
+
+def test_what_decides_bits_on_a_cpu_is_compared(
+    tmp_path: Path, run: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = typed(f"trainer.resume={tmp_path}/mine")
+    source = open_run.choose(resume.place(config), config)
+    assert source is not None
+
+    def told() -> str:
+        return "\n".join(open_run.notes(source, prepare(config, tiny_data(), CPU)))
+
+    assert "bit by bit" not in told()
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.setenv(variable, "AVX2")
+        assert re.search(f"not bit by bit: variables was .*, is .*{variable}=AVX2", told())
+        monkeypatch.delenv(variable)
+    for name, value in (("_processor", "another"), ("_libraries", "others")):
+        with monkeypatch.context() as patch:
+            patch.setattr(environment, name, lambda *_, value=value: value)
+            assert f"not bit by bit: {name.lstrip('_')} was" in told()
+    with monkeypatch.context() as patch:
+        patch.setattr(group_norm, "missing", lambda _: "")
+        patch.setattr(group_norm, "code", lambda _: "GCC 99")
+        assert re.search("group_norm_code was .*, is GCC 99", told())
+    for key in ("processor", "libraries", "variables", "group_norm_code"):
+        source.meta.versions.pop(key)
+    (line,) = [line for line in told().splitlines() if "bit by bit" in line]
+    assert line.endswith("too old to say group_norm_code, processor, libraries, variables")
+
+
+def test_what_a_variable_holds_fits_into_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = []
+    for end in "ab":
+        monkeypatch.setenv("MKL_ODD", "\x1b[2J\n\udcff" + "x" * 2000 + end)
+        save(prepare(typed(*SMALL), tiny_data(), CPU), tmp_path / "a.safetensors", {})
+        stored.append(checkpoint.read_meta(tmp_path / "a.safetensors")[0].versions)
+    assert stored[0]["variables"] != stored[1]["variables"]
+    assert {key for key in stored[0] if stored[0][key] != stored[1][key]} == {"variables"}
 
 
 def test_another_network_schedule_or_seed_is_another_run(tmp_path: Path, run: TrainState) -> None:

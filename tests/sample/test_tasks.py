@@ -228,8 +228,9 @@ def test_inpainting_keeps_the_known_pixels_bit_by_bit(name: str, base: SampleCon
         pixels[white == 255] != before[white == 255]
     ).any()
     assert 0.1 < (white == 255).mean() < 0.9
-    table, nrow = todo.table(pixels)
-    assert nrow == 3 and (table[2::3] == pixels).all() and (table[0::3] == before).all()
+    images, numbers = todo.table(pixels)
+    assert numbers.shape == (len(pixels), 3)
+    assert (images[numbers[:, 2]] == pixels).all() and (images[numbers[:, 0]] == before).all()
 
 
 def test_all_grey_levels_come_back() -> None:

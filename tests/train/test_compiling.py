@@ -3,7 +3,9 @@
 No GPU and no compiler here: both are fakes, the passes through the network are real.
 """
 
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,11 @@ from ddpm.train.state import TrainState, prepare
 from tests.train.test_training import CPU, config, tiny_data
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "inductor"))
 
 
 def test_a_stored_config_of_before_there_was_auto() -> None:
@@ -141,3 +148,16 @@ def test_a_pass_is_of_one_process_s_part() -> None:
     run.world = World(1, 2)
     compiling._pass(run)
     assert sizes == [7, 3]
+
+
+def test_compiled_code_is_kept_where_nobody_else_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would take /tmp/torchinductor_<user>, which another user may have made."""
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    assert compiling._cache() == str(tmp_path / "cache" / "inductor")
+    assert stat.S_IMODE((tmp_path / "cache" / "inductor").stat().st_mode) == 0o700
+    (tmp_path / "cache").chmod(0o777)
+    other = Path(compiling._cache())
+    assert tmp_path not in other.parents and stat.S_IMODE(other.stat().st_mode) == 0o700
+    other.rmdir()

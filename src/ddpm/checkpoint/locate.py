@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ddpm.checkpoint.file import read_meta, verify
 from ddpm.errors import CheckpointError
+from ddpm.io.files import reason
 
 T = TypeVar("T")
 MAX_TRIES = 50  # to read the checkpoint of a run that writes one faster than it is read
@@ -52,6 +53,10 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
             )
         return find(str(max(files, key=lambda file: (_modified(file), file.name)).parent))
     path = Path(spec)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise CheckpointError(f"cannot read {spec}: {reason(error)}") from None
     if path.is_dir():
         inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
         files = of_run(path.parent if inside else path)

@@ -2,19 +2,32 @@
 
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.config.schema import SampleConfig, to_dict
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import printable
 from ddpm.io.files import write_atomically
-from ddpm.io.images import Pixels, grid, rows, save_gif, save_png, to_uint8
+from ddpm.io.images import (
+    WIDEST,
+    Pixels,
+    by_class,
+    fitting,
+    grid,
+    in_rows,
+    save_gif,
+    save_png,
+    table,
+    to_uint8,
+)
 from ddpm.runs import output_dirs
 from ddpm.runtime import console, memory
 from ddpm.runtime import device as runtime_device
@@ -69,7 +82,7 @@ def run(config: SampleConfig, started: float) -> None:
 
 def draw(config: SampleConfig, model: Model, todo: Plan, own: World = ALONE) -> Drawn:
     """Draw this process's images, with a bar on a terminal."""
-    share, filmed = own.share(todo.n), _filmed(config, todo.n)
+    share, filmed = own.share(todo.n), _filmed(config, todo.n, model.facts.image_size)
     film: dict[int, list[Tensor]] = {}  # by the first place of a chunk, after each step
     number = share.stop - share.start
     with console.of_steps(own, todo.num_steps, number, config.batch_size, leave=True) as (bar, smaller):
@@ -90,14 +103,14 @@ def draw(config: SampleConfig, model: Model, todo: Plan, own: World = ALONE) -> 
     return Drawn(x, torch.cat(frames) if frames else torch.empty(0, 0, *model.shape), evaluations)
 
 
-def _filmed(config: SampleConfig, n: int) -> int:
+def _filmed(config: SampleConfig, n: int, size: int) -> int:
     """Return how many of the first images are kept after each step."""
-    return min(FILM_IMAGES, config.batch_size, n) if "trajectory" in config.save else 0
+    return min(FILM_IMAGES, fitting(size) ** 2, config.batch_size, n) if "trajectory" in config.save else 0
 
 
 def _gathered(config: SampleConfig, drawn: Drawn, n: int, own: World) -> Drawn:
     """Return the images and the film of all processes on rank 0."""
-    filmed, shares = _filmed(config, n), (own.share(n, rank) for rank in range(own.size))
+    filmed, shares = _filmed(config, n, drawn.x.shape[-1]), (own.share(n, rank) for rank in range(own.size))
     lengths = [max(0, min(share.stop, filmed) - share.start) for share in shares]
     x = gather_to_rank_zero(own, drawn.x, own.lengths(n))
     return drawn._replace(x=x, film=gather_to_rank_zero(own, drawn.film, lengths))
@@ -141,12 +154,10 @@ def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[st
     pixels, files = to_uint8(drawn.x), []
     classes = None if todo.y is None else todo.y.cpu().numpy()
     if "grid" in config.save:
-        table, columns = pixels, config.nrow
-        if todo.rows is not None:
-            table, columns = todo.table(pixels)
-        elif classes is not None and config.nrow is None and len(np.unique(classes)) > 1:
-            table, columns = rows(pixels, classes)
-        save_png(out / "grid.png", grid(table, columns))
+        picture, shown = _grid(config, todo, pixels, classes)
+        save_png(out / "grid.png", picture)
+        if shown < len(pixels):
+            print(f"grid.png shows {shown:,} of {len(pixels):,} images; save=[grid,images] keeps each")
         files.append("grid.png")
     if "images" in config.save:
         digits = max(5, len(str(len(pixels) - 1)))
@@ -166,11 +177,29 @@ def _write(config: SampleConfig, todo: Plan, drawn: Drawn, out: Path) -> list[st
     return files
 
 
+def _grid(
+    config: SampleConfig, todo: Plan, pixels: Pixels, classes: NDArray[np.int64] | None
+) -> tuple[Pixels, int]:
+    """Draw rows of `nrow` images, or one for each input, or for each of several classes. Returns how many are shown."""
+    n, fit, images = len(pixels), fitting(pixels.shape[1]), pixels
+    if todo.rows is not None:
+        images, numbers = todo.table(pixels)
+    elif classes is not None and config.nrow is None and 1 < len(np.unique(classes)) <= fit:
+        numbers = by_class(classes)
+    else:
+        numbers = in_rows(n, min(config.nrow or math.ceil(math.sqrt(n)), fit))
+        if config.nrow and min(config.nrow, n) > fit:
+            print(f"nrow={config.nrow}: {fit} images fill a row of {WIDEST:,} pixels")
+    picture, shown = table(images, numbers)
+    return picture, int(np.count_nonzero((shown >= 0) & (shown < n)))
+
+
 def _write_film(film: tuple[Tensor, ...], out: Path) -> None:
     """Write images (k, C, H, W) after each step as a film, and a few of them as a strip."""
     frames = [film[round(i * (len(film) - 1) / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
-    columns = min(STRIP_COLUMNS, len(film))
-    chosen = [film[round((i + 1) * len(film) / columns) - 1][:8] for i in range(columns)]
+    fit = fitting(film[0].shape[-1])
+    columns = min(STRIP_COLUMNS, len(film), fit)
+    chosen = [film[round((i + 1) * len(film) / columns) - 1][: min(8, fit)] for i in range(columns)]
     strip: Pixels = np.stack([to_uint8(frame) for frame in chosen], axis=1)
     save_png(out / "trajectory.png", grid(strip.reshape(-1, *strip.shape[2:]), nrow=columns))

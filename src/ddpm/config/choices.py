@@ -30,7 +30,8 @@ def choose_sampler(base: Component | str, settings: Mapping[str, Any]) -> Compon
     """Return a sampler, given itself or by its file's name, with these settings. Raises UserError."""
     if isinstance(base, Component):
         return check_choice("sampler", {**base.to_dict(), **settings})
-    if base not in (known := choices("sampler")):
+    known = choices("sampler")
+    if not isinstance(base, str) or base not in known:
         hint = plugin_hint("sampler") + nearest(str(base), known)
         raise UserError(f"sampler={base}: must be one of {', '.join(known)}{hint}")
     return check_choice("sampler", {**known[base], **settings})

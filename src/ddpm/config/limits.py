@@ -122,7 +122,7 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
             item = example[0] if example else 0
             return [like(item, each, path, allowed) for each in value]
         case _:
-            raise AssertionError(f"{path}: a config holds plain values and lists of them")
+            raise UserError(f"{path}={_show(value)}: a config holds plain values and lists of them")
     if not fits:
         raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:

@@ -69,7 +69,7 @@ class Denoiser:
 
     def _output(self, x_t: Tensor, level: Level) -> Tensor:
         """Evaluate the network, guided inside the interval of noise levels (Kynkäänniemi et al. 2024)."""
-        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        t = torch.full((len(x_t),), level.t, dtype=torch.float32, device=x_t.device)
         low, high = self.guidance_interval
         scale = self.guidance_scale if low <= math.exp(-level.lambda_) <= high else 1.0
         if scale == 1:

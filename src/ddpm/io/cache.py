@@ -36,9 +36,16 @@ def cache_folder() -> Path:
         raise DataError(f"{error}; set DDPM_CACHE to a folder for the cache") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it; nobody else can write to them, whatever the umask. Raises OSError."""
+    for missing in reversed([folder, *folder.parents]):
+        if not missing.exists():
+            missing.mkdir(mode=0o755, exist_ok=True)
+
+
 def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
     """Write a safetensors file atomically, with notes and the SHA-256 of its content. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
     write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 

@@ -1,5 +1,6 @@
 """contact.png: the same noise through every run of a report, one run in a row."""
 
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ddpm.checkpoint import locate
 from ddpm.config.choices import Component
 from ddpm.io.files import reason, try_to_draw
-from ddpm.io.images import Pixels, save_png, to_uint8
+from ddpm.io.images import WIDEST, Pixels, save_png, to_uint8
 from ddpm.report.runs import RunRow, brief
 from ddpm.report.table import label, measured, varying
 from ddpm.runtime import device as runtime_device
@@ -110,8 +111,9 @@ def fitted(sampler: Component, model: Model) -> Component:
 def sheet(title: str, strips: Sequence[Strip]) -> Pixels:
     """Return (H, W, 3): a title and a row for each strip. Images have any size and channels, cells one size."""
     cell = max(_scaled_size(strip.images[0]) for strip in strips)
-    columns = max(len(strip.images) for strip in strips)
-    height = max(cell, 4 * LINE) + GAP  # room for four lines of text
+    most = max(len(strip.images) for strip in strips)
+    columns = min(most, max(1, (WIDEST - LABEL) // (cell + GAP)))
+    height = max(math.ceil(most / columns) * (cell + GAP), 4 * LINE + GAP)  # room for four lines of text
     top, width = LINE + 3 * GAP, LABEL + columns * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, top + len(strips) * height), PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -123,11 +125,11 @@ def sheet(title: str, strips: Sequence[Strip]) -> Pixels:
         lines += [(line, FAINT, False) for line in _wrapped(strip.foot, 1)]
         for i, (line, colour, bold) in enumerate(lines):
             pen.text((2 * GAP, y + i * LINE), line, colour, _font(bold))
-        for column, image in enumerate(strip.images):
-            x = LABEL + column * (cell + GAP)
-            pen.rectangle((x, y, x + cell - 1, y + cell - 1), PALE)
+        for number, image in enumerate(strip.images):
+            x, below = LABEL + number % columns * (cell + GAP), y + number // columns * (cell + GAP)
+            pen.rectangle((x, below, x + cell - 1, below + cell - 1), PALE)
             scaled = _scaled(image)
-            canvas.paste(scaled, (x + (cell - scaled.width) // 2, y + (cell - scaled.height) // 2))
+            canvas.paste(scaled, (x + (cell - scaled.width) // 2, below + (cell - scaled.height) // 2))
     return np.asarray(canvas)
 
 

@@ -160,13 +160,14 @@ def notes(source: Source, state: TrainState) -> list[str]:
     if resume.length(source.config) != resume.length(state.config) and decay != "constant":
         lines.append(f"the learning rate follows optimizer.decay={decay} to step {state.max_steps:,}")
     then, now = BEFORE_THESE_WERE_STORED | source.meta.versions, BEFORE_THESE_WERE_STORED | state.environment
-    other = [
-        f"{key} was {then.get(key, 'unknown')}, is {now[key]}"
-        for key in BITWISE_FACTORS
-        if then.get(key) != now[key]
-    ]
+    known = [key for key in BITWISE_FACTORS if key in then]
+    other = [f"{key} was {then[key]}, is {now[key]}" for key in known if then[key] != now[key]]
     if now["deterministic"] == "no":
         other.append("on a GPU only trainer.deterministic=true repeats every bit")
     if other:
         lines.append("close to an unbroken run, but not bit by bit: " + "; ".join(other))
+    if unknown := [key for key in BITWISE_FACTORS if key not in then]:
+        lines.append(
+            f"whether bit by bit is not known: the checkpoint is too old to say {', '.join(unknown)}"
+        )
     return lines

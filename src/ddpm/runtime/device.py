@@ -1,7 +1,9 @@
 """Devices: which one, and in which precision."""
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -72,16 +74,39 @@ def set_up_cuda(*, tf32: bool = False) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+_lock, _inside = threading.Lock(), list[list[str]]()  # the caller's choices, for each thread that is inside
+
+
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Compute float32 in IEEE arithmetic inside of the block, and restore the caller's choice after it."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = (matmul.fp32_precision, convolution.fp32_precision)
-    matmul.fp32_precision = convolution.fp32_precision = "ieee"
+    """Compute float32 in IEEE arithmetic inside of the block, and restore the caller's choice after it.
+
+    The choice is the process's: of threads that overlap, the last one out restores what the first one found.
+    """
+    gpu, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    kinds: list[Any] = [gpu, cudnn.conv, cpu.matmul, cpu.conv]  # type: ignore[attr-defined]
+    with _lock:
+        _inside.append(_inside[0] if _inside else [kind.fp32_precision for kind in kinds])
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision, convolution.fp32_precision = before
+        with _lock:
+            before = _inside.pop()
+            for kind, choice in zip(kinds, before, strict=True) if not _inside else ():
+                kind.fp32_precision = choice
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Leave a caller's default device and inference mode inside of the block, in this thread alone.
+
+    A default dtype is the process's, so it is left alone: what must be float32 has to say so.
+    """
+    caller, cpu = torch.get_default_device(), torch.device("cpu")
+    with torch.inference_mode(False), nullcontext() if caller == cpu else cpu:
+        yield
 
 
 @contextmanager

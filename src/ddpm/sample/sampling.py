@@ -132,7 +132,6 @@ def draw_all(
             return step.x.cpu(), denoise.evaluations
 
     batches = memory.in_batches(run_batch, places, batch_size, model.device, halved)
-    images = torch.cat(
-        [torch.empty(0, *model.shape), *(x for x, _ in batches)]
-    )  # not an inference-mode tensor
+    none = torch.empty(0, *model.shape, dtype=torch.float32)
+    images = torch.cat([none, *(x for x, _ in batches)])  # not an inference-mode tensor
     return images, batches[-1][1] if batches else 0

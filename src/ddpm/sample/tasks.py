@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.config.choices import Component
@@ -46,12 +47,12 @@ class Plan:
         None  # all results -> line, part of sample.json
     )
 
-    def table(self, pixels: Pixels) -> tuple[Pixels, int]:
-        """Return the images and the row length of a grid with one input in each row."""
-        results = pixels.reshape(self.rows or 1, -1, *pixels.shape[1:])
-        columns = [[column[:, None] for column in side] for side in (self.left, self.right)]
-        table = np.concatenate([*columns[0], results, *columns[1]], axis=1)
-        return table.reshape(-1, *pixels.shape[1:]), table.shape[1]
+    def table(self, pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
+        """Return results, then inputs, and a table of their numbers with one input in each row."""
+        images = np.concatenate([pixels, *self.left, *self.right])
+        numbers, n, left = np.arange(len(images)), len(pixels), len(self.left)
+        results, columns = numbers[:n].reshape(self.rows or 1, -1), numbers[n:].reshape(-1, self.rows or 1).T
+        return images, np.concatenate([columns[:, :left], results, columns[:, left:]], axis=1)
 
 
 def make(config: SampleConfig, model: Model) -> Plan:

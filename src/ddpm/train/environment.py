@@ -1,16 +1,20 @@
 """What a run is made with: versions, device, data, the git commit."""
 
 import hashlib
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
 from ddpm import __version__
+from ddpm.checkpoint.header import MAX_TEXT
 from ddpm.config.schema import TrainConfig
 from ddpm.data.dataset import Dataset, Split
 from ddpm.diffusion.objective import WEIGHT_VERSIONS
+from ddpm.errors import printable
 from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
 from ddpm.runtime.device import precision_name
@@ -24,14 +28,25 @@ BITWISE_FACTORS = (
     "data",
     "processes",
     "group_norm",
+    "group_norm_code",
+    "processor",
+    "libraries",
+    "variables",
     "weight",
 )
+# Variables that choose other kernels, in torch or in the libraries below it.
+CHOOSING = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "GLIBC_TUNABLES", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")
+# Of /proc/cpuinfo: by kind and cache MKL and oneDNN choose how to cut matrices, by these flags their instructions.
+KIND = ("model name", "cpu family", "model", "stepping", "cache size", "CPU implementer", "CPU part")
+ARITHMETIC = re.compile(r"(ss?se|avx|fma|f16c|amx|bmi|asimd|sve|fphp)")
 
 
 def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dict[str, str]:
     """Return versions, device, precision and a digest of the data, as environment.json and checkpoints hold them."""
     cuda = device.type == "cuda"
-    return {
+    norm, code = _group_norm(config, device)
+    variables = [f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(CHOOSING)]
+    found = {
         "ddpm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -40,22 +55,55 @@ def environment(config: TrainConfig, data: Dataset, device: torch.device) -> dic
         "precision": precision_name(config.trainer.precision, device),
         "deterministic": "yes" if config.trainer.deterministic or not cuda else "no",
         "data": _fingerprint(data.train, data.val),
-        "group_norm": _group_norm(config, device),
+        "group_norm": norm,
+        "group_norm_code": code,
+        "processor": "GPU" if cuda else _processor(),
+        "libraries": _libraries(cuda),
+        "variables": " ".join(variables) or "none",
         "weight": WEIGHT_VERSIONS.get(config.objective.weight, "1"),
     }
+    return {key: _short(printable(text)) for key, text in found.items()}
 
 
-def _group_norm(config: TrainConfig, device: torch.device) -> str:
+def _short(text: str) -> str:
+    """Cut a text that is longer than a checkpoint may hold; a hash stands for the rest."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 20]}… {_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _group_norm(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    """Return whose GroupNorm runs, and what decides its bits beside torch."""
     own = getattr(NETWORKS[config.model.name], "own_group_norm", False)
     plain = own and config.trainer.channels_last and config.trainer.compile != "true"
     if not plain or group_norm.missing(device.type):
-        return "torch"
-    return "own" if device.type == "cpu" else "triton"
+        return "torch", "none"
+    return "own" if device.type == "cpu" else "triton", group_norm.code(device.type)
 
 
 def _cpu() -> str:
     """Name what decides in which order a CPU adds."""
     return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """Name the CPU's make and kind, and hash its arithmetic instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = sorted(filter(ARITHMETIC.match, about.get("flags", about.get("Features", "")).split()))
+    return ", ".join([*(about[key] for key in KIND if key in about), f"flags {_hash(' '.join(flags))}"])
+
+
+def _libraries(cuda: bool) -> str:
+    if cuda:
+        return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+    math = re.findall(r"- .*?(Math Kernel Library Version \S+|MKL-DNN v\S+)", torch.__config__.show())
+    return ", ".join([*math, " ".join(platform.libc_ver())])
 
 
 def _fingerprint(*splits: Split) -> str:

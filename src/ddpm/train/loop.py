@@ -145,7 +145,7 @@ def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
 
 def _preview(run: TrainState, folder: Path) -> None:
     """Draw a grid with the averaged weights, from the same noise each time. Raises UserError if it is not finite."""
-    index = torch.arange(PREVIEWS, device=run.device)
+    index = torch.arange(min(PREVIEWS, images.fitting(run.facts.image_size) ** 2), device=run.device)
     model = Model(run.ema, run.schedule, run.config, run.facts, run.device)
     steps = min(PREVIEW_STEPS, run.schedule.num_timesteps)
     sampler = choose_sampler("ddim", {"num_steps": steps, "eta": 1.0})

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm.diffusion.process import add_noise
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.io.files import write_atomically
-from ddpm.io.images import grid, normalise, save_png, to_uint8
+from ddpm.io.images import fitting, grid, normalise, save_png, to_uint8
 from ddpm.runtime.randomness import normal
 from ddpm.train import metrics_file
 
@@ -45,6 +45,8 @@ def plot_schedule(schedule: NoiseSchedule, picture: Path) -> None:
 
 def draw_forward(x_0: Tensor, schedule: NoiseSchedule, picture: Path, columns: int = 9) -> None:
     """Draw real images (uint8 (N, C, H, W)), one in a row, more and more noised from left to right."""
+    fit = fitting(x_0.shape[-1])
+    x_0, columns = x_0[:fit], min(columns, max(2, fit - 1))
     times = [round(i * (schedule.num_timesteps - 1) / (columns - 1)) for i in range(columns)]
     levels = [schedule.at(-1)] + [schedule.at(t) for t in times]
     clean = normalise(x_0.cpu())

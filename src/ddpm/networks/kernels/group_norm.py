@@ -5,9 +5,12 @@ PyTorch takes five passes over memory on a CPU, seven in bf16; on a GPU its Grou
 Where no kernel fits, `plain` computes the same with PyTorch's operations.
 """
 
+import hashlib
 import os
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +44,14 @@ def plain(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: b
 def missing(device_type: str = "cpu") -> str:
     """Return why `normed` takes PyTorch's operations on "cpu" or "cuda"; empty where a kernel runs."""
     return _no_triton() if device_type == "cuda" else group_norm_c.missing()
+
+
+def code(device_type: str) -> str:
+    """Return what decides the bits of the kernel on "cpu" or "cuda", which must not be missing: compiler, code."""
+    if device_type == "cpu":
+        return group_norm_c.code()
+    source = Path(__file__).with_name("group_norm_triton.py").read_bytes()
+    return f"triton {version('triton')}, code {hashlib.sha256(source).hexdigest()[:16]}"
 
 
 @cache

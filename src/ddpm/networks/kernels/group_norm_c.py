@@ -21,6 +21,11 @@ def missing() -> str:
     return found if isinstance(found, str) else ""
 
 
+def code() -> str:
+    """Return what decides the bits of the compiled functions: compiler and hash of the code."""
+    return str(_functions()[2])
+
+
 def forward(
     x: Tensor, extra: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,17 +63,17 @@ def backward(
 
 
 @cache
-def _functions() -> tuple[Any, Any] | str:
-    """Return the two C functions, or why there are none."""
+def _functions() -> tuple[Any, Any, str] | str:
+    """Return the two C functions and what decides their bits, or why there are none."""
     try:
-        library = native.library(Path(__file__).with_name("group_norm.c"))
+        library, code = native.library(Path(__file__).with_name("group_norm.c"))
     except native.Unavailable as reason:
         return str(reason)
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     forward, backward = library.group_norm_forward, library.group_norm_backward
     forward.argtypes = [pointer] * 7 + [size] * 4 + [ctypes.c_float] + [number] * 3
     backward.argtypes = [pointer] * 11 + [size] * 4 + [number] * 3
-    return forward, backward
+    return forward, backward, code
 
 
 def _call(function: Any, tensors: list[Tensor | None], *numbers: float) -> None:

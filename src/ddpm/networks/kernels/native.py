@@ -6,15 +6,23 @@ Where that is impossible (no gcc, no Linux, a PyTorch with another OpenMP), call
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddpm.errors import DataError
-from ddpm.io.cache import cache_folder
+from ddpm.io.cache import cache_folder, make_folder
+
+if sys.platform != "win32":
+    import fcntl
+    import grp
+    import pwd
 
 OFF = "DDPM_NATIVE"  # environment variable; 0 switches compiled kernels off
 # Exact arithmetic, apart from fused multiply-add. Without errno and floating-point traps gcc vectorizes the loops.
@@ -26,8 +34,11 @@ class Unavailable(Exception):
     """The compiled code is not available; the text says why."""
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """Load the library of `source`, compiled if it is not cached. Raises Unavailable."""
+def library(source: Path) -> tuple[ctypes.CDLL, str]:
+    """Load the library of `source`, compiled if it is not cached, or not as it was written. Raises Unavailable.
+
+    Returns the compiler and a hash of the code beside it: where they are equal, every bit of the results is.
+    """
     if os.environ.get(OFF) == "0":
         raise Unavailable(f"{OFF}=0")
     if not sys.platform.startswith("linux"):
@@ -40,13 +51,27 @@ def library(source: Path) -> ctypes.CDLL:
             raise Unavailable(
                 "this PyTorch does not use GNU OpenMP, and two kinds of threads hinder each other"
             )
-        path = _folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
-        if not path.exists():
-            _compile(compiler, source, path)
-        _check_own(path)
-        return _load(path)
+        name = f"{source.stem}-{_fingerprint(source, compiler)}"
+        with _locked(own_folder("native")) as (folder, descriptor):
+            path = next(filter(_whole, folder.glob(f"{name}-*.so")), None)
+            if path is None:
+                path = _compile(compiler, source, folder, name)
+                os.fsync(descriptor)
+        found = re.search(rb"GCC: \([ -~]{1,80}", path.read_bytes())
+        made_by = found[0].decode() if found else "gcc"
+        return _load(path), f"{made_by}, code {path.stem.rpartition('-')[2]}"
     except (OSError, ValueError, DataError) as error:
         raise Unavailable(str(error)) from None
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a library has the hash in its name. Loading one that a power cut left half would kill us."""
+    _check_own(path)
+    return path.stem.endswith(f"-{_hash(path.read_bytes())}")
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -67,15 +92,33 @@ def _gnu_threads() -> bool:
     )
 
 
-def _folder() -> Path:
-    """Create the cache folder for compiled code. Raises Unavailable if other users could write to it."""
-    folder = cache_folder() / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+@contextmanager
+def _locked(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Share a lock on the folder with others who may compile. Where nobody does, remove what killed ones left."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # somebody compiles, or there are no locks here
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob("tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield folder, descriptor
+    finally:
+        os.close(descriptor)
+
+
+def own_folder(name: str) -> Path:
+    """Create a folder for compiled code in the cache. Raises OSError, and Unavailable if others could write to it."""
+    folder = cache_folder() / name
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
     _check_own(folder)
     for above in folder.resolve().parents:
         found = above.stat()
-        open_to_others = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-        if found.st_uid not in (0, os.geteuid()) or open_to_others:
+        if found.st_uid not in (0, os.geteuid()) or (
+            _open_to_others(found) and not found.st_mode & stat.S_ISVTX
+        ):
             raise Unavailable(f"{above} is not yours alone, so that {folder} could be exchanged")
     return folder
 
@@ -83,8 +126,20 @@ def _folder() -> Path:
 def _check_own(path: Path) -> None:
     """Raise Unavailable unless only this user can write to the path, as ssh checks its keys."""
     found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid() or _open_to_others(found):
         raise Unavailable(f"{path} must belong to you and be writable by nobody else")
+
+
+def _open_to_others(found: os.stat_result) -> bool:
+    """Return whether others may write: all, or the group, unless that is a user's own, for which umask 002 is made."""
+    if not found.st_mode & stat.S_IWGRP:
+        return bool(found.st_mode & stat.S_IWOTH)
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(found.st_gid)
+    except KeyError:
+        return True
+    members = {*group.gr_mem, *(each.pw_name for each in pwd.getpwall() if each.pw_gid == found.st_gid)}
+    return bool(found.st_mode & stat.S_IWOTH) or group.gr_name != user or not members <= {user}
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
@@ -98,10 +153,10 @@ def _fingerprint(source: Path, compiler: str) -> str:
     return hashlib.sha256(source.read_bytes() + "\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
-    """Compile in a temporary folder and rename, so that a file with the final name is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+def _compile(compiler: str, source: Path, folder: Path, name: str) -> Path:
+    """Compile in a temporary folder and rename, so that a file with the final name is complete. Returns its path."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / f"{name}.so"
         line = [compiler, *FLAGS, "-o", str(made), str(source), "-lm"]
         try:
             done = subprocess.run(
@@ -111,6 +166,7 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
                 errors="replace",
                 timeout=TIMEOUT,
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, "TMPDIR": temporary},
             )
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{compiler} took longer than {TIMEOUT} s") from None
@@ -118,4 +174,8 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
             said = done.stderr.strip().splitlines()
             raise Unavailable(f"{compiler} failed: {said[0] if said else done.returncode}")
         made.chmod(0o700)
+        with open(made, "rb") as file:
+            path = folder / f"{name}-{_hash(file.read())}.so"
+            os.fsync(file.fileno())
         os.replace(made, path)
+        return path
