@@ -22,6 +22,7 @@ from ddpm.runtime.world import world_for_errors
 
 HYDRA_FLAGS = {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version"}
 MULTIRUN = {"-m", "--multirun"}
+MOST = 2000  # characters of a message; what was typed may be longer
 
 
 def run(
@@ -45,7 +46,7 @@ def run(
             from ddpm.config import hydra  # not for help and TAB
 
             if HYDRA_FLAGS & {argument.partition("=")[0] for argument in arguments}:
-                hydra.enter_hydra(program, arguments, lambda config: None)
+                hydra.answer_flags(program, arguments)
             elif MULTIRUN & set(arguments):
                 if sweep is None:
                     raise UserError(f"ddpm-{program} has no multirun")
@@ -77,6 +78,8 @@ def _failure(program: str, message: str, alone: bool = False) -> int:
     A job of a sweep leaves the line in a file, too.
     """
     own, line = world_for_errors(), printable(" ".join(message.split()))
+    if len(line) > MOST:
+        line = f"{line[: MOST // 2]} … {line[-MOST // 2 :]}"
     if alone or own.local_rank == 0:
         print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():
