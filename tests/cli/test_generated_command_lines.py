@@ -4,6 +4,7 @@ The seeds are fixed. By default 150 lines are tried, and 60 of ddpm-sample with 
 `-m slow` 6,000 and 600.
 """
 
+# ruff: noqa: SIM905 (words are easier to read than a list of strings)
 import importlib
 import random
 import sys
@@ -26,7 +27,17 @@ VALUES += ["9" * 5000, "-" + "9" * 5000, "a" * 5000, "[" * 200]
 FLAGS = """-m --multirun -sc --shell-completion --cfg -c --info -i --package -p --resolve --run -r --config-name -cn
     --config-path -cp --config-dir -cd --version --hydra-help --experimental-rerun -x - -- --- --help=x -hh --cfg=job
     --cfg=nonsense --info=all -sc=query=bash -m=1 --=1""".split()
-WORDS = ["all", "job", "hydra", "nonsense", "query=bash", "query=nothing", "install=bash", "uninstall=zsh", ""]
+WORDS = [
+    "all",
+    "job",
+    "hydra",
+    "nonsense",
+    "query=bash",
+    "query=nothing",
+    "install=bash",
+    "uninstall=zsh",
+    "",
+]
 OF_HYDRA = """hydra hydra.run.dir hydra/launcher hydra/sweeper hydra.job.name hydra.mode hydra/nothing hydra.searchpath
     hydra.launcher hydra.verbose hydra.x.y defaults _self_ experiment""".split()
 STRANGE = ["", ".", "a", "a.b", "a/b", "/", "@", "0", "null", "é", "_target_", "_group_", "$", "${a}"]

@@ -5,6 +5,7 @@ of a sweep too, is composed and checked here first. A single run then never ente
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +14,10 @@ from typing import Any
 
 from ddpm.cli.completion import completions
 from ddpm.cli.help import show_help
+from ddpm.config.choices import known_keys
 from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import check
+from ddpm.config.unused import refuse_unused
 from ddpm.errors import RankError, UserError, printable
 from ddpm.io.files import reason
 from ddpm.runs.run_dir import FAILED_FILE
@@ -53,7 +56,12 @@ def run(
                 sweep(hydra.read_overrides([a for a in arguments if a not in MULTIRUN]))
             else:
                 overrides = hydra.read_overrides(arguments)
-                task(check(schema, hydra.compose(program, defaults(overrides) + overrides)))
+                if not (of_sweep := FAILED_FILE in os.environ):
+                    _refuse_settings_of_sweeps(program, overrides)
+                config = check(schema, hydra.compose(program, defaults(overrides) + overrides))
+                if not of_sweep:  # whose jobs were looked at together
+                    refuse_unused(program, [(overrides, config)])
+                task(config)
     except UserError as error:
         sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
     except BrokenPipeError:  # `ddpm-train --help | head`
@@ -70,6 +78,17 @@ def run(
         if not memory.is_exhausted(error):
             raise
         sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
+
+
+def _refuse_settings_of_sweeps(program: str, overrides: list[str]) -> None:
+    """Raise UserError for what only a sweep reads, such as Hydra's own settings: a single run does without it."""
+    folder = "run_dir" if program == "train" else "out"
+    named = f"; its folder is named by {folder}=…" if folder in known_keys(program) else ""
+    for override in overrides:
+        if re.match(r"[+~]*hydra\b", override):
+            raise UserError(f"{override}: Hydra's own settings have no effect in a single run{named}")
+        if program == "train" and re.match(r"[+]*minimize=", override):
+            raise UserError(f"{override}: goes with -m and has no effect in a single run")
 
 
 def _failure(program: str, message: str, alone: bool = False) -> int:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import fields
 from typing import Any
 
 import hydra
@@ -159,9 +160,21 @@ def _one_line(error: Exception, program: str) -> str:
             return f"'{key}': the chosen {group} has no such key; another {group} has"
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"'+{match[1]}=': this key is there already, write {match[1]}=…"
-    if match := re.match(r"Ambiguous value for argument '([^=]+)=", text):
-        return f"several values for {match[1]}: add -m to run a job for each, or write [a,b] for a list"
+    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '[+~]*([^=]+)=([^']*)", text):
+        return _several(program, match[1], match[2])
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _several(program: str, key: str, typed: str) -> str:
+    """Return what to do with several values, typed as a,b, for a key."""
+    if program == "train":
+        return f"several values for {key}: add -m to run a job for each, or write [a,b] for a list"
+    if program == "eval" and (key == "guidance_scale" or key.partition(".")[0] == "sampler"):
+        return f"several values for {key}: add -m to compare them"
+    types = {field.name: str(field.type) for field in fields(SCHEMAS[program])}
+    if re.search("list|Several", types.get(key, "")):
+        return f"several values for {key}: a list is written {key}=[{typed}]"
+    return f"{key}={typed}: must be one value"
 
 
 def _foreign(error: Exception, program: str, overrides: list[str]) -> str:

@@ -114,6 +114,8 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
         case str():
             if isinstance(value, bool) and (word := str(value).lower()) in words(allowed):
                 value = word  # no text to YAML, nor in checkpoints of before there was a third word
+            elif isinstance(value, int | float) and not isinstance(value, bool) and not allowed:
+                value = str(value)  # device=0 is told what it must be where that is known
             result, kind = value, "a text without control characters"
             fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
         case list():
@@ -124,7 +126,11 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
         case _:
             raise AssertionError(f"{path}: a config holds plain values and lists of them")
     if not fits:
-        raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
+        must = describe(allowed) or kind
+        if kind == "a whole number":
+            must = must.replace("a number", kind)
+            must += f", written {int(value)}" * (isinstance(value, float) and value.is_integer())
+        raise UserError(f"{path}={_show(value)}: must be {must}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:
         hint = nearest(value, words(allowed)) if isinstance(value, str) else ""
         hint = PLUGIN_HINT * isinstance(allowed, Names) + hint

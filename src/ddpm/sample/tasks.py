@@ -86,6 +86,8 @@ def _for_inputs(brought: Brought, sampler: Component, num_steps: int, steps: Ste
 
 
 def _generate(config: SampleConfig, model: Model) -> Plan:
+    if config.index and config.n not in (None, len(config.index)):
+        raise UserError(f"n={config.n}: index={config.index} names the images already; leave n out")
     index = torch.tensor(config.index) if config.index else torch.arange(config.n or GENERATED)
     y = labels(model, wanted(config), index, guidance(config))
     steps = generation(model, config.sampler, index, config.seed)
