@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ddpm.cli import old_install
 from ddpm.cli.completion import completions
 from ddpm.cli.help import show_help
 from ddpm.config.choices import known_keys
@@ -51,6 +52,7 @@ def run(
             if HYDRA_FLAGS & {argument.partition("=")[0] for argument in arguments}:
                 hydra.answer_flags(program, arguments)
             elif MULTIRUN & set(arguments):
+                _advise()
                 if sweep is None:
                     raise UserError(f"ddpm-{program} has no multirun")
                 sweep(hydra.read_overrides([a for a in arguments if a not in MULTIRUN]))
@@ -61,6 +63,7 @@ def run(
                 config = check(schema, hydra.compose(program, defaults(overrides) + overrides))
                 if not of_sweep:  # whose jobs were looked at together
                     refuse_unused(program, [(overrides, config)])
+                    _advise()
                 task(config)
     except UserError as error:
         sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
@@ -78,6 +81,12 @@ def run(
         if not memory.is_exhausted(error):
             raise
         sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
+
+
+def _advise() -> None:
+    """Print on stderr, once on each machine, what is wrong with the installation."""
+    if world_for_errors().local_rank == 0 and (line := old_install.advice()):
+        print(printable(line), file=sys.stderr)
 
 
 def _refuse_settings_of_sweeps(program: str, overrides: list[str]) -> None:

@@ -172,7 +172,7 @@ def _several(program: str, key: str, typed: str) -> str:
     if program == "eval" and (key == "guidance_scale" or key.partition(".")[0] == "sampler"):
         return f"several values for {key}: add -m to compare them"
     types = {field.name: str(field.type) for field in fields(SCHEMAS[program])}
-    if re.search("list|Several", types.get(key, "")):
+    if re.search("list|Several|Labels", types.get(key, "")):
         return f"several values for {key}: a list is written {key}=[{typed}]"
     return f"{key}={typed}: must be one value"
 

@@ -29,6 +29,14 @@ class Between(typing.NamedTuple):
         return f"a number {'above' if self.above else 'from'} {self.low} {'up ' if self.above else ''}to {self.high}"
 
 
+class Several(list[int]):
+    """One whole number, or a list of them."""
+
+
+class Labels(list[int | str]):
+    """Numbers and names of classes, one or several; or the word `all`."""
+
+
 Allowed = Between | tuple[str, ...] | Names
 REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 
@@ -95,6 +103,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" or ""."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def number_or_name(text: str) -> int | str:
+    """Return the number that a text is, or else the text."""
+    return int(text) if text.isdecimal() and len(text) < 8 and str(int(text)) == text else text
 
 
 def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:

@@ -9,6 +9,7 @@ from ddpm.errors import UserError
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 QUOTED = (*PATH_KEYS, "gpus")  # gpus=0,2,3 is one value, too
+LISTS = ("compare", "label")  # each item is quoted
 
 
 def typed_value(overrides: list[str], key: str) -> str | None:
@@ -56,8 +57,14 @@ def _literal(value: Any) -> str:
 
 
 def quote_path(override: str) -> str:
-    """Put the value of an override into quotes if it is a path."""
+    """Put the value of an override into quotes if it is a path, or the name of a class; each of [a,b]."""
     key, equals, value = override.partition("=")
+    if key.lstrip("+") in LISTS and value not in ("null", ""):
+        items = value[1:-1].split(",") if value[0] == "[" and value[-1] == "]" else [value]
+        if key == "label" and "," in value and items == [value]:
+            return override  # of which Hydra says that there are several
+        items = [item.strip("\"' ") for item in items if item]
+        return f"{key}=[{','.join(map(quoted, items))}]"
     if key.lstrip("+") not in QUOTED or not equals or value in ("null", "") or value[0] in "'\"":
         return override
     return f"{key}={quoted(value)}"

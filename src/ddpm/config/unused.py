@@ -12,6 +12,8 @@ from ddpm.errors import UserError
 # or may not come to use (device, data_root, seed) need nothing.
 _OWN_STEPS = ("task!=inpaint",)  # whose steps are ancestral, whichever sampler the levels are of
 _CHURN = (*_OWN_STEPS, "sampler.churn!=0")
+_COMPARED: tuple[str, ...] = ("compare=null",)
+_DRAWN: tuple[str, ...] = ("ckpt!=null",)
 NEEDS: dict[str, tuple[str, ...]] = {
     "objective.min_snr_gamma": ("objective.weight=min_snr",),
     "objective.p2_gamma": ("objective.weight=p2",),
@@ -42,10 +44,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "nrow": ("save=grid",),
 }
 _NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "eval": dict.fromkeys(
-        ("dataset", "n", "seed", "device", "data_root", "measure", "out"), ("compare=null",)
-    )
-    | dict.fromkeys(("sampler", "batch_size", "precision", "ema", "guidance_scale"), ("ckpt!=null",)),
+    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _COMPARED)
+    | dict.fromkeys(("sampler", "batch_size", "precision", "ema", "guidance_scale"), _DRAWN),
     "report": dict.fromkeys(("sampler", "n", "seed", "device"), ("contact=true",)),
 }
 
