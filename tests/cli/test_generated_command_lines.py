@@ -1,12 +1,14 @@
 """Generated command lines: whatever is typed, a command composes it, or says in one line what is wrong.
 
-The seeds are fixed. By default 150 lines are tried, and 60 of ddpm-sample with a model, whose tasks are run; with
-`-m slow` 6,000 and 600.
+The seeds are fixed. By default 150 lines are tried, and 40 of ddpm-sample with a model, whose tasks are run; with
+`-m slow` 6,000 and 1,000.
 """
 
 # ruff: noqa: SIM905 (words are easier to read than a list of strings)
 import importlib
+import logging.config
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from ddpm.config.choices import choices, known_keys
 from ddpm.config.schema import SCHEMAS, groups
+from tests.conftest import run_script
 
 MODULES = {"eval": "evaluate"}  # of ddpm.cli, where it is not the program's name
 VALUES = """null true 1 -1 0 2.5 1e1 1e400 nan inf [] [1] [null] [[1]] {} {a:1} {a:{b:2}} a a.b '' \\ é a,b 1,2 a, ,
@@ -109,12 +112,16 @@ def check_outcome(program: str, typed: list[str], capfd: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty folder, the current one; sys.argv and what Hydra's own flags set are put back after the test."""
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield an empty folder, the current one; sys.argv and what Hydra's own flags set are put back after the test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers[:])
+    level = logging.root.level
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    return tmp_path
+    yield tmp_path
+    logging.root.setLevel(level)
 
 
 @pytest.mark.parametrize(("seed", "n"), [(0, 150), pytest.param(1, 6000, marks=pytest.mark.slow)])
@@ -128,3 +135,58 @@ def test_every_command_line_composes_or_is_one_line(
         monkeypatch.setattr(f"ddpm.cli.{name}", lambda overrides: None)
     statuses = {check_outcome(program, typed, capfd) for program, typed in command_lines(seed, n)}
     assert statuses == {0, 2} and list(empty.iterdir()) == []
+
+
+PLAUSIBLE = """task=inpaint task=variation task=interpolate task=reconstruct task=generate input=digits:test:0-1
+    input=digits:test:0 input=digits:test:9999 input=nothing.png input=. mask=left mask=random mask=nothing mask=bad.png
+    strength=0 strength=0.5 strength=1 seeds=[0,1] seeds=[0] seeds=[1,2,3] seeds=[] index=0 index=[0,0] index=[]
+    index=9999999
+    label=0 label=9 label=10 label=all label=cat label=[1,dog] label=é label=1,2 label=null guidance_scale=0
+    guidance_scale=1 guidance_scale=3 guidance_rescale=0.5 guidance_interval=[0,1] guidance_interval=[2,1]
+    guidance_interval=[1] n=1 n=2 n=3 save=[] save=[grid] save=[npz,trajectory] save=[images,images] save=grid,npz
+    nrow=1
+    nrow=1000 jump_length=1 jump_length=1000 jump_n_sample=2 seed=1 seed=9223372036854775807 batch_size=1 precision=bf16
+    ema=false device=0 device=cpu device=cuda:7 sampler=ddpm sampler=ddim sampler=heun sampler=unipc sampler=dpmpp_2m
+    sampler.num_steps=1 sampler.num_steps=3 sampler.num_steps=99999 sampler.eta=1 sampler.eta=0 sampler.order=3
+    sampler.churn=5 sampler.churn_min=1 sampler.cap=false sampler.rho=0.1 sampler.clip=none sampler.clip=dynamic
+    sampler.clip=nothing sampler.dynamic_percentile=0.5 sampler.variance=learned sampler.spacing=karras sampler.spacing=5
+    sampler.spacing=leading sampler.spacing=[9,5,0] sampler.spacing=[0,5] sampler.spacing=[] sampler.spacing=nothing
+    out=run out=bad.png out=new hydra.run.dir=x""".split()
+
+
+@pytest.fixture(scope="module", params=["false", "true"], ids=["unconditional", "conditional"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a run, and a file that is no picture."""
+    folder = tmp_path_factory.mktemp("trained")
+    quick = [
+        "model.channels=[8,8]",
+        "model.head_dim=8",
+        "trainer.max_steps=1",
+        "trainer.batch_size=2",
+        "device=cpu",
+    ]
+    quick += [f"model.conditional={request.param}", "schedule.num_timesteps=20", "run_dir=run"]
+    result = run_script("train", *quick, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "bad.png").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize(("seed", "n"), [(2, 20), pytest.param(3, 500, marks=pytest.mark.slow)])
+def test_what_a_task_refuses_is_one_line_and_writes_nothing(
+    seed: int, n: int, trained: Path, empty: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, empty, dirs_exist_ok=True)
+    draw, statuses = random.Random(seed), set()
+    for _ in range(n):
+        typed = [
+            "ckpt=run",
+            "n=1",
+            "sampler.num_steps=2",
+            "device=cpu",
+            *draw.choices(PLAUSIBLE, k=draw.randrange(1, 4)),
+        ]
+        before = sorted(empty.rglob("*"))
+        statuses.add(status := check_outcome("sample", typed, capfd))
+        assert status == 0 or sorted(empty.rglob("*")) == before, typed
+    assert statuses == {0, 2}

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm.config import hydra
 from ddpm.config.schema import SCHEMAS, check, declared
-from ddpm.config.unused import _NEEDS_OF, NEEDS, refuse_unused
+from ddpm.config.unused import NEEDS, NEEDS_OF, refuse_unused
 from ddpm.errors import UserError
 
 OF_HYDRA = ["hydra.run.dir=x", "hydra.sweep.dir=x", "hydra.job.chdir=true", "hydra.output_subdir=null"]
@@ -59,11 +59,11 @@ def test_settings_of_hydra_are_refused_in_a_single_run(
         ("sample", ["strength=0.5"], "strength=0.5: has no effect with task=generate", "task=variation"),
         ("sample", ["jump_length=4", "task=variation", "input=a"], "jump_length=4", "task=inpaint"),
         ("sample", ["jump_n_sample=2"], "jump_n_sample=2", "task=inpaint"),
-        ("sample", ["guidance_rescale=0.7"], "with guidance_scale=1", "another guidance_scale"),
+        ("sample", ["guidance_rescale=0.7"], "with guidance_scale=1.0", "another guidance_scale"),
         (
             "sample",
             ["guidance_rescale=0.7", "guidance_scale=0"],
-            "with guidance_scale=0",
+            "with guidance_scale=0.0",
             "another guidance_scale",
         ),
         ("sample", ["guidance_interval=[0,1]"], "guidance_interval=[0,1]", "another guidance_scale"),
@@ -78,7 +78,7 @@ def test_settings_of_hydra_are_refused_in_a_single_run(
         (
             "sample",
             ["sampler=heun", "sampler.churn_noise=1"],
-            "with sampler.churn=0",
+            "with sampler.churn=0.0",
             "another sampler.churn",
         ),
         ("sample", ["sampler=ddim", "sampler.eta=1", "task=inpaint"], "with task=inpaint", "another task"),
@@ -131,9 +131,9 @@ def test_in_a_sweep_one_job_with_an_effect_is_enough() -> None:
 def test_needs_name_keys() -> None:
     known = {program: declared(schema) for program, schema in SCHEMAS.items()}
     assert all(any(key in keys for keys in known.values()) for key in NEEDS)
-    for program, table in _NEEDS_OF.items():
+    for program, table in NEEDS_OF.items():
         assert table.keys() <= known[program].keys()
-    needs = [need for table in (NEEDS, *_NEEDS_OF.values()) for needs in table.values() for need in needs]
+    needs = [need for table in (NEEDS, *NEEDS_OF.values()) for needs in table.values() for need in needs]
     gates = {need.partition("=")[0].rstrip("!") for need in needs}
     inside = {"model.conditional", "sampler.spacing"}  # of files, without limits
     assert all(any(gate in keys for keys in known.values()) for gate in gates - inside)

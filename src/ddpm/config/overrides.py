@@ -31,16 +31,16 @@ def as_overrides(config: dict[str, Any]) -> list[str]:
     chosen, values = [], []
     for key, value in config.items():
         if not isinstance(value, dict):
-            values.append(f"{key}={_literal(value)}")
+            values.append(f"{key}={literal(value)}")
             continue
         if "name" in value:
             file = next(file for file, content in choices(key).items() if content["name"] == value["name"])
             chosen.append(f"{key}={file}")
-        values += [f"{key}.{name}={_literal(item)}" for name, item in value.items() if name != "name"]
+        values += [f"{key}.{name}={literal(item)}" for name, item in value.items() if name != "name"]
     return chosen + values
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """Write a value in Hydra's grammar."""
     match value:
         case str():
@@ -48,7 +48,7 @@ def _literal(value: Any) -> str:
                 raise UserError(f"'{value}': a stored config holds plain values only")
             return quoted(value)
         case list():
-            return "[" + ",".join(map(_literal, value)) + "]"
+            return "[" + ",".join(map(literal, value)) + "]"
         case None:
             return "null"
         case bool():

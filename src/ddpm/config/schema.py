@@ -147,9 +147,7 @@ class SampleConfig:
     device: str = _device()
     precision: str = _precision()
     ema: bool = _ema()
-    label: Labels | None = key(
-        "a class by number or name (a number comes first), a list [0,1,2], or all: image i has class i mod K"
-    )
+    label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
     guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
     guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART)
     guidance_interval: list[float] | None = key(
@@ -315,13 +313,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return what the experiment is by key, as it is typed: flat, the name of a choice under its group."""
+def by_key(config: Any) -> dict[str, Any]:
+    """Return a checked config by key, as it is typed: flat, the name of a choice under its group."""
     flat: dict[str, Any] = {}
     for key, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
             flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    return flat
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return what the experiment is, by key."""
+    return {key: value for key, value in by_key(config).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
 
 
 def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:

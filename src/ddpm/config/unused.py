@@ -3,17 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ddpm.config.limits import Key
-from ddpm.config.schema import declared, to_dict
-from ddpm.config.tables import REGISTERED, Names
+from ddpm.config.overrides import literal
+from ddpm.config.schema import by_key
+from ddpm.config.tables import REGISTERED
 from ddpm.errors import UserError
 
 # What a key or a group needs, "key=value" or "key!=value" of others, to have an effect. Resources that a command may
 # or may not come to use (device, data_root, seed) need nothing.
 _OWN_STEPS = ("task!=inpaint",)  # whose steps are ancestral, whichever sampler the levels are of
-_CHURN = (*_OWN_STEPS, "sampler.churn!=0")
-_COMPARED: tuple[str, ...] = ("compare=null",)
-_DRAWN: tuple[str, ...] = ("ckpt!=null",)
+_CHURN = (*_OWN_STEPS, "sampler.churn!=0.0")
 NEEDS: dict[str, tuple[str, ...]] = {
     "objective.min_snr_gamma": ("objective.weight=min_snr",),
     "objective.p2_gamma": ("objective.weight=p2",),
@@ -36,17 +34,18 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "overwrite": ("run_dir!=null",),
     "gpus": ("device!=cpu",),
     "jobs_per_gpu": ("gpus!=null",),
-    "guidance_rescale": ("guidance_scale!=1", "guidance_scale!=0"),
-    "guidance_interval": ("guidance_scale!=1",),
+    "guidance_rescale": ("guidance_scale!=1.0", "guidance_scale!=0.0"),
+    "guidance_interval": ("guidance_scale!=1.0",),
     "jump_length": ("task=inpaint",),
     "jump_n_sample": ("task=inpaint",),
     "strength": ("task=variation",),
     "nrow": ("save=grid",),
 }
-_NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _COMPARED)
-    | dict.fromkeys(("sampler", "batch_size", "precision", "ema", "guidance_scale"), _DRAWN),
-    "report": dict.fromkeys(("sampler", "n", "seed", "device"), ("contact=true",)),
+_COMPARED: tuple[str, ...] = ("compare=null",)
+NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "eval": {key: _COMPARED for key in ("dataset", "n", "seed", "device", "data_root", "measure", "out")}
+    | {key: ("ckpt!=null",) for key in ("sampler", "batch_size", "precision", "ema", "guidance_scale")},
+    "report": {key: ("contact=true",) for key in ("sampler", "n", "seed", "device")},
 }
 
 
@@ -55,58 +54,33 @@ def refuse_unused(program: str, jobs: Iterable[tuple[Sequence[str], Any]]) -> No
 
     A value that says "off" (null, false, 0) is no setting. What a plug-in reads is not known.
     """
-    found = [_unused(program, overrides, config) for overrides, config in jobs]
+    found = [_unused(NEEDS | NEEDS_OF.get(program, {}), *job) for job in jobs]
     for key, message in found[0].items():
         if all(key in each for each in found):
             raise UserError(message)
 
 
-def _unused(program: str, overrides: Sequence[str], config: Any) -> dict[str, str]:
+def _unused(table: dict[str, tuple[str, ...]], overrides: Sequence[str], config: Any) -> dict[str, str]:
     """Return a message for each typed key without effect, by the key."""
-    keys, values, found = declared(type(config)), to_dict(config), dict[str, str]()
-    table = NEEDS | _NEEDS_OF.get(program, {})
+    values, found = by_key(config), dict[str, str]()
     for override in overrides:
         key, _, typed = override.lstrip("+").partition("=")
-        needs = [need for each in dict.fromkeys([key.partition(".")[0], key]) for need in table.get(each, ())]
-        for need in needs if _value(values, key) else []:
-            if not _holds(need, keys, values):
-                gate = need.partition("=")[0].rstrip("!")
-                now = f"{gate}={_text(_value(values, gate))}"
-                wanted = (
-                    need.replace("!=null", "=…") if "!" not in need or "null" in need else f"another {gate}"
-                )
-                found[key] = f"{key}={typed}: has no effect with {now}; it needs {wanted}"
-                break
+        needs = [need for each in {key.partition(".")[0], key} for need in table.get(each, ())]
+        for need in needs if values.get(key) else []:
+            gate, _, wanted = need.partition("=")
+            gate, other = gate.rstrip("!"), gate.endswith("!")
+            if not _holds(gate, wanted, other, values):
+                now = f"{gate}={literal(values[gate])}".replace("'", "")
+                if other:
+                    need = f"{gate}=…" if wanted == "null" else f"another {gate}"
+                found[key] = f"{key}={typed}: has no effect with {now}; it needs {need}"
     return found
 
 
-def _value(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-def _holds(need: str, keys: dict[str, Key], values: dict[str, Any]) -> bool:
-    """Return whether a need is fulfilled, as it is where the command lacks its key or a plug-in is chosen."""
-    key, _, wanted = need.partition("=")
-    key, unwanted = key.rstrip("!"), key.endswith("!")
-    if key.partition(".")[0] not in values:
+def _holds(gate: str, wanted: str, other: bool, values: dict[str, Any]) -> bool:
+    """Return whether the key `gate` has the wanted value, or any other; the command may lack the key."""
+    if gate not in values:
         return True
-    value = _value(values, key)
-    if key in keys and isinstance(allowed := keys[key].allowed, Names) and value in REGISTERED[allowed.kind]:
-        return True
-    return (wanted in (value if isinstance(value, list) else [_text(value)])) != unwanted
-
-
-def _text(value: Any) -> str:
-    """Return a value as it is typed."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-        case list():
-            return f"[{','.join(map(_text, value))}]"
-    return str(value)
+    value = values[gate] if isinstance(values[gate], list) else [literal(values[gate]).strip("'")]
+    registered = {name for names in REGISTERED.values() for name in names}
+    return bool(registered.intersection(value)) or (wanted in value) != other
