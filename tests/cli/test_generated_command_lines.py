@@ -149,7 +149,8 @@ PLAUSIBLE = """task=inpaint task=variation task=interpolate task=reconstruct tas
     ema=false device=0 device=cpu device=cuda:7 sampler=ddpm sampler=ddim sampler=heun sampler=unipc sampler=dpmpp_2m
     sampler.num_steps=1 sampler.num_steps=3 sampler.num_steps=99999 sampler.eta=1 sampler.eta=0 sampler.order=3
     sampler.churn=5 sampler.churn_min=1 sampler.cap=false sampler.rho=0.1 sampler.clip=none sampler.clip=dynamic
-    sampler.clip=nothing sampler.dynamic_percentile=0.5 sampler.variance=learned sampler.spacing=karras sampler.spacing=5
+    sampler.clip=nothing sampler.dynamic_percentile=0.5 sampler.variance=learned sampler.spacing=karras
+    sampler.spacing=5
     sampler.spacing=leading sampler.spacing=[9,5,0] sampler.spacing=[0,5] sampler.spacing=[] sampler.spacing=nothing
     out=run out=bad.png out=new hydra.run.dir=x""".split()
 

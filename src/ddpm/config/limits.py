@@ -140,9 +140,9 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
             raise AssertionError(f"{path}: a config holds plain values and lists of them")
     if not fits:
         must = describe(allowed) or kind
-        if kind == "a whole number":
-            must = must.replace("a number", kind)
-            must += f", written {int(value)}" * (isinstance(value, float) and value.is_integer())
+        if kind == "a whole number" and allowed:
+            written = f": {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+            must += f", {kind}{written}"
         raise UserError(f"{path}={_show(value)}: must be {must}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:
         hint = nearest(value, words(allowed)) if isinstance(value, str) else ""

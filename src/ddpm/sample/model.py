@@ -97,7 +97,7 @@ def labels(
 
 def class_number(facts: DatasetInfo, label: int | str) -> int:
     """Return the number of a class, given by number or, where it is none, by name. Raises UserError."""
-    if isinstance(label, int) and label < facts.num_classes:
+    if isinstance(label, int) and 0 <= label < facts.num_classes:
         return label
     if str(label) in facts.class_names:
         return facts.class_names.index(str(label))
