@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ddpm.cli import old_install
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -69,3 +71,30 @@ def test_readme_names_the_commands_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "\npip install -e . && ddpm-train && ddpm-sample ckpt=latest n=64\n" in readme
     assert '\npip install -e ".[test]" && pytest\n' in readme
+
+
+def test_an_older_installation_of_the_former_name_is_told(tmp_path: Path) -> None:
+    """Only ours, by the commands it installs; a stranger's project of the same name is nobody's business."""
+    ours, theirs, new = (tmp_path / name for name in ("ours", "theirs", "new"))
+    for place, name, command in (
+        (ours, "ddpm-0.1.0", "ddpm-train = ddpm.cli.entry:train"),
+        (theirs, "ddpm-2.0", "ddpm = ddpm.main:run"),
+        (new, "ddpm_toolkit-0.1.0", "ddpm-train = ddpm.cli.entry:train"),
+    ):
+        (place / f"{name}.dist-info").mkdir(parents=True)
+        (place / f"{name}.dist-info" / "entry_points.txt").write_text(f"[console_scripts]\n{command}\n")
+    assert old_install.advice(["", str(tmp_path / "none"), str(new), str(theirs)]) == ""
+    assert old_install.advice([str(ours)]) == ""  # the present one, from before a checkout was renamed
+    line = old_install.advice([str(theirs), str(new), str(ours)])
+    assert f"is in {ours}; remove it: pip uninstall ddpm && pip install" in line and "\n" not in line
+    code = "import sys; sys.argv[1:] = ['ckpt=none']; from ddpm.cli.entry import info; info()"
+    for more, lines in (([], 1), ([new, ours], 2)):
+        path = ":".join(map(str, [ROOT / "src", *more]))
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={"PYTHONPATH": path, "PATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2 and result.stderr.count("\n") == lines, result.stderr

@@ -38,7 +38,7 @@ class Model(models.Model):
         *,
         seed: int = 0,
         index: Sequence[int] | None = None,
-        label: int | Sequence[int] | None = None,
+        label: int | str | Sequence[int | str] | None = None,
         guidance_scale: float = 1.0,
         sampler: str | None = None,
         batch_size: int = 256,
@@ -47,10 +47,11 @@ class Model(models.Model):
         """Draw images, float32 (n, C, H, W) in [-1, 1] on the CPU; ddpm-sample draws the same for the same values.
 
         Image i of a seed does not depend on n, batch_size or the other images; `index` gives the images' numbers
-        instead of 0 … n-1. Image i has the class label[i mod K]; `label` defaults to all classes. `sampler` names a
-        sampler with its own defaults; without it, sampler.yaml beside the checkpoint counts, else the training's
-        sampler. `settings` are the sampler's keys, such as num_steps, spacing, clip, eta. Raises UserError that names
-        the key for a value that is out of range or does not fit the model.
+        instead of 0 … n-1. Image i has the class label[i mod K], a number or, where it is none, a name of the
+        checkpoint's classes; `label` defaults to all classes. `sampler` names a sampler with its own defaults; without
+        it, sampler.yaml beside the checkpoint counts, else the training's sampler. `settings` are the sampler's keys,
+        such as num_steps, spacing, clip, eta. Raises UserError that names the key for a value that is out of range or
+        does not fit the model.
         """
         typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
         typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def install_hint(extra: str) -> str:
-    """Return the command that installs an extra: into a checkout where this is one, else beside the wheel."""
+def install_hint(extra: str = "") -> str:
+    """Return the command that installs this, or an extra: into a checkout where this is one, else as a wheel."""
     checkout = Path(__file__).parents[2]
     name = f"-e '{checkout}" if (checkout / "pyproject.toml").is_file() else "'ddpm-toolkit"
-    return f"pip install {name}[{extra}]'"
+    return f"pip install {name}{f'[{extra}]' * bool(extra)}'"
 
 
 class UserError(Exception):

@@ -9,6 +9,7 @@ from ddpm.config import choices, hydra, overrides
 from ddpm.config.choices import CONFIG_DIR, known_keys
 from ddpm.config.schema import SCHEMAS, TrainConfig, check, declared, to_dict
 from ddpm.errors import UserError
+from ddpm.runtime.gpu_locks import cuda_number
 
 
 def train_config(*overrides: str) -> TrainConfig:
@@ -160,3 +161,50 @@ def test_declarations_and_yaml_files_have_the_same_keys(program: str) -> None:
     assert all(
         declarations[key].help for key in choices.own_keys(choices.read_yaml(CONFIG_DIR / f"{program}.yaml"))
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "said"),
+    [
+        (
+            "train",
+            "trainer.max_steps=1e1",
+            "=10.0: must be a number from 1 to 1000000000, a whole number: 10",
+        ),
+        ("train", "trainer.max_steps=2.0", "=2.0: must be a number from 1 to 1000000000, a whole number: 2"),
+        ("train", "trainer.max_steps=2.5", "=2.5: must be a number from 1 to 1000000000, a whole number"),
+        (
+            "train",
+            "seed=1e3",
+            "seed=1000.0: must be a number from 0 to 9223372036854775807, a whole number: 1000",
+        ),
+        ("train", "seed=1,2", "several values for seed: add -m to run a job for each"),
+        ("train", "seed=range(3)", "several values for seed: add -m to run a job for each"),
+        ("sample", "save=grid,npz", "several values for save: a list is written save=[grid,npz]"),
+        ("sample", "label=1,2", "several values for label: a list is written label=[1,2]"),
+        ("sample", "n=1,2", "n=1,2: must be one value"),
+        (
+            "eval",
+            "measure=cas,distance",
+            "several values for measure: a list is written measure=[cas,distance]",
+        ),
+        ("eval", "sampler.num_steps=5,10", "several values for sampler.num_steps: add -m to compare them"),
+        ("export", "format=a,b", "format=a,b: must be one value"),
+        ("train", "dataset=1", "dataset=1: must be one of digits"),
+        ("train", "seed=" + "9" * 5000, "9: Exceeds the limit"),
+        ("train", "seed=[", "seed=[: settings are written key=value; quote a value"),
+        ("sample", "sampler=../x", "sampler=../x: must be one of ddim"),
+    ],
+)
+def test_a_mistake_says_what_is_right_for_this_key(program: str, typed: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(
+            SCHEMAS[program],
+            hydra.compose(program, hydra.read_overrides(["ckpt=a"] * (program != "train") + [typed])),
+        )
+    assert said in str(caught.value)
+
+
+def test_a_device_that_is_a_number_is_told_its_name() -> None:
+    with pytest.raises(UserError, match=r"device=0: must be auto, cpu, cuda or cuda:0$"):
+        cuda_number(train_config("device=0").device)

@@ -5,16 +5,20 @@ of a sweep too, is composed and checked here first. A single run then never ente
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ddpm.cli import old_install
 from ddpm.cli.completion import completions
 from ddpm.cli.help import show_help
+from ddpm.config.choices import known_keys
 from ddpm.config.load_plugins import load_plugins
 from ddpm.config.schema import check
+from ddpm.config.unused import refuse_unused
 from ddpm.errors import RankError, UserError, printable
 from ddpm.io.files import reason
 from ddpm.runtime.signals import FAILED_FILE
@@ -22,6 +26,7 @@ from ddpm.runtime.world import world_for_errors
 
 HYDRA_FLAGS = {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--cfg", "-c", "--version"}
 MULTIRUN = {"-m", "--multirun"}
+MOST = 2000  # characters of a message; what was typed may be longer
 
 
 def run(
@@ -45,14 +50,21 @@ def run(
             from ddpm.config import hydra  # not for help and TAB
 
             if HYDRA_FLAGS & {argument.partition("=")[0] for argument in arguments}:
-                hydra.enter_hydra(program, arguments, lambda config: None)
+                hydra.answer_flags(program, arguments)
             elif MULTIRUN & set(arguments):
+                _advise()
                 if sweep is None:
                     raise UserError(f"ddpm-{program} has no multirun")
                 sweep(hydra.read_overrides([a for a in arguments if a not in MULTIRUN]))
             else:
                 overrides = hydra.read_overrides(arguments)
-                task(check(schema, hydra.compose(program, defaults(overrides) + overrides)))
+                if not (of_sweep := FAILED_FILE in os.environ):
+                    _refuse_settings_of_sweeps(program, overrides)
+                config = check(schema, hydra.compose(program, defaults(overrides) + overrides))
+                if not of_sweep:  # whose jobs were looked at together
+                    refuse_unused(program, [(overrides, config)])
+                    _advise()
+                task(config)
     except UserError as error:
         sys.exit(_failure(program, str(error), alone=isinstance(error, RankError)))
     except BrokenPipeError:  # `ddpm-train --help | head`
@@ -71,12 +83,31 @@ def run(
         sys.exit(_failure(program, f"out of memory: {str(error).partition(chr(10))[0]}", alone=True))
 
 
+def _advise() -> None:
+    """Print on stderr, once on each machine, what is wrong with the installation."""
+    if world_for_errors().local_rank == 0 and (line := old_install.advice()):
+        print(printable(line), file=sys.stderr)
+
+
+def _refuse_settings_of_sweeps(program: str, overrides: list[str]) -> None:
+    """Raise UserError for what only a sweep reads, such as Hydra's own settings: a single run does without it."""
+    folder = "run_dir" if program == "train" else "out"
+    named = f"; its folder is named by {folder}=…" if folder in known_keys(program) else ""
+    for override in overrides:
+        if re.match(r"[+~]*hydra\b", override):
+            raise UserError(f"{override}: Hydra's own settings have no effect in a single run{named}")
+        if program == "train" and re.match(r"[+]*minimize=", override):
+            raise UserError(f"{override}: goes with -m and has no effect in a single run")
+
+
 def _failure(program: str, message: str, alone: bool = False) -> int:
     """Print the error once per machine, or with `alone` for this rank only. Returns exit status 2.
 
     A job of a sweep leaves the line in a file, too.
     """
     own, line = world_for_errors(), printable(" ".join(message.split()))
+    if len(line) > MOST:
+        line = f"{line[: MOST // 2]} … {line[-MOST // 2 :]}"
     if alone or own.local_rank == 0:
         print(f"ddpm-{program}: {own.name * alone}{line}", file=sys.stderr)
     if (file := os.environ.get(FAILED_FILE)) and Path(file).parent.is_dir():

@@ -38,7 +38,7 @@ from ddpm.runtime.distributed import (
 )
 from ddpm.runtime.world import ALONE, World, world
 from ddpm.sample import tasks
-from ddpm.sample.model import Model, load_newest
+from ddpm.sample.model import Model, ambiguous, load_newest
 from ddpm.sample.sampling import draw_all
 from ddpm.sample.tasks import Plan
 from ddpm.sample.user_images import guidance
@@ -69,7 +69,8 @@ def run(config: SampleConfig, started: float) -> None:
                 output_dirs.check_results(config.out, _stem(path))
             todo = tasks.make(config, model)
         slow = runtime_device.slow_in_bf16("precision", config.precision, device)
-        for note in filter(None, [*notes, *todo.notes, slow] if own.first else []):
+        said = [*notes, *ambiguous(model.facts, config.label), *todo.notes, slow]
+        for note in filter(None, said if own.first else []):
             print(printable(note), flush=True)
         with raise_on_all_ranks(own):
             drawn = draw(config, model, todo, own)

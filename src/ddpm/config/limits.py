@@ -29,6 +29,14 @@ class Between(typing.NamedTuple):
         return f"a number {'above' if self.above else 'from'} {self.low} {'up ' if self.above else ''}to {self.high}"
 
 
+class Several(list[int]):
+    """One whole number, or a list of them."""
+
+
+class Labels(list[int | str]):
+    """Numbers and names of classes, one or several; or the word `all`."""
+
+
 Allowed = Between | tuple[str, ...] | Names
 REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 
@@ -97,6 +105,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def number_or_name(text: str) -> int | str:
+    """Return the number that a text is, or else the text."""
+    return int(text) if text.isdecimal() and len(text) < 8 and str(int(text)) == text else text
+
+
 def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
     """Return `value` if it is of the example's type and allowed; `path` is its key. Raises UserError."""
     match example:
@@ -114,6 +127,8 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
         case str():
             if isinstance(value, bool) and (word := str(value).lower()) in words(allowed):
                 value = word  # no text to YAML, nor in checkpoints of before there was a third word
+            elif isinstance(value, int | float) and not isinstance(value, bool) and not allowed:
+                value = str(value)  # device=0 is told what it must be where that is known
             result, kind = value, "a text without control characters"
             fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
         case list():
@@ -124,7 +139,11 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
         case _:
             raise UserError(f"{path}={_show(value)}: a config holds plain values and lists of them")
     if not fits:
-        raise UserError(f"{path}={_show(value)}: must be {describe(allowed) or kind}")
+        must = describe(allowed) or kind
+        if kind == "a whole number" and allowed:
+            written = f": {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+            must += f", {kind}{written}"
+        raise UserError(f"{path}={_show(value)}: must be {must}")
     if allowed and value is not None and not isinstance(value, list) and result not in allowed:
         hint = nearest(value, words(allowed)) if isinstance(value, str) else ""
         hint = PLUGIN_HINT * isinstance(allowed, Names) + hint

@@ -9,6 +9,7 @@ from ddpm.errors import UserError
 
 # Values that are paths are quoted for Hydra, whose grammar has no é, #, ~ or ( and reads 12_34 as a number.
 QUOTED = (*PATH_KEYS, "gpus")  # gpus=0,2,3 is one value, too
+LISTS = ("compare", "label")  # each item is quoted
 
 
 def typed_value(overrides: list[str], key: str) -> str | None:
@@ -30,16 +31,16 @@ def as_overrides(config: dict[str, Any]) -> list[str]:
     chosen, values = [], []
     for key, value in config.items():
         if not isinstance(value, dict):
-            values.append(f"{key}={_literal(value)}")
+            values.append(f"{key}={literal(value)}")
             continue
         if "name" in value:
             file = next(file for file, content in choices(key).items() if content["name"] == value["name"])
             chosen.append(f"{key}={file}")
-        values += [f"{key}.{name}={_literal(item)}" for name, item in value.items() if name != "name"]
+        values += [f"{key}.{name}={literal(item)}" for name, item in value.items() if name != "name"]
     return chosen + values
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """Write a value in Hydra's grammar."""
     match value:
         case str():
@@ -47,7 +48,7 @@ def _literal(value: Any) -> str:
                 raise UserError(f"'{value}': a stored config holds plain values only")
             return quoted(value)
         case list():
-            return "[" + ",".join(map(_literal, value)) + "]"
+            return "[" + ",".join(map(literal, value)) + "]"
         case None:
             return "null"
         case bool():
@@ -56,8 +57,14 @@ def _literal(value: Any) -> str:
 
 
 def quote_path(override: str) -> str:
-    """Put the value of an override into quotes if it is a path."""
+    """Put the value of an override into quotes if it is a path, or the name of a class; each of [a,b]."""
     key, equals, value = override.partition("=")
+    if key.lstrip("+") in LISTS and value not in ("null", ""):
+        items = value[1:-1].split(",") if value[0] == "[" and value[-1] == "]" else [value]
+        if key == "label" and "," in value and items == [value]:
+            return override  # of which Hydra says that there are several
+        items = [item.strip("\"' ") for item in items if item]
+        return f"{key}=[{','.join(map(quoted, items))}]"
     if key.lstrip("+") not in QUOTED or not equals or value in ("null", "") or value[0] in "'\"":
         return override
     return f"{key}={quoted(value)}"

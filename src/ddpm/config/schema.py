@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ddpm.config.choices import Component, check_choice, check_keys
-from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, like
+from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, Labels, Several, like, number_or_name
 from ddpm.config.tables import Names
 from ddpm.errors import UserError
 
@@ -23,10 +23,6 @@ from ddpm.errors import UserError
 def key(*declared: Any, **more: Any) -> Any:
     """Declare a field of a config; the arguments are those of `Key`."""
     return dataclasses.field(metadata={"key": Key(*declared, **more)})
-
-
-class Several(list[int]):
-    """One whole number, or a list of them."""
 
 
 STEPS = Between(0, 10**9)
@@ -151,9 +147,7 @@ class SampleConfig:
     device: str = _device()
     precision: str = _precision()
     ema: bool = _ema()
-    label: Several | str | None = key(
-        "a class, a list [0,1,2], or all: image i has class i mod K", Between(0, 10**6)
-    )
+    label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
     guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
     guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART)
     guidance_interval: list[float] | None = key(
@@ -192,7 +186,7 @@ class DrawConfig:
     n: int = _n()
     seed: int = _seed()
     index: Several | None = key(allowed=Between(0, 2**53))
-    label: Several | None = key(allowed=Between(0, 10**6))
+    label: Labels | None = key()
     guidance_scale: float = _guidance()
     batch_size: int = _batch_size()
 
@@ -331,13 +325,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return what the experiment is by key, as it is typed: flat, the name of a choice under its group."""
+def by_key(config: Any) -> dict[str, Any]:
+    """Return a checked config by key, as it is typed: flat, the name of a choice under its group."""
     flat: dict[str, Any] = {}
     for key, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
             flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return {key: value for key, value in flat.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    return flat
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return what the experiment is, by key."""
+    return {key: value for key, value in by_key(config).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
 
 
 def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
@@ -347,16 +346,16 @@ def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path}={value!r}: must be a set of keys")
         return check(typing.cast(type, hint), value, path + ".")
-    if isinstance(hint, types.UnionType):  # … | None, with a text for what numbers do not say
-        kinds = typing.get_args(hint)
-        if value is None:
-            return None
-        as_text = str in kinds[1:] and isinstance(value, str)
-        return str(value) if as_text else _value(kinds[0], value, path, allowed)
-    if hint is Several:
+    if isinstance(hint, types.UnionType):  # … | None
+        return None if value is None else _value(typing.get_args(hint)[0], value, path, allowed)
+    if hint in (Several, Labels):
         if value == []:
             raise UserError(f"{path}=[]: must be a number, or a list of at least one")
-        return Several(like([0], value if isinstance(value, list) else [value], path, allowed))
+        items = value if isinstance(value, list) else [value]
+        if hint is Several:
+            return Several(like([0], items, path, allowed))
+        names = like([""], items, path, allowed)
+        return "all" if names == ["all"] else Labels(map(number_or_name, names))
     if typing.get_origin(hint) is list:
         return like([typing.get_args(hint)[0]()], value, path, allowed)
     return like(hint(), value, path, allowed)

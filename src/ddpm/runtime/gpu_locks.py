@@ -97,7 +97,8 @@ def cuda_number(device: str) -> int | None:
         return None
     kind, _, number = device.partition(":")
     if kind != "cuda" or not _is_number(number):
-        raise UserError(f"device={device}: must be auto, cpu, cuda or cuda:<number>")
+        which = device if _is_number(device) else "<number>"
+        raise UserError(f"device={device}: must be auto, cpu, cuda or cuda:{which}")
     return int(number)
 
 

@@ -12,6 +12,7 @@ from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import Component
+from ddpm.config.limits import nearest
 from ddpm.config.schema import TrainConfig
 from ddpm.data import info
 from ddpm.data.info import DatasetInfo
@@ -55,6 +56,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
 
 
+SHOWN = 40  # names of classes in a message
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -96,7 +98,9 @@ def load(path: Path, device: torch.device, ema: bool = True, precision: str = "f
     return Model(network, schedule, config, facts, device, *about), meta
 
 
-def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: Guidance) -> Tensor | None:
+def labels(
+    model: Model, wanted: Sequence[int | str] | str | None, index: Tensor, guidance: Guidance
+) -> Tensor | None:
     """Return the class of each image: wanted[i mod K] for image i; `wanted` defaults to all classes.
 
     None for an unconditional model. Raises UserError for labels and scales that do not fit the model.
@@ -112,14 +116,35 @@ def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: 
             f"guidance_scale={guidance.scale:g}: this model was trained with objective.label_dropout=0 and knows no "
             "images without label; only 1 works"
         )
-    if wanted is None:
-        wanted = range(model.facts.num_classes)
-    for label in wanted:
-        if not 0 <= label < model.facts.num_classes:
-            raise UserError(
-                f"label={label}: {model.facts.name} has the labels 0 to {model.facts.num_classes - 1}"
-            )
-    return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
+    every = range(model.facts.num_classes)
+    classes = [class_number(model.facts, label) for label in (every if wanted in (None, "all") else wanted)]
+    return torch.tensor(classes, device=index.device)[index % len(classes)]
+
+
+def class_number(facts: DatasetInfo, label: int | str) -> int:
+    """Return the number of a class, given by number or, where it is none, by name. Raises UserError."""
+    if isinstance(label, int) and 0 <= label < facts.num_classes:
+        return label
+    if str(label) in facts.class_names:
+        return facts.class_names.index(str(label))
+    last, names = facts.num_classes - 1, facts.class_names
+    named = ""
+    if names != tuple(map(str, range(len(names)))):
+        named = f" or, by name, {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"
+        named += nearest(str(label), names)
+    raise UserError(f"label={label}: {facts.name} has the labels 0 to {last}{named}")
+
+
+def ambiguous(facts: DatasetInfo, wanted: Sequence[int | str] | str | None) -> list[str]:
+    """Return a line for each number in `wanted` that is the name of another class, too."""
+    names = facts.class_names
+    both = [label for label in wanted or [] if isinstance(label, int) and label < len(names)]
+    return [
+        f"label={label} is class number {label}, named {names[label]}; the class named {label} is label="
+        f"{names.index(str(label))}"
+        for label in dict.fromkeys(both)
+        if str(label) in names and names[label] != str(label)
+    ]
 
 
 def levels(model: Model, sampler: Component) -> list[Level]:

@@ -22,7 +22,7 @@ from ddpm.runtime.randomness import normal
 from ddpm.sample import user_images
 from ddpm.sample.model import Model, denoiser, labels, levels
 from ddpm.sample.sampling import COMMON, Steps, generation, run
-from ddpm.sample.user_images import Brought, bring, guidance, wanted
+from ddpm.sample.user_images import Brought, bring, guidance
 
 GENERATED = 64  # images, where n is not typed
 BETWEEN = 8  # images of an interpolation, both ends included, where n is not typed
@@ -87,8 +87,10 @@ def _for_inputs(brought: Brought, sampler: Component, num_steps: int, steps: Ste
 
 
 def _generate(config: SampleConfig, model: Model) -> Plan:
+    if config.index and config.n not in (None, len(config.index)):
+        raise UserError(f"n={config.n}: index={config.index} names the images already; leave n out")
     index = torch.tensor(config.index) if config.index else torch.arange(config.n or GENERATED)
-    y = labels(model, wanted(config), index, guidance(config))
+    y = labels(model, config.label, index, guidance(config))
     steps = generation(model, config.sampler, index, config.seed)
     return Plan(len(index), y, config.sampler, len(levels(model, config.sampler)) - 1, steps)
 
@@ -153,7 +155,7 @@ def _interpolate(config: SampleConfig, model: Model) -> Plan:
         raise UserError(f"seeds={seeds}: must be the two ends, such as [0,1]")
     index = torch.tensor(config.index or [0])
     row, fraction = _rows_and_fractions(len(index), each)
-    y = labels(model, wanted(config), index, guidance(config))
+    y = labels(model, config.label, index, guidance(config))
     path = levels(model, config.sampler)
 
     def steps(denoise: Denoiser, places: Tensor) -> Iterator[Step]:

@@ -245,7 +245,7 @@ def bring(config: SampleConfig, model: Model, each: int) -> Brought:
         )
     row = torch.arange(len(numbers)).repeat_interleave(each)
     index = numbers[row] + (torch.arange(each).repeat(len(numbers)) << RESULT_SHIFT)
-    y = labels(model, wanted(config), numbers, guidance(config))
+    y = labels(model, config.label, numbers, guidance(config))
     if y is not None and config.label is None:
         if brought.labels is not None:
             y = brought.labels[numbers]
@@ -264,12 +264,3 @@ def guidance(config: SampleConfig) -> Guidance:
     if len(bounds) != 2 or bounds[0] > bounds[1]:
         raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
     return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))
-
-
-def wanted(config: SampleConfig) -> list[int] | None:
-    """Return the classes of `label=`; None for all, or where it is not given."""
-    if isinstance(config.label, str):
-        if config.label != "all":
-            raise UserError(f"label={config.label}: must be a number, a list such as [0,1,2], or all")
-        return None
-    return config.label

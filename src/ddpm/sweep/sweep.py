@@ -7,6 +7,7 @@ appears in the folder, when the lock is free or another sweep's, or when its par
 
 import itertools
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from typing import Any
 
 from ddpm.config import hydra
 from ddpm.config.overrides import quoted, typed_value
-from ddpm.config.schema import TrainConfig, check, check_batch
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check, check_batch
+from ddpm.config.unused import refuse_unused
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
 from ddpm.report import runs, table
@@ -30,6 +32,9 @@ from ddpm.sweep import job
 from ddpm.train import loggers
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
+OF_HYDRA = (
+    r"hydra[./](launcher|sweeper)\b|hydra\.(callbacks|searchpath|job\.env_)"  # settings that a sweep heeds
+)
 # A plug-in would end too early what the user did not limit: a search after one failure, jobs after an hour.
 UNLIMITED = {
     ("hydra/sweeper", "optuna"): "hydra.sweeper.max_failure_rate=1.0",
@@ -48,10 +53,12 @@ def sweep(overrides: list[str]) -> None:
         raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and not o.startswith("run_dir=")]
-    if any(o.lstrip("+~").startswith(("hydra.sweep.", "hydra.run.")) for o in of_hydra):
-        raise UserError(
-            "run_dir=… names the sweep's folder, and each job's follows from what is typed for it"
-        )
+    for each in of_hydra:
+        if not re.match(OF_HYDRA, each.lstrip("+~")):
+            raise UserError(
+                f"{each}: -m takes Hydra's launchers and sweepers and their settings; run_dir=… names the sweep's "
+                "folder, and each job's follows from what is typed for it"
+            )
     settings = hydra.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
@@ -91,21 +98,31 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
                 unrolled = hydra.unrolled(override)
             values[override.get_key_element()] = unrolled if sweeper == "basic" else unrolled[:1]
     jobs = [list(each) for each in itertools.product(*values.values())]
-    for each in jobs:
-        _check(each)
+    configs = [_checked(each) for each in jobs]
+    if sweeper == "basic":  # another one may choose what gives a setting its effect
+        refuse_unused(
+            "train", [(_of_experiment(each), config) for each, config in zip(jobs, configs, strict=True)]
+        )
     names = [job.name(each) for each in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two jobs are the same: {twice[0]}")
     return jobs if sweeper == "basic" else []
 
 
-def _check(overrides: list[str]) -> None:
+def _of_experiment(overrides: list[str]) -> list[str]:
+    return [
+        each for each in overrides if each.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT
+    ]
+
+
+def _checked(overrides: list[str]) -> TrainConfig:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
     check_batch(config.trainer)
     loggers.check(config.logger)
     gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
         raise UserError("trainer.init_from=latest: each job would look for another one; name the run")
+    return config
 
 
 def _tell_results(folder: Path, planned: list[str], of_jobs: list[str]) -> None:

@@ -1,0 +1,86 @@
+"""Typed settings that the other settings leave without effect: they are refused, so that none is swallowed."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ddpm.config.overrides import literal
+from ddpm.config.schema import by_key
+from ddpm.config.tables import REGISTERED
+from ddpm.errors import UserError
+
+# What a key or a group needs, "key=value" or "key!=value" of others, to have an effect. Resources that a command may
+# or may not come to use (device, data_root, seed) need nothing.
+_OWN_STEPS = ("task!=inpaint",)  # whose steps are ancestral, whichever sampler the levels are of
+_CHURN = (*_OWN_STEPS, "sampler.churn!=0.0")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "objective.min_snr_gamma": ("objective.weight=min_snr",),
+    "objective.p2_gamma": ("objective.weight=p2",),
+    "objective.sigmoid_bias": ("objective.weight=sigmoid",),
+    "objective.logit_normal_mean": ("objective.timesteps=logit_normal",),
+    "objective.logit_normal_std": ("objective.timesteps=logit_normal",),
+    "objective.label_dropout": ("model.conditional=true",),
+    "objective.vlb_weight": ("objective.learned_variance=true",),
+    "optimizer.halvings": ("optimizer.decay=halving",),
+    "sampler.eta": _OWN_STEPS,
+    "sampler.variance": _OWN_STEPS,
+    "sampler.order": _OWN_STEPS,
+    "sampler.cap": _OWN_STEPS,
+    "sampler.churn": _OWN_STEPS,
+    "sampler.churn_min": _CHURN,
+    "sampler.churn_max": _CHURN,
+    "sampler.churn_noise": _CHURN,
+    "sampler.rho": ("sampler.spacing=karras",),
+    "sampler.dynamic_percentile": ("sampler.clip=dynamic",),
+    "overwrite": ("run_dir!=null",),
+    "gpus": ("device!=cpu",),
+    "jobs_per_gpu": ("gpus!=null",),
+    "guidance_rescale": ("guidance_scale!=1.0", "guidance_scale!=0.0"),
+    "guidance_interval": ("guidance_scale!=1.0",),
+    "jump_length": ("task=inpaint",),
+    "jump_n_sample": ("task=inpaint",),
+    "strength": ("task=variation",),
+    "nrow": ("save=grid",),
+}
+_COMPARED: tuple[str, ...] = ("compare=null",)
+NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "eval": {key: _COMPARED for key in ("dataset", "n", "seed", "device", "data_root", "measure", "out")}
+    | {key: ("ckpt!=null",) for key in ("sampler", "batch_size", "precision", "ema", "guidance_scale")},
+    "report": {key: ("contact=true",) for key in ("sampler", "n", "seed", "device")},
+}
+
+
+def refuse_unused(program: str, jobs: Iterable[tuple[Sequence[str], Any]]) -> None:
+    """Raise UserError for an override that has no effect in any of the jobs: the overrides and the config of each.
+
+    A value that says "off" (null, false, 0) is no setting. What a plug-in reads is not known.
+    """
+    found = [_unused(NEEDS | NEEDS_OF.get(program, {}), *job) for job in jobs]
+    for key, message in found[0].items():
+        if all(key in each for each in found):
+            raise UserError(message)
+
+
+def _unused(table: dict[str, tuple[str, ...]], overrides: Sequence[str], config: Any) -> dict[str, str]:
+    """Return a message for each typed key without effect, by the key."""
+    values, found = by_key(config), dict[str, str]()
+    for override in overrides:
+        key, _, typed = override.lstrip("+").partition("=")
+        needs = [need for each in {key.partition(".")[0], key} for need in table.get(each, ())]
+        for need in needs if values.get(key) else []:
+            gate, _, wanted = need.partition("=")
+            gate, other = gate.rstrip("!"), gate.endswith("!")
+            if not _holds(gate, wanted, other, values):
+                now = f"{gate}={literal(values[gate])}".replace("'", "")
+                if other:
+                    need = f"{gate}=…" if wanted == "null" else f"another {gate}"
+                found[key] = f"{key}={typed}: has no effect with {now}; it needs {need}"
+    return found
+
+
+def _holds(gate: str, wanted: str, other: bool, values: dict[str, Any]) -> bool:
+    """Return whether the key `gate` has the wanted value, or any other; the command may lack the key."""
+    if gate not in values:
+        return True
+    value = values[gate] if isinstance(values[gate], list) else [literal(values[gate]).strip("'")]
+    registered = {name for names in REGISTERED.values() for name in names}
+    return bool(registered.intersection(value)) or (wanted in value) != other
