@@ -545,7 +545,7 @@ def test_folder_too_large_for_memory(tmp_path, monkeypatch):
     assert len(everything(load(tmp_path, 8))) == 3
     with pytest.raises(DataError, match=r"3 images at dataset\.image_size=9 take 729 bytes; allowed: 576"):
         load(tmp_path, 9)
-    monkeypatch.setattr("ddpm.data.folder.MAX_ENTRIES", 2)
+    monkeypatch.setattr("ddpm.data.picture_files.MAX_ENTRIES", 2)
     with pytest.raises(DataError, match="more than 2 files and folders"):
         load(tmp_path)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ddpm.checkpoint import locate, verify
 from ddpm.config.choices import Component
 from ddpm.errors import CheckpointError, UserError
+from ddpm.io.figures import get_data_path
 from ddpm.io.images import Pixels, save_png, to_uint8
 from ddpm.report.runs import RunRow, brief
 from ddpm.report.table import label, measured, varying
