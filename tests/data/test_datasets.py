@@ -20,7 +20,7 @@ from ddpm.data.datasets import DATASETS
 from ddpm.data.folder import folder
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain
-from ddpm.io.cache import cache_folder, load_arrays, save_arrays
+from ddpm.io.cache import as_array, cache_folder, load_arrays, save_arrays
 from ddpm.io.files import read_bounded, write_atomically
 from ddpm.io.pictures import read_image
 
@@ -187,14 +187,16 @@ def test_header_that_is_too_long(tmp_path):
         {"labels": np.zeros((3, 1), np.uint8)},
         {"labels": np.zeros(3, np.int64)},
         {"more": np.zeros(3, np.uint8)},
+        {"source": as_array("1" * 64)},
     ],
 )
 def test_cached_images_with_a_right_hash_but_wrong_content(tmp_path, change):
     good = {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.array([0, 9, 1], np.uint8)}
+    good["source"] = as_array("0" * 64)
     save_arrays(tmp_path / "file", good)
-    assert persian._load_cached(tmp_path / "file", 3, 28).labels.tolist() == [0, 9, 1]
+    assert persian._load_cached(tmp_path / "file", 3, 28, "0" * 64).labels.tolist() == [0, 9, 1]
     save_arrays(tmp_path / "file", good | change)
-    assert persian._load_cached(tmp_path / "file", 3, 28) is None, "then it is built again"
+    assert persian._load_cached(tmp_path / "file", 3, 28, "0" * 64) is None, "then it is built again"
 
 
 def test_no_home_folder(monkeypatch):
