@@ -48,15 +48,15 @@ def test_other_kinds_are_counted_with_an_example(tmp_path):
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     assert load(tmp_path).notice == (
-        f"{tmp_path}: 3 images taken; passed over: 2 .tif (4.tif), 1 .jfif (6.jfif), 1 hidden (.8.png), "
-        "1 links that lead nowhere (dangling.png), 1 pipes, sockets or devices (pipe.png), "
-        "1 sub-folders without a picture (empty), 1 without a suffix (7)"
+        f"{tmp_path}: 3 images taken; passed over: 2 × .tif (4.tif), 1 × .jfif (6.jfif), 1 × hidden (.8.png), "
+        "1 × link that leads nowhere (dangling.png), 1 × no suffix (7), 1 × pipe, socket or device (pipe.png), "
+        "1 × sub-folder without a picture (empty)"
     )
 
 
 def test_only_other_kinds(tmp_path):
     save(*(tmp_path / f"{i}.tif" for i in range(6)))
-    with pytest.raises(DataError, match=r"0 images found .*; passed over: 6 \.tif \(0\.tif\)"):
+    with pytest.raises(DataError, match=r"0 images found .*; passed over: 6 × \.tif \(0\.tif\)"):
         load(tmp_path)
 
 
@@ -64,7 +64,7 @@ def test_a_class_without_a_picture_is_named(tmp_path):
     save(*(tmp_path / name / f"{i}.png" for name in ("a", "b") for i in range(3)), tmp_path / "c" / "1.tif")
     data = load(tmp_path)
     assert data.facts.class_names == ("a", "b")
-    assert "1 .tif (c/1.tif)" in data.notice and "1 sub-folders without a picture (c)" in data.notice
+    assert "1 × .tif (c/1.tif)" in data.notice and "1 × sub-folder without a picture (c)" in data.notice
 
 
 def test_links_to_folders_are_classes(tmp_path):
@@ -89,8 +89,8 @@ def test_no_loop_and_no_picture_twice(tmp_path):
     assert (
         found.facts.class_names == ("a", "b") and f"{data}: 8 images taken in 2 sub-folders" in found.notice
     )
-    assert "6 links to folders around them or read already (0)" in found.notice
-    assert "1 links that lead nowhere (self)" in found.notice
+    assert "6 × link to a folder around it or read already (0)" in found.notice
+    assert "1 × link that leads nowhere (self)" in found.notice
 
 
 # Classes
@@ -266,7 +266,7 @@ def try_folder(seed: int, home: Path) -> bool:
     try:
         data = check_dataset(load(root))
     except DataError as error:
-        assert is_plain(str(error)) and str(root) in str(error)
+        assert "\n" not in str(error) and str(root) in str(error)
         return False
     assert len(data.train) + len(data.val) + len(data.test) == len(found.files)
     assert f"{len(found.files):,} images taken" in data.notice and all(map(is_plain, data.notice.split("\n")))
@@ -289,7 +289,7 @@ def count_entries(root: Path) -> int:
 
 
 def try_count(seed: int, home: Path) -> None:
-    """What is taken and what is passed over are all entries of a folder without links to hidden or outer folders."""
+    """What is taken and what is passed over are all entries of a folder without links to hidden ones."""
     rng = random.Random(f"count {seed}")
     here = home / f"count-{seed}"
     here.mkdir()
@@ -297,12 +297,10 @@ def try_count(seed: int, home: Path) -> None:
     for top, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(top) / name
-            if path.is_symlink() and path.is_dir() and re.search(r"other|/\.hidden", os.readlink(path)):
+            if path.is_symlink() and "/." in os.path.realpath(path):
                 path.unlink()
     found = find_pictures(root)
-    passed = sum(
-        count for kind, (count, _) in found.passed.items() if kind != "sub-folders without a picture"
-    )
+    passed = sum(count for kind, (count, _) in found.passed.items() if kind != "sub-folder without a picture")
     assert len(found.files) + passed == count_entries(root)
 
 

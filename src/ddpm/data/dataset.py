@@ -76,7 +76,8 @@ def in_order_of(data: Dataset, names: Sequence[str]) -> Dataset:
         return Split(split.images, None if split.labels is None else numbers[split.labels])
 
     facts = replace(data.facts, class_names=tuple(names))
-    return Dataset(facts, *map(renumbered, (data.train, data.val, data.test)), data.notice)
+    splits = {name: renumbered(getattr(data, name)) for name in ("train", "val", "test")}
+    return replace(data, facts=facts, **splits)
 
 
 def check_dataset(data: Dataset) -> Dataset:

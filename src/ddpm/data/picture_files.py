@@ -23,9 +23,9 @@ class Found(NamedTuple):
     def passed_over(self) -> str:
         """Name the kinds in one line; empty if nothing was passed over."""
         kinds = sorted(self.passed.items(), key=lambda item: (-item[1][0], item[0]))
-        parts = [f"{count:,} {kind} ({example})" for kind, (count, example) in kinds[:MAX_KINDS]]
+        parts = [f"{count:,} × {kind} ({example})" for kind, (count, example) in kinds[:MAX_KINDS]]
         if rest := sum(count for _, (count, _) in kinds[MAX_KINDS:]):
-            parts.append(f"{rest:,} of other kinds")
+            parts.append(f"{rest:,} × others")
         return "passed over: " + ", ".join(parts) if parts else ""
 
 
@@ -49,7 +49,7 @@ def find_pictures(root: Path, below: bool = True) -> Found:
         try:
             about = os.stat(here)
             if (about.st_dev, about.st_ino) in seen or (is_link and _is_around(here, root)):
-                pass_over("links to folders around them or read already", here)
+                pass_over("link to a folder around it or read already", here)
                 continue
             seen.add((about.st_dev, about.st_ino))
             with os.scandir(here) as listed:
@@ -71,7 +71,7 @@ def find_pictures(root: Path, below: bool = True) -> Found:
                 (links if entry.is_symlink() else folders).append(path)
     with_pictures = {class_of(file, root) for file in files}
     for empty in sorted(path for path in classes if path.name not in with_pictures):
-        pass_over("sub-folders without a picture", empty)
+        pass_over("sub-folder without a picture", empty)
     return Found(sorted(files), passed)
 
 
@@ -85,17 +85,17 @@ def _kind(path: Path, below: bool) -> str:
     if path.name.startswith("."):
         return "hidden"
     if os.path.isdir(path):
-        return "" if below else "folders"
+        return "" if below else "folder"
     if not os.path.exists(path):
-        return "links that lead nowhere"
+        return "link that leads nowhere"
     if not os.path.isfile(path):
-        return "pipes, sockets or devices"
+        return "pipe, socket or device"
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return ""
     if not suffix:
-        return "without a suffix"
-    return suffix if len(suffix) <= MAX_SUFFIX and is_plain(suffix) else "with other suffixes"
+        return "no suffix"
+    return suffix if len(suffix) <= MAX_SUFFIX and is_plain(suffix) else "other suffix"
 
 
 def _is_around(link: Path, root: Path) -> bool:

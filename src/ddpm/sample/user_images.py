@@ -64,13 +64,12 @@ def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -
         raise UserError(
             f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
         )
-    found = Pictures([path], None, [])
+    shown = Pictures([path], None, [])
     if os.path.isdir(path):
-        found = pictures("input", text, path, MAX_INPUTS, facts)
-    images = with_channels(
-        torch.stack([_pixels(file, facts.image_size) for file in found.files]), facts.channels
-    )
-    return Inputs(images, found.labels, [str(file) for file in found.files], "\n".join(found.notes))
+        shown = pictures("input", text, path, MAX_INPUTS, facts)
+    images = torch.stack([_pixels(file, facts.image_size) for file in shown.files])
+    names = [str(file) for file in shown.files]
+    return Inputs(with_channels(images, facts.channels), shown.labels, names, "\n".join(shown.notes))
 
 
 class Pictures(NamedTuple):
