@@ -76,8 +76,7 @@ def in_order_of(data: Dataset, names: Sequence[str]) -> Dataset:
         return Split(split.images, None if split.labels is None else numbers[split.labels])
 
     facts = replace(data.facts, class_names=tuple(names))
-    splits = {name: renumbered(getattr(data, name)) for name in ("train", "val", "test")}
-    return replace(data, facts=facts, **splits)
+    return Dataset(facts, renumbered(data.train), renumbered(data.val), renumbered(data.test), data.notice)
 
 
 def check_dataset(data: Dataset) -> Dataset:

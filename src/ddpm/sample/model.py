@@ -92,7 +92,6 @@ def labels(model: Model, wanted: Sequence[int] | None, index: Tensor, guidance: 
         if not 0 <= label < model.facts.num_classes:
             raise UserError(
                 f"label={label}: {model.facts.name} has the labels 0 to {model.facts.num_classes - 1}"
-                + (f" ({info.listed(model.facts.class_names)})" if model.facts.class_names else "")
             )
     return torch.tensor(list(wanted), device=index.device)[index % len(wanted)]
 
