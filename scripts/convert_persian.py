@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.data.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, pack, save_crops
+from ddpm.data.hoda import INK, MAX_PIXELS, MAX_RECORDS, MAX_SIDE, Crops, digest, pack, save_crops
 from ddpm.data.mat import read_mat
 from ddpm.data.persian import PARTS, converted_name
 from ddpm.errors import DataError, printable
@@ -55,6 +55,11 @@ def main() -> None:
     if len(crops) != PARTS[args.split].count:
         print(
             f"warning: dataset=persian expects {PARTS[args.split].count} images in {args.split}",
+            file=sys.stderr,
+        )
+    elif digest(crops) != PARTS[args.split].images:
+        print(
+            f"warning: these are not the published images of {args.split}: dataset=persian will refuse them",
             file=sys.stderr,
         )
 

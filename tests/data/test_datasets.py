@@ -20,7 +20,7 @@ from ddpm.data.datasets import DATASETS
 from ddpm.data.folder import folder
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError, is_plain
-from ddpm.io.cache import cache_folder, load_arrays, save_arrays
+from ddpm.io.cache import as_array, cache_folder, load_arrays, save_arrays
 from ddpm.io.files import read_bounded, write_atomically
 from ddpm.io.pictures import read_image
 
@@ -187,14 +187,16 @@ def test_header_that_is_too_long(tmp_path):
         {"labels": np.zeros((3, 1), np.uint8)},
         {"labels": np.zeros(3, np.int64)},
         {"more": np.zeros(3, np.uint8)},
+        {"source": as_array("1" * 64)},
     ],
 )
 def test_cached_images_with_a_right_hash_but_wrong_content(tmp_path, change):
     good = {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.array([0, 9, 1], np.uint8)}
+    good["source"] = as_array("0" * 64)
     save_arrays(tmp_path / "file", good)
-    assert persian._load_cached(tmp_path / "file", 3, 28).labels.tolist() == [0, 9, 1]
+    assert persian._load_cached(tmp_path / "file", 3, 28, "0" * 64).labels.tolist() == [0, 9, 1]
     save_arrays(tmp_path / "file", good | change)
-    assert persian._load_cached(tmp_path / "file", 3, 28) is None, "then it is built again"
+    assert persian._load_cached(tmp_path / "file", 3, 28, "0" * 64) is None, "then it is built again"
 
 
 def test_no_home_folder(monkeypatch):
@@ -353,7 +355,8 @@ def test_second_start_decodes_no_picture(tmp_path, decoded, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["other content", "one more", "one fewer", "another class", "broken cache"]
+    "change",
+    ["other content", "same size and time", "one more", "one fewer", "another class", "broken cache"],
 )
 def test_pictures_are_decoded_again_when_anything_changed(tmp_path, decoded, change):
     for i in range(6):
@@ -362,6 +365,12 @@ def test_pictures_are_decoded_again_when_anything_changed(tmp_path, decoded, cha
     decoded.clear()
     if change == "other content":
         save(tmp_path / "a" / "2.png", 200)
+    elif change == "same size and time":
+        file = tmp_path / "a" / "2.png"
+        before, grey = file.stat(), 40
+        while grey == 40 or file.stat().st_size != before.st_size:
+            save(file, grey := grey + 1)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif change == "one more":
         save(tmp_path / "a" / "7.png", 200)
     elif change == "one fewer":
@@ -545,7 +554,7 @@ def test_folder_too_large_for_memory(tmp_path, monkeypatch):
     assert len(everything(load(tmp_path, 8))) == 3
     with pytest.raises(DataError, match=r"3 images at dataset\.image_size=9 take 729 bytes; allowed: 576"):
         load(tmp_path, 9)
-    monkeypatch.setattr("ddpm.data.folder.MAX_ENTRIES", 2)
+    monkeypatch.setattr("ddpm.data.picture_files.MAX_ENTRIES", 2)
     with pytest.raises(DataError, match="more than 2 files and folders"):
         load(tmp_path)
 

@@ -42,8 +42,9 @@ def idx(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def published(monkeypatch) -> dict[str, bytes]:
+def published(tmp_path, monkeypatch) -> dict[str, bytes]:
     """The unpacked small files; the module takes them for the published MNIST, and never goes outside."""
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     files = {name: idx(array) for name, array in arrays().items()}
     monkeypatch.setattr(module, "SHAPES", SHAPES)
     monkeypatch.setattr(module, "HELD_OUT", 5)
@@ -130,8 +131,7 @@ def test_second_start_does_not_read_what_is_packed(tmp_path, published, function
 
 def test_without_a_note_what_is_packed_is_read_again(tmp_path, published):
     raw = put(tmp_path / "KMNIST" / "raw", published, packed=True)
-    for name in SHAPES:
-        (raw / f"{name}.sha256").mkdir()  # so that none can be written
+    (tmp_path / "cache").write_text("a file in the way")  # so that none can be written
     first = module.kmnist(tmp_path)
     assert torch.equal(module.kmnist(tmp_path).test.images, first.test.images)
     (raw / "t10k-images-idx3-ubyte.gz").write_bytes(b"not what was published")
@@ -150,13 +150,33 @@ def test_second_start_does_not_scale_again(tmp_path, published, monkeypatch):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
-def test_label_out_of_range(tmp_path, published):
+@pytest.mark.parametrize("function", [module.fashion_mnist, module.kmnist])
+def test_unpacked_files_alone_are_not_believed(tmp_path, published, monkeypatch, function):
+    folder = {module.fashion_mnist: "FashionMNIST", module.kmnist: "KMNIST"}[function]
+    raw = put(tmp_path / folder / "raw", published)
+    for name, data in published.items():  # a note beside the files comes from where they come from
+        (raw / f"{name}.sha256").write_text(hashlib.sha256(data).hexdigest())
+    with pytest.raises(DataError, match=r"put train-images-idx3-ubyte\.gz.*whose MD5 are known"):
+        function(tmp_path)
+
+
+def test_unpacked_files_are_compared_with_downloaded_ones(tmp_path, published, server, monkeypatch):
+    monkeypatch.setattr(module, "_mirrors", lambda _: [server.url])
     name = "t10k-labels-idx1-ubyte"
-    data = bytearray(published[name])
-    data[8 + 4] = 10
-    put(tmp_path / "KMNIST" / "raw", published | {name: bytes(data)})
-    with pytest.raises(DataError, match=f"{name}: label 10 at byte 12"):
+    label = bytearray(published[name])
+    label[8 + 4] = (label[8 + 4] + 1) % 10
+    raw = put(tmp_path / "KMNIST" / "raw", published | {name: bytes(label)})
+    with pytest.raises(DataError, match=f"{name}: it is not the published"):
         module.kmnist(tmp_path)
+    (raw / name).unlink()
+    assert len(module.kmnist(tmp_path).train) == 25
+    assert len(server.asked) == 4, "each once"
+    for packed in raw.glob("*.gz"):
+        packed.unlink()
+    assert len(module.kmnist(tmp_path).train) == 25, "they have been verified before"
+    (tmp_path / "cache" / "KMNIST-train-images-idx3-ubyte.sha256").unlink()
+    module.kmnist(tmp_path)
+    assert "/train-images-idx3-ubyte.gz" in server.asked[4:]
 
 
 GOOD = idx(np.arange(12, dtype=np.uint8).reshape(3, 2, 2))

@@ -1,6 +1,8 @@
 """dataset=persian: how digits are drawn, the splits, and the cache."""
 
+import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 import torch
 
 from ddpm.data import persian as module
-from ddpm.data.hoda import pack, save_crops
+from ddpm.data.hoda import digest, pack, read_cdb, save_crops
+from ddpm.data.mat import read_mat
 from ddpm.data.persian import NOTICE, Part, draw, persian
 from ddpm.errors import DataError
+from ddpm.io.cache import as_array, save_arrays
 from tests.data.hoda_files import cdb, digits
+
+REAL = os.environ.get("DDPM_TEST_DATA")
 
 
 @pytest.fixture
@@ -19,11 +25,15 @@ def home(tmp_path, monkeypatch) -> Path:
     """A data root with three small parts, and a cache of its own."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "HELD_OUT", 6)
-    parts = {"train": Part("Train.cdb", 30), "test": Part("Test.cdb", 10), "remaining": Part("Rest.cdb", 20)}
-    monkeypatch.setattr(module, "PARTS", parts)
+    parts = {}
     (tmp_path / "hoda").mkdir()
-    for seed, part in enumerate(parts.values()):
-        (tmp_path / "hoda" / part.cdb).write_bytes(cdb(*digits(part.count, seed)))
+    for seed, (name, file, count) in enumerate(
+        (("train", "Train.cdb", 30), ("test", "Test.cdb", 10), ("remaining", "Rest.cdb", 20))
+    ):
+        images = digits(count, seed)
+        parts[name] = Part(file, count, digest(pack(*images)))
+        (tmp_path / "hoda" / file).write_bytes(cdb(*images))
+    monkeypatch.setattr(module, "PARTS", parts)
     return tmp_path
 
 
@@ -86,17 +96,68 @@ def test_remaining_images_join_the_training_images_alone(home):
     assert with_rest.train.labels[24:].tolist() == digits(20, seed=2)[1]
 
 
-def test_second_start_reads_the_cache_and_not_the_files(home):
+def test_second_start_reads_the_cache_and_decodes_no_file(home, monkeypatch):
     first = persian(home)
-    for file in (home / "hoda").iterdir():  # whoever reads them now will not get far
-        about = file.stat()
-        file.write_bytes(bytes(about.st_size))
-        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    monkeypatch.setattr(module, "read_cdb", None)
     second = persian(home)
     assert second.notice == ""
     for a, b in ((first.train, second.train), (first.val, second.val), (first.test, second.test)):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
     assert not list((home / "cache").glob("*.part"))
+
+
+def put(file: Path, data: bytes) -> None:
+    """Change a file's content, but neither its size nor its times."""
+    about = file.stat()
+    assert about.st_size == len(data)
+    file.write_bytes(data)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def test_file_of_the_same_size_and_time_is_not_believed(home):
+    persian(home)
+    images, labels = digits(10, seed=1)
+    put(home / "hoda" / "Test.cdb", cdb(images[::-1], labels[::-1]))
+    assert persian(home).test.labels.tolist() == labels[::-1], "the same images, drawn anew in their order"
+    images[0][0, 0] ^= 255
+    changed = cdb(images, labels)
+    (home / "hoda" / "Test.cdb").write_bytes(changed)
+    with pytest.raises(DataError, match=r"Test.cdb: its images are not those of Test.cdb"):
+        persian(home)
+    put(home / "hoda" / "Test.cdb", bytes(len(changed)))
+    with pytest.raises(DataError, match=r"Test.cdb: "):
+        persian(home)
+
+
+def test_official_file_is_known_by_its_own_hash_too(home, monkeypatch):
+    images = digits(10, seed=9)
+    data = cdb(*images)
+    (home / "hoda" / "Test.cdb").write_bytes(data)
+    with pytest.raises(DataError, match="not those of"):
+        persian(home)
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    monkeypatch.setitem(module.PARTS, "test", replace(module.PARTS["test"], blob=blob))
+    np.testing.assert_array_equal(persian(home).test.images[:, 0], draw(pack(*images), 28))
+
+
+@pytest.mark.parametrize("place", ["hoda", "cache"])
+def test_converted_part_is_verified(home, place):
+    images, labels = digits(30)
+    (home / "hoda" / "Train.cdb").unlink()
+    labels[0] = (labels[0] + 1) % 10
+    (home / "cache").mkdir()
+    save_crops(home / place / "hoda-train.safetensors", pack(images, labels))
+    with pytest.raises(DataError, match=r"hoda-train.safetensors: its images are not those of Train.cdb"):
+        persian(home)
+
+
+def test_cache_under_another_name_is_not_believed(home):
+    first = persian(home)
+    small = min(home.glob("cache/persian-28-*"), key=lambda path: path.stat().st_size)
+    images, labels = digits(10, seed=9)
+    other = {"images": draw(pack(images, labels), 28), "labels": np.array(labels, np.uint8)}
+    save_arrays(small, {**other, "source": as_array("0" * 64)})
+    assert torch.equal(persian(home).test.images, first.test.images)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -112,10 +173,12 @@ def test_broken_cache_is_built_again(home, damage):
     assert persian(home).notice == ""
 
 
-def test_other_source_other_cache(home):
+def test_other_source_other_cache(home, monkeypatch):
     persian(home)
     images, labels = digits(10, seed=9)
     (home / "hoda" / "Test.cdb").write_bytes(cdb(images, labels))
+    part = replace(module.PARTS["test"], images=digest(pack(images, labels)))
+    monkeypatch.setitem(module.PARTS, "test", part)
     np.testing.assert_array_equal(persian(home).test.images[:, 0], draw(pack(images, labels), 28))
 
 
@@ -148,3 +211,15 @@ def test_cache_that_cannot_be_written(home, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(home / "in the way" / "cache"))
     with pytest.raises(DataError, match="set DDPM_CACHE"):
         persian(home)
+
+
+@pytest.mark.skipif(REAL is None, reason="DDPM_TEST_DATA does not name a folder with the real data")
+def test_real_files_have_the_known_hashes():
+    hoda = Path(REAL) / "hoda"
+    for part in ("test", "remaining"):
+        assert digest(read_cdb(hoda / module.PARTS[part].cdb)) == module.PARTS[part].images
+    images, labels = read_mat(hoda / "Data_hoda_full.mat")
+    assert digest(pack(images, labels)) == module.PARTS["train"].images
+    order = np.random.default_rng(0).permutation(len(labels))
+    shuffled = pack([images[i] for i in order], [labels[i] for i in order])
+    assert digest(shuffled) == module.PARTS["train"].images

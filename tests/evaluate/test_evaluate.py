@@ -489,6 +489,55 @@ def test_pictures_must_be_as_the_datasets(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_opaque_pictures_with_an_alpha_channel_are_read(tmp_path: Path, digits: Dataset, mode: str) -> None:
+    images = digits.test.images[:5]
+    for number, image in enumerate(images):
+        picture = Image.fromarray(image[0].numpy()).convert("L" if mode == "P" else mode)
+        if mode == "P":
+            picture = picture.convert("P")
+            picture.save(tmp_path / f"{number}.png", transparency=bytes([255] * 256))
+        else:
+            picture.save(tmp_path / f"{number}.png")
+    with Image.open(tmp_path / "0.png") as first:
+        assert first.has_transparency_data
+    assert torch.equal(read(str(tmp_path), digits).images, images)
+
+
+@pytest.mark.parametrize("name", ["digit {}", "{}", "other {}"])
+def test_samples_in_class_folders(tmp_path: Path, digits: Dataset, name: str) -> None:
+    """The sub-folder has the name or the number of the class; else there are no labels, and a note says so."""
+    assert digits.test.labels is not None
+    facts = dataclasses.replace(digits.facts, class_names=tuple(f"digit {k}" for k in range(10)))
+    data = dataclasses.replace(digits, facts=facts)
+    images, labels = digits.test.images[:40], digits.test.labels[:40]
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        file = tmp_path / name.format(label) / f"{number:02}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    (tmp_path / "notes.txt").write_text("more")
+    found = read(str(tmp_path), data)
+    assert "passed over: 1 × .txt (notes.txt)" in found.notes[0]
+    order = [i for _, i in sorted((name.format(label), i) for i, label in enumerate(labels.tolist()))]
+    assert torch.equal(found.images, images[order])
+    if name == "other {}":
+        assert (
+            found.labels is None and "sub-folder 'other 0' is none of digits (0 'digit 0'" in found.notes[1]
+        )
+    else:
+        assert found.labels is not None and torch.equal(found.labels, labels[order])
+
+
+def test_what_exists_is_no_dataset(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run:1", "digits:test"):
+        Path(folder).mkdir()
+        Image.new("L", (8, 8), 9).save(Path(folder) / "a.png")
+        assert read(folder, digits).images.unique().tolist() == [9]
+    saved(tmp_path / "digits:train:0.npz", images=np.zeros((2, 8, 8), np.uint8))
+    assert len(read("digits:train:0.npz", digits).images) == 2
+
+
 def test_images_of_a_dataset(digits: Dataset) -> None:
     found = read("digits:train:0-4,9", digits)
     assert torch.equal(found.images, digits.train.images[[0, 1, 2, 3, 4, 9]])

@@ -25,10 +25,10 @@ import safetensors.numpy
 from ddpm.data import mnist
 from ddpm.data.dataset import check_dataset
 from ddpm.data.folder import folder as image_folder
-from ddpm.data.folder import read_image
 from ddpm.data.hoda import Crops, load_crops, pack, read_cdb
 from ddpm.errors import UserError, is_plain
 from ddpm.io.cache import Arrays, content_hash
+from ddpm.io.pictures import read_image
 from tests.data.hoda_files import cdb, digits, header, record
 from tests.faults.cases import Case
 

@@ -322,6 +322,27 @@ def test_inputs_that_cannot_be_are_one_line(
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
+def test_a_file_with_colons_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30:45.png", "digits:val:0"):
+        Image.new("L", (8, 8), 7).save(name, "PNG")
+        assert read(name).images.unique().tolist() == [7]
+
+
+def test_inputs_in_class_folders_and_what_is_passed_over(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        Image.new("L", (8, 8), number).save(tmp_path / str(number) / "a.png")
+    (tmp_path / "notes.txt").write_text("more")
+    found = read(str(tmp_path))
+    assert found.labels is not None and found.labels.tolist() == [0, 1, 2]
+    assert found.images.flatten(1)[:, 0].tolist() == [0, 1, 2]
+    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
+    found = read(str(tmp_path))
+    assert found.labels is None and found.images.unique().tolist() == [9]
+    assert found.notice == f"input={tmp_path}: passed over: 3 × folder (0), 1 × .txt (notes.txt)"
+
+
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"8×8×1.*28×28×1"):
         read("digits:val:0", dataclasses.replace(FACTS, image_size=28))

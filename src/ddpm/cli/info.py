@@ -7,6 +7,7 @@ from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.cli import app
 from ddpm.config.schema import InfoConfig
+from ddpm.data.info import listed
 from ddpm.errors import printable
 
 
@@ -23,10 +24,13 @@ def info(config: InfoConfig) -> None:
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))
     data, trainer = meta.facts, trained.trainer
     size, epochs = data["image_size"], trainer.max_epochs
+    classes = f"{data['num_classes']} classes"
+    if data["class_names"]:
+        classes += f": {listed(data['class_names'], most=None)}"
     end = f"of {trainer.max_steps:,} steps" if epochs is None else f"steps of {epochs} epochs"
     rows = {
         "checkpoint": f"{path} ({length / 2**20:.1f} MiB)",
-        "data": f"{data['name']}, {size}×{size}×{data['channels']}, {data['num_classes']} classes",
+        "data": f"{data['name']}, {size}×{size}×{data['channels']}, {classes}",
         "network": f"{trained.model.name}, {parameters:,} parameters ({_flat(trained.model.params)})",
         "schedule": f"{trained.schedule.name} ({_flat(trained.schedule.params)})",
         "objective": f"predicts {trained.objective.prediction}, weight {trained.objective.weight}",

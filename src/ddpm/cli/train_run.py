@@ -11,7 +11,8 @@ from ddpm.checkpoint.file import read_meta
 from ddpm.checkpoint.locate import of_run
 from ddpm.cli.train_progress import show_progress
 from ddpm.config.schema import TrainConfig, check_batch, to_dict
-from ddpm.data.dataset import Dataset
+from ddpm.data.dataset import Dataset, in_order_of
+from ddpm.data.info import listed
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
 from ddpm.io.files import try_to_draw, write_atomically
@@ -48,6 +49,7 @@ def train(config: TrainConfig) -> float:
         open_run(config, own) as run,
     ):
         data = session.rank_zero_first(lambda: build.dataset(config.dataset, config.data_root))
+        data = in_order_of(data, run.class_names)
         state = set_up(config, data, session, run.source.path if run.source else None)
         if (figure := run.settle(state)) is not None:
             return figure
@@ -97,7 +99,7 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
 def _describe(state: TrainState, data: Dataset) -> list[str]:
     """Say what is trained on what; warn where the schedule does not end in noise."""
     facts, parameters = state.facts, sum(p.numel() for p in state.network.parameters())
-    lines = [data.notice] if data.notice else []
+    lines = data.notice.splitlines()
     lines.append(
         f"{facts.name}: {len(data.train.images):,} training and {len(data.val.images):,} validation images, "
         f"{facts.image_size}×{facts.image_size}×{facts.channels}; "
@@ -105,6 +107,8 @@ def _describe(state: TrainState, data: Dataset) -> list[str]:
         f"{state.config.schedule.name} schedule; {state.device}, {state.environment['precision']}"
         + (f", {state.world.size} processes" if state.world.size > 1 else "")
     )
+    if facts.class_names:
+        lines.append(f"{facts.num_classes:,} classes: {listed(facts.class_names)}")
     noisiest = state.schedule.at(state.schedule.num_timesteps - 1)
     if not is_noise(noisiest):
         lines.append(

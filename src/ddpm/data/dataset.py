@@ -1,6 +1,8 @@
 """What every dataset returns: facts about its images, and its training, validation and test split."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Facts and splits of a dataset; `notice` is a text for the user, such as a licence, printed once."""
+    """Facts and splits of a dataset; `notice` is a text for the user, such as a licence, printed at the start."""
 
     facts: DatasetInfo
     train: Split
@@ -38,13 +40,43 @@ class Dataset:
 def hold_out(split: Split, n: int) -> tuple[Split, Split]:
     """Split off n images drawn at random. Returns the rest and those n, each in the original order.
 
-    The draw depends on the number of images alone. Raises ValueError unless 0 < n < len(split).
+    The draw depends on the number of images alone, unless it would leave a class without an image: then the class gets
+    its first one back, and the next one drawn that its class can spare is held out instead. Raises ValueError unless
+    0 < n < len(split).
     """
     if not 0 < n < len(split):
         raise ValueError(f"cannot hold out {n} of {len(split)} images")
+    drawn = permutation(SPLIT_SEED, "hold_out", 0, len(split))
     held = torch.zeros(len(split), dtype=torch.bool)
-    held[permutation(SPLIT_SEED, "hold_out", 0, len(split))[:n]] = True
+    held[drawn[:n]] = True
+    if split.labels is not None:
+        _give_back(split.labels.tolist(), held, drawn[n:].tolist())
     return _select(split, ~held), _select(split, held)
+
+
+def _give_back(labels: list[int], held: Tensor, others: list[int]) -> None:
+    """Change `held` so that each class keeps an image; `others` are those not held, in the order of the draw."""
+    left = Counter(labels[i] for i in others)
+    for lost in sorted(set(labels) - left.keys()):
+        spare = next((i for i in others if left[labels[i]] > 1 and not held[i]), None)
+        if spare is None:  # too few images for all classes
+            return
+        held[labels.index(lost)], held[spare] = False, True
+        left[labels[spare]] -= 1
+
+
+def in_order_of(data: Dataset, names: Sequence[str]) -> Dataset:
+    """Number the classes in the order of `names`, a checkpoint's, if they are the same classes in another order."""
+    own = data.facts.class_names
+    if tuple(names) == own or sorted(names) != sorted(own):
+        return data
+    numbers = torch.tensor([names.index(name) for name in own])
+
+    def renumbered(split: Split) -> Split:
+        return Split(split.images, None if split.labels is None else numbers[split.labels])
+
+    facts = replace(data.facts, class_names=tuple(names))
+    return Dataset(facts, renumbered(data.train), renumbered(data.val), renumbered(data.test), data.notice)
 
 
 def check_dataset(data: Dataset) -> Dataset:

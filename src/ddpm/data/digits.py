@@ -1,5 +1,6 @@
 """Load the 1,797 handwritten 8×8 digits of scikit-learn, which need no download and train in a minute."""
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from numpy.typing import NDArray
 
 from ddpm.data.dataset import Dataset, Split, hold_out
 from ddpm.data.info import DatasetInfo
+from ddpm.errors import DataError
 
+SHA256 = "68aea062d35a127749050fa0e52dca09d6569ac08092c925610e0954e172dde2"  # of the table as bytes
 HELD_OUT = 180  # images each for validation and test: a tenth
 
 
@@ -34,4 +37,8 @@ def _table() -> NDArray[np.float64]:
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations  # a dependency of ddpm
     folder = Path(package.submodule_search_locations[0])
-    return np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    file = folder / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
+    if hashlib.sha256(table.astype(np.uint8).data).hexdigest() != SHA256:
+        raise DataError(f"{file}: its SHA-256 is not that of the published digits; install scikit-learn anew")
+    return table

@@ -4,6 +4,7 @@ Both give `Crops`, images of different sizes stored one after another. Every siz
 used, and memory is allocated only for bytes that the file holds.
 """
 
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,15 @@ class Crops:
         for height, width in self.sizes.tolist():
             yield self.pixels[start : start + height * width].reshape(height, width)
             start += height * width
+
+
+def digest(crops: Crops) -> str:
+    """Return a SHA-256 over all images and labels, the same in any order of the images."""
+    images = (
+        hashlib.sha256(bytes([label, *image.shape]) + image.tobytes()).digest()
+        for label, image in zip(crops.labels.tolist(), crops.images(), strict=True)
+    )
+    return hashlib.sha256(b"".join(sorted(images))).hexdigest()
 
 
 def pack(images: Sequence[NDArray[np.uint8]], labels: Sequence[int]) -> Crops:

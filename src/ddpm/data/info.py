@@ -1,6 +1,6 @@
 """Describe a dataset's images, without importing torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ def check_facts(facts: DatasetInfo) -> None:
         )
     if strange := [name for name in names if not _is_name(name)]:
         raise DataError(f"dataset {facts.name}: the class name {strange[0]!a:.40} is no plain, short text")
+
+
+LISTED = 20  # classes in a message
+
+
+def listed(names: Sequence[str], most: int | None = LISTED) -> str:
+    """List the classes with their numbers, as in "0 'cat', 1 'dog'"; None lists them all."""
+    shown = [f"{number} '{name}'" for number, name in enumerate(names[:most])]
+    more = [f"and {len(names) - len(shown):,} more"] if len(names) > len(shown) else []
+    return ", ".join(shown + more)
 
 
 def _is_name(name: object) -> bool:

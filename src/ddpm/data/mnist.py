@@ -1,7 +1,7 @@
 """Load MNIST, Fashion-MNIST and KMNIST: 60,000 + 10,000 grey images, 28×28, ten classes, in four IDX files.
 
-Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent files are downloaded once; present files are
-verified. To add such a dataset, describe it as a `_Variant` and write its three-line function.
+Files lie where torchvision puts them, `<data_root>/MNIST/raw/…`. Absent files are downloaded once; all are verified by
+hash. To add such a dataset, describe it as a `_Variant` and write its three-line function.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import cached_images
+from ddpm.io.cache import cache_folder, cached_images
 from ddpm.io.files import leftovers, read_bounded, read_regular, reason, write_atomically
 from ddpm.io.folders import make_folder, remove_empty
 
@@ -130,10 +130,11 @@ def _scale(images: Tensor, size: int) -> Tensor:
 def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     """Read and verify one file. Where its SHA-256 is not known, compare it with its .gz, whose MD5 is known.
 
-    A file `<name>.sha256` keeps the hash of one that has passed, so that the .gz is decompressed only once.
+    The .gz is downloaded where it is absent. The cache keeps the hash of a file that has passed, so that the .gz is
+    needed only once.
     """
     file, shape = list(SHAPES.items())[index]
-    path, packed, note = raw / file, raw / f"{file}.gz", raw / f"{file}.sha256"
+    path, packed = raw / file, raw / f"{file}.gz"
     data = read_bounded(path, MAX_BYTES)
     sha256 = hashlib.sha256(data).hexdigest()
     if variant.sha256 is not None:
@@ -141,22 +142,22 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
             raise DataError(
                 f"{path}: its SHA-256 is not that of the published file; delete it and start again"
             )
-    elif os.path.exists(packed) and not _has_passed(note, sha256):
+    elif not _has_passed(f"{variant.folder}-{file}", sha256):
+        if not os.path.exists(packed):
+            _download(variant, raw)
         source = read_bounded(packed, MAX_BYTES)
         if _md5(source) != variant.md5[index] or _unpack(source, packed, shape) != data:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
-        with suppress(OSError):  # if it cannot be written, the .gz is read at each start
+        with suppress(OSError, DataError):  # if it cannot be kept, the .gz is read at each start
+            note = cache_folder() / f"{variant.folder}-{file}.sha256"
+            note.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(note, sha256.encode())
-    array = parse_idx(data, str(path), shape)
-    if array.ndim == 1 and array.max() >= len(variant.class_names):
-        record = int((array >= len(variant.class_names)).argmax())
-        raise DataError(f"{path}: label {array[record]} at byte {8 + record}; allowed: 0 to 9")
-    return array
+    return parse_idx(data, str(path), shape)
 
 
-def _has_passed(note: Path, sha256: str) -> bool:
-    with suppress(OSError):
-        return read_regular(note, 64) == sha256.encode()
+def _has_passed(name: str, sha256: str) -> bool:
+    with suppress(OSError, DataError):
+        return read_regular(cache_folder() / f"{name}.sha256", 64) == sha256.encode()
     return False
 
 
@@ -183,7 +184,11 @@ def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint
 
 
 def _download(variant: _Variant, raw: Path) -> None:
-    """Download and decompress the absent files under a lock, so that one process does."""
+    """Download and decompress the absent files under a lock, so that one process does.
+
+    Where the SHA-256 of the decompressed files is not known, the .gz files are downloaded, too, to compare them with.
+    """
+    names = list(SHAPES) if variant.sha256 else [f"{file}.gz" for file in SHAPES]
     made: list[Path] = []
     try:
         made = make_folder(raw)
@@ -192,19 +197,22 @@ def _download(variant: _Variant, raw: Path) -> None:
                 left_by_a_killed_process.unlink()
             for (file, shape), md5 in zip(SHAPES.items(), variant.md5, strict=True):
                 packed = raw / f"{file}.gz"
-                if os.path.exists(raw / file):  # another process may have written it
+                is_there = os.path.exists(raw / file)  # another process may have written it
+                if is_there and (variant.sha256 or os.path.exists(packed)):
                     continue
                 if not os.path.exists(packed) or _md5(read_bounded(packed, MAX_BYTES)) != md5:
                     write_atomically(packed, _from_mirrors(_mirrors(variant), packed.name, md5))
-                write_atomically(raw / file, _unpack(read_bounded(packed, MAX_BYTES), packed, shape))
+                if not is_there:
+                    write_atomically(raw / file, _unpack(read_bounded(packed, MAX_BYTES), packed, shape))
     except (OSError, DataError) as error:
         if made:  # a mistyped data_root, say
             (raw / "download.lock").unlink(missing_ok=True)
             remove_empty(made)
         text = str(error) if isinstance(error, DataError) else reason(error)
         raise DataError(
-            f"{raw} lacks files that cannot be downloaded ({text}); put {', '.join(SHAPES)} (or the same as "
-            f".gz) there, or use dataset=digits, which needs no download"
+            f"{raw} lacks files that cannot be downloaded ({text}); put {', '.join(names)}"
+            f"{' (or the same as .gz)' if variant.sha256 else ', whose MD5 are known,'} there, or use dataset=digits, "
+            "which needs no download"
         ) from error
 
 

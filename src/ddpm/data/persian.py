@@ -3,6 +3,7 @@
 The licence forbids commercial use, so the set is neither downloaded nor shipped: the user provides the files.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.data.dataset import Dataset, Split, check_image_size, hold_out
-from ddpm.data.hoda import MAX_BYTES, NUM_CLASSES, Crops, load_crops, read_cdb
+from ddpm.data.hoda import MAX_BYTES, MAX_PIXELS, NUM_CLASSES, Crops, digest, load_crops, read_cdb
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.io.cache import cache_folder, fingerprint, load_arrays, save_arrays
-from ddpm.io.files import reason
+from ddpm.io.cache import as_array, cache_folder, load_arrays, save_arrays
+from ddpm.io.files import read_bounded, reason
 
 SIZES = (28, 32, 64)
+MAX_SOURCE = MAX_PIXELS + MAX_BYTES  # bytes of a file with crops
 HELD_OUT = 5_000  # validation images, taken from the 60,000 training images
 DRAWING = 1  # version of `draw`: increase it when the result changes, so that no older cache is used
 NOTICE = (
@@ -31,16 +33,27 @@ NOTICE = (
 
 @dataclass(frozen=True)
 class Part:
-    """One of the three official parts: its file, and how many images it holds."""
+    """One of the three official parts: its file, how many images it holds, and what they are verified by."""
 
     cdb: str
     count: int
+    images: str  # `digest` of its images: whatever file they come in
+    blob: str = ""  # SHA-1 of the official file as a blob of git, where no SHA-256 of it is published
 
 
 PARTS = {
-    "train": Part("Train 60000.cdb", 60_000),
-    "test": Part("Test 20000.cdb", 20_000),
-    "remaining": Part("RemainingSamples.cdb", 22_352),
+    "train": Part(
+        "Train 60000.cdb",
+        60_000,
+        "bc567e5ac4b7613fab42a64b577188c49010191f1f9726cb023b1d5167a1e4a1",
+        blob="a87ae8c4b1a9e9227f600194ae82a8af3d0e08ec",
+    ),
+    "test": Part(
+        "Test 20000.cdb", 20_000, "f5f0b4286e83fa7f0c82e5348c5d763cd7793f38f33a68315d8776dd3814d5ee"
+    ),
+    "remaining": Part(
+        "RemainingSamples.cdb", 22_352, "32b60e91d149cbf1204b977eea1dc79fcc2267bd9c918da6768d7b2fa55232ea"
+    ),
 }
 
 
@@ -50,13 +63,13 @@ def persian(data_root: Path, *, image_size: int = 28, remaining: bool = False) -
     55,000 images to train on, 5,000 for validation, 20,000 for test. `remaining` adds the 22,352 images of the
     third official part to the training images. Files are read from `<data_root>/hoda/`; a part without its
     `.cdb` is read from the output of scripts/convert_persian.py. The notice is empty if all images came from
-    the cache. Raises DataError for absent or malformed files.
+    the cache. Raises DataError for absent or malformed files, and for images that are not the published ones.
     """
     check_image_size(image_size, SIZES)
     names = ["train", "test", "remaining"] if remaining else ["train", "test"]
     splits, cached = {}, {}
     for name, source in _find(data_root / "hoda", names).items():
-        splits[name], cached[name] = _load_part(source, PARTS[name].count, image_size)
+        splits[name], cached[name] = _load_part(source, PARTS[name], image_size)
     train, val = hold_out(splits["train"], HELD_OUT)
     if remaining:
         rest = splits["remaining"]
@@ -121,17 +134,22 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
     return found
 
 
-def _load_part(source: Path, count: int, image_size: int) -> tuple[Split, bool]:
-    """Return a part and whether it came from the cache; draw and cache it if not."""
-    path = cache_folder() / f"persian-{image_size}-v{DRAWING}-{fingerprint([source])}.safetensors"
-    if (cached := _load_cached(path, count, image_size)) is not None:
+def _load_part(source: Path, part: Part, image_size: int) -> tuple[Split, bool]:
+    """Return a part and whether it came from the cache; verify, draw and cache it if not."""
+    data = read_bounded(source, MAX_SOURCE)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = cache_folder() / f"persian-{image_size}-v{DRAWING}-{sha256}.safetensors"
+    if (cached := _load_cached(path, part.count, image_size, sha256)) is not None:
         return cached, True
     crops = load_crops(source) if source.suffix == ".safetensors" else read_cdb(source)
-    if len(crops) != count:
-        raise DataError(f"{source}: holds {len(crops)} images; this part of the Hoda set has {count}")
+    if len(crops) != part.count:
+        raise DataError(f"{source}: holds {len(crops)} images; this part of the Hoda set has {part.count}")
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    if digest(crops) != part.images and blob != part.blob:
+        raise DataError(f"{source}: its images are not those of {part.cdb}, as their hash says; get it again")
     images = draw(crops, image_size)
     try:
-        save_arrays(path, {"images": images, "labels": crops.labels})
+        save_arrays(path, {"images": images, "labels": crops.labels, "source": as_array(sha256)})
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({reason(error)}); set DDPM_CACHE to another folder"
@@ -139,15 +157,18 @@ def _load_part(source: Path, count: int, image_size: int) -> tuple[Split, bool]:
     return _split(images, crops.labels), False
 
 
-def _load_cached(path: Path, count: int, image_size: int) -> Split | None:
-    """Return None unless the file is whole and holds what `_load_part` writes."""
+def _load_cached(path: Path, count: int, image_size: int, sha256: str) -> Split | None:
+    """Return None unless the file is whole and holds what `_load_part` writes for a source of this hash."""
     try:
         arrays = load_arrays(path, count * image_size**2 + MAX_BYTES)
     except DataError:
         return None
     wanted = {"images": ("uint8", (count, image_size, image_size)), "labels": ("uint8", (count,))}
+    wanted |= {"source": ("uint8", (len(sha256),))}
     found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     if found != wanted or arrays["labels"].max() >= NUM_CLASSES:
+        return None
+    if arrays["source"].tobytes() != sha256.encode():
         return None
     return _split(arrays["images"], arrays["labels"])
 

@@ -1,13 +1,10 @@
 """evaluation.png: one page with samples, metrics, closest training images, class shares and error curves."""
 
-import io
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +12,7 @@ from ddpm.errors import printable
 from ddpm.evaluate import table
 from ddpm.evaluate.evaluator import Gallery
 from ddpm.evaluate.record import Evaluation
-from ddpm.io.files import write_atomically
+from ddpm.io.figures import Figure, default_style, save
 from ddpm.io.images import grid
 
 COLUMNS = 8  # of samples
@@ -26,6 +23,7 @@ LINE = 0.155  # inches, of the foot
 SAMPLE, REAL, TRAIN = "#1f77b4", "#8c8c8c", "#d95f02"
 
 
+@default_style()
 def draw(evaluation: Evaluation, gallery: Gallery, picture: Path) -> None:
     """Write the page, whole or not at all. Raises OSError."""
     foot = _foot(evaluation)
@@ -48,11 +46,7 @@ def draw(evaluation: Evaluation, gallery: Gallery, picture: Path) -> None:
     axes = page.add_subplot(parts[2])
     axes.axis("off")
     axes.text(0, 1, "\n".join(foot), fontsize=7.5, va="top", linespacing=1.35)
-    data = io.BytesIO()
-    with warnings.catch_warnings():  # a letter that the font has not becomes a box
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        page.savefig(data, dpi=110)
-    write_atomically(picture, data.getvalue(), durable=False)
+    save(page, picture)
 
 
 def _plain(text: str) -> str:

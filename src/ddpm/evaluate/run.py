@@ -13,7 +13,8 @@ from ddpm import build
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import choices
 from ddpm.config.schema import EvalConfig
-from ddpm.data.dataset import Dataset
+from ddpm.data.dataset import Dataset, in_order_of
+from ddpm.data.info import listed
 from ddpm.errors import UserError, printable
 from ddpm.evaluate import evaluator, page, record, samples, table
 from ddpm.evaluate.metrics.registry import METRICS
@@ -195,7 +196,7 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
             f"this model was trained on dataset={choice.name}: name its folder, as a path in a checkpoint is not "
             f"followed (dataset={choice.name} dataset.path=… dataset.image_size={model.facts.image_size})"
         )
-    data = build.dataset(choice, config.data_root)
+    data = in_order_of(build.dataset(choice, config.data_root), model.facts.class_names)
     size, channels = data.facts.image_size, data.facts.channels
     if (size, channels) != (model.facts.image_size, model.facts.channels):
         raise UserError(
@@ -204,8 +205,8 @@ def dataset_of(config: EvalConfig, model: Model) -> Dataset:
         )
     if model.conditional and data.facts.class_names != model.facts.class_names:
         raise UserError(
-            f"dataset={data.facts.name}: its classes are not those of {model.facts.name}, which this model was "
-            "trained on and is asked for"
+            f"dataset={data.facts.name}: its classes ({listed(data.facts.class_names)}) are not those of "
+            f"{model.facts.name}, which this model was trained on ({listed(model.facts.class_names)})"
         )
     return data
 
@@ -236,7 +237,7 @@ def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
 
 def say(own: World, *lines: str) -> None:
     """Print lines on rank 0, above a bar if there is one."""
-    for line in filter(None, lines if own.first else []):
+    for line in "\n".join(filter(None, lines if own.first else [])).splitlines():
         tell(printable(line))
 
 

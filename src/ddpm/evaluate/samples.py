@@ -44,14 +44,14 @@ def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_ro
 
     Of more than n images n are drawn at random, as a file may be sorted by class.
     """
-    facts = data.facts
-    if match := OF_DATASET.fullmatch(text):
+    facts, path, notes = data.facts, user_path(text), list[str]()
+    if not os.path.exists(path) and (match := OF_DATASET.fullmatch(text)):
         found = of_dataset(
             "samples", text, match, facts, choice, data_root, MAX_IMAGES, {facts.channels}, data
         )
         images, labels = found.images, found.labels
-    elif os.path.isdir(path := user_path(text)):
-        images, labels = _from_folder(text, path, facts), None
+    elif os.path.isdir(path):
+        images, labels, notes = _from_folder(text, path, facts)
     elif os.path.isfile(path):
         images, labels = _from_npz(text, path, facts)
     else:
@@ -60,21 +60,22 @@ def read(text: str, data: Dataset, choice: Component, n: int, seed: int, data_ro
         )
     have = len(images)
     if have <= n:
-        note = (f"samples={text} has {have:,} images, fewer than n={n:,}: all of them",) if have < n else ()
-        return LoadedSamples(images, labels, note)
+        if have < n:
+            notes.append(f"samples={text} has {have:,} images, fewer than n={n:,}: all of them")
+        return LoadedSamples(images, labels, tuple(notes))
     chosen = permutation(seed, "samples", 0, have)[:n]
-    note = (f"samples={text} has {have:,} images: {n:,} of them, drawn at random",)
-    return LoadedSamples(images[chosen], None if labels is None else labels[chosen], note)
+    notes.append(f"samples={text} has {have:,} images: {n:,} of them, drawn at random")
+    return LoadedSamples(images[chosen], None if labels is None else labels[chosen], tuple(notes))
 
 
-def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> Tensor:
-    """Read the pictures that lie in the folder itself, in the order of their names."""
+def _from_folder(text: str, folder: Path, facts: DatasetInfo) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Read the pictures in the folder, in the order of their names; return labels and notes, too: see `pictures`."""
     most = min(MAX_IMAGES, MAX_BYTES // (facts.channels * facts.image_size**2))
-    files = pictures("samples", text, folder, most)
-    images = np.empty((len(files), facts.image_size, facts.image_size, facts.channels), np.uint8)
-    for image, file in zip(images, files, strict=True):
+    found = pictures("samples", text, folder, most, facts)
+    images = np.empty((len(found.files), facts.image_size, facts.image_size, facts.channels), np.uint8)
+    for image, file in zip(images, found.files, strict=True):
         image[:] = _picture(text, file, facts)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), found.labels, found.notes
 
 
 def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
@@ -82,8 +83,10 @@ def _picture(text: str, file: Path, facts: DatasetInfo) -> NDArray[np.uint8]:
 
     def pixels(image: Image) -> NDArray[np.uint8]:
         _check_size(text, f"{file.name} is", image.height, image.width, None, facts)
-        if image.has_transparency_data:
-            raise DataError(f"samples={text}: {file.name} is transparent; save it without an alpha channel")
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise DataError(
+                f"samples={text}: {file.name} is transparent in places; save it without an alpha channel"
+            )
         return np.asarray(image.convert("RGB"))
 
     colours = decode(file, pixels, FORMATS, MAX_SOURCE_BYTES, facts.image_size**2 * 64)

@@ -84,35 +84,47 @@ def cached_images(
 ) -> NDArray[np.uint8]:
     """Return images uint8 (count, C, size, size) from the cache, else make them.
 
-    They are cached if making them took longer than WORTH. `key` identifies the images' sources. Only the images of a
-    name's last key are cached. Where no cache can be written, the images are made at each start.
+    They are cached if making them took longer than WORTH. `key` identifies the images' sources; the file holds it, too,
+    as its name may be changed. Only the images of a name's last key are cached. Where no cache can be written, the
+    images are made at each start.
     """
+    source = as_array(f"{name} {key}")
     try:
         path = cache_folder() / f"{name}-v{DRAWING}-{key}.safetensors"
     except DataError:
         return make()
     with suppress(DataError):
-        images: NDArray[np.uint8] = load_arrays(path, MAX_KEPT + MAX_HEADER).get("images", np.empty(0))
-        if images.dtype == np.uint8 and images.shape[:1] + images.shape[2:] == (count, size, size):
+        arrays = load_arrays(path, MAX_KEPT + MAX_HEADER)
+        images: NDArray[np.uint8] = arrays.get("images", np.empty(0))
+        fits = images.dtype == np.uint8 and images.shape[:1] + images.shape[2:] == (count, size, size)
+        if fits and np.array_equal(arrays.get("source", ()), source):
             return images
     begun = time.monotonic()
     images = make()
     if time.monotonic() - begun >= WORTH and images.nbytes <= MAX_KEPT:
         with suppress(OSError, MemoryError):
-            save_arrays(path, {"images": images})
+            save_arrays(path, {"images": images, "source": source})
             for other in path.parent.glob(f"{name}-*.safetensors"):
                 if other != path:
                     other.unlink()
     return images
 
 
+def as_array(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
 def fingerprint(files: Iterable[Path]) -> str:
-    """Hash paths, sizes and modification times of files. Raises DataError if one is gone."""
+    """Hash paths, sizes, numbers and times of files. Raises DataError if one is gone.
+
+    The time of the last change of status is not kept by programs that copy a file with its size and its time.
+    """
     digest = hashlib.sha256()
     for file in files:
         try:
             about = os.stat(file)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({reason(error)})") from error
-        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{about.st_size}\0{about.st_mtime_ns}\0"))
+        numbers = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{numbers}\0"))
     return digest.hexdigest()

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ddpm.checkpoint import locate
 from ddpm.config.choices import Component
+from ddpm.io.figures import get_data_path
 from ddpm.io.files import reason, try_to_draw
 from ddpm.io.images import WIDEST, Pixels, save_png, to_uint8
 from ddpm.report.runs import RunRow, brief

@@ -1,18 +1,12 @@
 """report.png: the best figure over each setting that differs, and the curves of all runs. Needs no torch."""
 
-import io
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-
-from ddpm.io.files import write_atomically
+from ddpm.io.figures import Figure, LogLocator, colormaps, default_style, save
 from ddpm.report.runs import RunRow
 from ddpm.report.table import label, measured, shortened, text, varying
 
@@ -26,6 +20,7 @@ COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))] 
 GREY = {"color": "0.8", "lw": 0.6, "zorder": 1}
 
 
+@default_style()
 def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
     """Plot `rows`, best first, of which at least one has the figure. Raises OSError."""
     compared = [row for row in rows if row.best(figure)]
@@ -39,15 +34,6 @@ def draw(rows: Sequence[RunRow], figure: str, picture: Path) -> None:
             _panel(axes, compared, key, figure)
     _curves(parts[-1], [row for row in rows if row.loss or row.figures[figure]], figure, varying(rows))
     save(page, picture)
-
-
-def save(page: Figure, picture: Path) -> None:
-    """Write a figure as PNG. Raises OSError."""
-    data = io.BytesIO()
-    with warnings.catch_warnings():  # a letter that the font has not becomes a box
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        page.savefig(data, dpi=110)
-    write_atomically(picture, data.getvalue(), durable=False)
 
 
 def _panel(axes: Any, rows: Sequence[RunRow], key: str, figure: str) -> None:

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-
-from ddpm.report.plot import save
+from ddpm.io.figures import Figure, LogLocator, default_style, save
 from ddpm.report.sampler_study import QUALITY, Study, best, cheapest, name
 
 
+@default_style()
 def draw(study: Study, picture: Path) -> None:
     """Plot the excess over network evaluations: a line for each sampler, the interval of the best as a band, a ring
     around the cheapest within it. Raises OSError.

@@ -44,6 +44,9 @@ class OpenRun:
         self.source: Source | None = None
         self.claim: run_dir.Claim | None = None
         self.place = Place(None, False, [])
+        self.class_names: list[
+            str
+        ] = []  # in the order of the weights to begin with; every process knows them
 
     def choose(self, config: TrainConfig) -> None:
         """Lock the folder that the config names, and choose the checkpoint to go on from. Raises UserError."""
@@ -58,6 +61,11 @@ class OpenRun:
                 f"{folder} holds no checkpoint, but {found}: nothing to go on with (is a disk not mounted? "
                 "overwrite=true without trainer.resume begins anew)"
             )
+        if self.source:
+            self.class_names = self.source.meta.facts["class_names"]
+        elif (ckpt := config.trainer.init_from) is not None:
+            path, _ = locate.newest_good(locate.find(ckpt), check=checkpoint.read_meta)
+            self.class_names = checkpoint.read_meta(path)[0].facts["class_names"]
 
     def settle(self, state: TrainState) -> float | None:
         """Return the val_eps_mse of a finished run; else set `path`, to a new folder if need be, and return None.
@@ -128,6 +136,7 @@ def open_run(config: TrainConfig, world: World) -> Iterator[OpenRun]:
         with raise_on_all_ranks(world):
             if world.first:
                 run.choose(config)
+        run.class_names = broadcast_object(world, run.class_names)
         yield run
     finally:
         if run.claim is not None:

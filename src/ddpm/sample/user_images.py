@@ -15,12 +15,13 @@ from ddpm import build
 from ddpm.config.choices import Component, choices
 from ddpm.config.limits import nearest
 from ddpm.config.schema import SampleConfig
-from ddpm.data.dataset import Dataset
-from ddpm.data.folder import SUFFIXES, is_image, read_image
-from ddpm.data.info import DatasetInfo
+from ddpm.data.dataset import Dataset, in_order_of
+from ddpm.data.info import DatasetInfo, listed
+from ddpm.data.picture_files import SUFFIXES, class_of, find_pictures
 from ddpm.errors import DataError, UserError
-from ddpm.io.files import reason, user_path
+from ddpm.io.files import user_path
 from ddpm.io.images import Pixels, normalise
+from ddpm.io.pictures import read_image
 from ddpm.runtime.randomness import uniform
 from ddpm.sample.model import Guidance, Model, labels
 
@@ -39,16 +40,19 @@ class Inputs:
     images: Tensor
     labels: Tensor | None
     names: list[str]
-    notice: str = ""  # a licence, to be printed
+    notice: str = ""  # a licence, or what was passed over, to be printed
 
 
 def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -> Inputs:
     """Read `input=`: a file, a folder of files, or dataset images such as mnist:test:0-15, for a model of these facts.
 
     Files are scaled and cut around their middle, and made grey or coloured as the model is. Of the dataset that
-    the model was trained on, the splits are those of its training. Raises UserError.
+    the model was trained on, the splits are those of its training. A file or folder that exists is never taken for a
+    dataset. Raises UserError.
     """
-    if (match := OF_DATASET.fullmatch(text)) and match[3] is not None:
+    path = user_path(text)
+    match = None if os.path.exists(path) else OF_DATASET.fullmatch(text)
+    if match and match[3] is not None:
         own = None if "path" in trained_on.params else trained_on  # a path in a checkpoint is not followed
         channels = {1, 3} if facts.channels in (1, 3) else {facts.channels}
         found = of_dataset("input", text, match, facts, own, data_root, MAX_INPUTS, channels)
@@ -56,27 +60,54 @@ def read(text: str, facts: DatasetInfo, trained_on: Component, data_root: str) -
         return Inputs(with_channels(found.images, facts.channels), found.labels, names, found.notice)
     if facts.channels not in (1, 3):
         raise UserError(f"input={text}: this model's images have {facts.channels} channels, files 1 or 3")
-    path = user_path(text)
     if not os.path.exists(path):
         raise UserError(
             f"input={text}: there is no such file or folder; dataset images are written as mnist:test:0-15"
         )
-    files = pictures("input", text, path, MAX_INPUTS) if os.path.isdir(path) else [path]
-    images = torch.stack([_pixels(file, facts.image_size) for file in files])
-    return Inputs(with_channels(images, facts.channels), None, [str(file) for file in files])
+    shown = Pictures([path], None, [])
+    if os.path.isdir(path):
+        shown = pictures("input", text, path, MAX_INPUTS, facts)
+    images = torch.stack([_pixels(file, facts.image_size) for file in shown.files])
+    names = [str(file) for file in shown.files]
+    return Inputs(with_channels(images, facts.channels), shown.labels, names, "\n".join(shown.notes))
 
 
-def pictures(key: str, text: str, folder: Path, most: int) -> list[Path]:
-    """List the picture files in a folder that `key` names. Raises UserError unless there are 1 to `most`."""
+class Pictures(NamedTuple):
+    """Picture files in a folder; their classes (n,) by sub-folder, or None; what was passed over."""
+
+    files: list[Path]
+    labels: Tensor | None
+    notes: list[str]
+
+
+def pictures(key: str, text: str, folder: Path, most: int, facts: DatasetInfo) -> Pictures:
+    """List the picture files in a folder that `key` names, and those in its sub-folders if it has none itself.
+
+    A sub-folder has the name of a class of `facts`, or its number. Raises UserError unless there are 1 to `most` files.
+    """
     try:
-        files = sorted(file for file in folder.iterdir() if is_image(file, folder))
-    except OSError as error:
-        raise UserError(f"{key}={text}: cannot be read ({reason(error)})") from None
-    if not 1 <= len(files) <= most:
+        found = find_pictures(folder, below=False)
+        nested = not found.files
+        found = find_pictures(folder) if nested else found
+    except DataError as error:
+        raise UserError(f"{key}={text}: {error}") from None
+    notes = [f"{key}={text}: {found.passed_over}"] if found.passed else []
+    if not 1 <= len(found.files) <= most:
         raise UserError(
-            f"{key}={text}: {len(files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {most}"
+            f"{key}={text}: {len(found.files)} images in this folder ({', '.join(SUFFIXES)}); allowed: 1 to {most}"
+            + (f"; {found.passed_over}" if found.passed else "")
         )
-    return files
+    if not nested or not facts.num_classes:
+        return Pictures(found.files, None, notes)
+    names = [class_of(file, folder) for file in found.files]
+    numbers = {name: number for number, name in enumerate(facts.class_names)}
+    if not numbers.keys() >= set(names):
+        numbers = {str(number): number for number in range(facts.num_classes)}
+    if strange := sorted(set(names) - numbers.keys()):
+        note = f"{key}={text}: read without classes, as the sub-folder '{strange[0]}' is none of {facts.name}"
+        classes = f" ({listed(facts.class_names)})" if facts.class_names else ""
+        return Pictures(found.files, None, [*notes, note + classes])
+    return Pictures(found.files, torch.tensor([numbers[name] for name in names]), notes)
 
 
 def _pixels(file: Path, size: int) -> Tensor:
@@ -137,6 +168,7 @@ def of_dataset(
     fits = f"must be {facts.image_size}×{facts.image_size}×{facts.channels}, as those of {facts.name}"
     try:
         data = loaded if loaded and same else build.dataset(Component(known[name]["name"], params), data_root)
+        data = in_order_of(data, facts.class_names)
     except DataError as error:
         raise UserError(f"{key}={text}: {error} ({fits})") from None
     if (size := data.facts.image_size) != facts.image_size or data.facts.channels not in channels:
@@ -227,7 +259,7 @@ class Brought:
 
     @property
     def notes(self) -> list[str]:
-        return [self.inputs.notice] if self.inputs.notice else []
+        return self.inputs.notice.splitlines()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -252,7 +284,8 @@ def bring(config: SampleConfig, model: Model, each: int) -> Brought:
         elif config.guidance_scale != 0:
             raise UserError(
                 f"input={config.input}: has no label that this conditional model knows; add label=… (0 to "
-                f"{model.facts.num_classes - 1}, or a list), or guidance_scale=0 for no class"
+                f"{model.facts.num_classes - 1}, or a list: {listed(model.facts.class_names)}), or guidance_scale=0 "
+                "for no class"
             )
     return Brought(brought, numbers, brought.images[numbers], y, row, index)
 

@@ -55,11 +55,11 @@ def _finite(numbers: Iterable[Tensor]) -> bool:
 def restore(run: TrainState, path: Path) -> None:
     """Resume from a checkpoint. Raises CheckpointError where it is broken or does not fit network or data."""
     meta, table = checkpoint.read_meta(path)
-    verify.check_tensors(path, table, run.network, run.schedule.num_timesteps)
-    _check_complete(path, run, table)
     then, now = vars(info.facts(meta.facts)), vars(run.facts)
     if other := [f"{key} was {then[key]!r}, is {now[key]!r}" for key in now if then[key] != now[key]]:
         raise CheckpointError(f"{path} was trained on other data: {'; '.join(other)[:300]}")
+    verify.check_tensors(path, table, run.network, run.schedule.num_timesteps)
+    _check_complete(path, run, table)
     meta, tensors = checkpoint.load(path)
     verify.load_weights(path, run.network, checkpoint.part(tensors, "model"))
     verify.load_weights(path, run.ema, checkpoint.part(tensors, "ema"))
