@@ -235,7 +235,7 @@ def test_a_report_is_replaced_as_a_whole_and_nothing_else(sweep: Path, tmp_path:
     runs = tmp_path / "runs"
     shutil.copytree(sweep, runs)
     (runs / "report.csv").write_text("my own list")
-    with pytest.raises(UserError, match="holds report.csv"):
+    with pytest.raises(UserError, match=r"holds report\.csv"):
         report(f"folder=[{runs}]", "out=null")
     assert (runs / "report.csv").read_text() == "my own list"
 
@@ -387,6 +387,7 @@ def test_asking_whether_a_run_is_running_disturbs_nobody(tmp_path: Path) -> None
     assert run_dir.is_running(tmp_path)
     held.release()
     assert not run_dir.is_running(tmp_path)
+    (tmp_path / ".lock").touch()  # as a run leaves it
     code = (
         f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}); fcntl.flock(file, fcntl.LOCK_SH)\n"
         "print(flush=True); time.sleep(0.15); fcntl.flock(file, fcntl.LOCK_UN)"
