@@ -448,6 +448,7 @@ def test_asking_whether_a_run_is_running_disturbs_nobody(tmp_path: Path) -> None
     assert run_dir.is_running(tmp_path)
     held.release()
     assert not run_dir.is_running(tmp_path)
+    (tmp_path / ".lock").touch()  # as a run leaves it
     code = (
         f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}); fcntl.flock(file, fcntl.LOCK_SH)\n"
         "print(flush=True); time.sleep(0.15); fcntl.flock(file, fcntl.LOCK_UN)"

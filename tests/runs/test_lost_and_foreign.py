@@ -11,7 +11,7 @@ import pytest
 
 from ddpm.cli import train as command
 from ddpm.config import hydra
-from ddpm.config.schema import TrainConfig, check, check_batch
+from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
 from ddpm.runs import resume_overrides, run_dir
 from ddpm.runs.output_dirs import check_results, results
@@ -293,8 +293,8 @@ def test_a_folder_that_cannot_be_made_leaves_none_above_it(tmp_path: Path) -> No
 
 def test_parts_of_a_batch_hold_an_image_each() -> None:
     with pytest.raises(UserError, match=r"trainer\.accumulate=65: must be at most trainer\.batch_size=64"):
-        check_batch(composed(*TINY, "trainer.accumulate=65").trainer)
-    check_batch(composed(*TINY, "trainer.accumulate=64").trainer)
+        resume_overrides.check_batch(composed(*TINY, "trainer.accumulate=65").trainer)
+    resume_overrides.check_batch(composed(*TINY, "trainer.accumulate=64").trainer)
 
 
 def test_results_go_into_a_new_or_empty_folder_all_or_none(tmp_path: Path) -> None:

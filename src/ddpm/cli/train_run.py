@@ -10,13 +10,13 @@ from ddpm import build
 from ddpm.checkpoint.file import read_meta
 from ddpm.checkpoint.locate import of_run
 from ddpm.cli.train_progress import show_progress
-from ddpm.config.schema import TrainConfig, check_batch, to_dict
+from ddpm.config.schema import TrainConfig, to_dict
 from ddpm.data.dataset import Dataset, in_order_of
 from ddpm.data.info import listed
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
 from ddpm.io.files import try_to_draw, write_atomically
-from ddpm.runs import elastic
+from ddpm.runs import elastic, resume_overrides
 from ddpm.runs.open_run import OpenRun, notes, open_run
 from ddpm.runs.run_dir import RUN_FILES
 from ddpm.runtime import signals
@@ -71,7 +71,7 @@ def _check_size(config: TrainConfig, own: World) -> None:
         raise UserError(
             f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"
         )
-    check_batch(config.trainer, own.size)
+    resume_overrides.check_batch(config.trainer, own.size)
 
 
 def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:

@@ -302,18 +302,6 @@ def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
     )
 
 
-def check_batch(trainer: Trainer, processes: int = 1) -> None:
-    """Check that each part of a batch has an image; not of stored configs. Raises UserError."""
-    batch, parts = trainer.batch_size, trainer.accumulate
-    if batch < processes * parts and processes > 1:
-        raise UserError(
-            f"trainer.batch_size={batch}: it is shared by {processes} processes with trainer.accumulate={parts} parts "
-            f"each, and must be at least {processes * parts}"
-        )
-    if batch < parts:
-        raise UserError(f"trainer.accumulate={parts}: must be at most trainer.batch_size={batch}")
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a checked config as plain data, the inverse of `check`."""
 

@@ -1,9 +1,9 @@
-"""Overrides of a resumed run: its own config first, then what is typed."""
+"""Overrides of a run: where it is resumed its own config first, then what is typed."""
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.config.overrides import as_overrides, typed_value
-from ddpm.config.schema import to_dict
+from ddpm.config.schema import Trainer, to_dict
 from ddpm.errors import UserError
 
 
@@ -40,3 +40,15 @@ def check_lengths(overrides: list[str]) -> None:
         raise UserError(
             "trainer.max_epochs and trainer.max_steps both say how long to train: give one of them"
         )
+
+
+def check_batch(trainer: Trainer, processes: int = 1) -> None:
+    """Check that each part of a batch has an image; not of stored configs. Raises UserError."""
+    batch, parts = trainer.batch_size, trainer.accumulate
+    if batch < processes * parts and processes > 1:
+        raise UserError(
+            f"trainer.batch_size={batch}: it is shared by {processes} processes with trainer.accumulate={parts} parts "
+            f"each, and must be at least {processes * parts}"
+        )
+    if batch < parts:
+        raise UserError(f"trainer.accumulate={parts}: must be at most trainer.batch_size={batch}")

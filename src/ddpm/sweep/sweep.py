@@ -19,7 +19,7 @@ from typing import Any
 
 from ddpm.config import hydra
 from ddpm.config.overrides import quoted, typed_value
-from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check, check_batch
+from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
 from ddpm.config.unused import refuse_unused
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
@@ -117,7 +117,7 @@ def _of_experiment(overrides: list[str]) -> list[str]:
 
 def _checked(overrides: list[str]) -> TrainConfig:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
-    check_batch(config.trainer)
+    resume_overrides.check_batch(config.trainer)
     loggers.check(config.logger)
     gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
@@ -146,9 +146,8 @@ def _claim(run_dir: str | None) -> run_folder.Claim:
     claim = run_folder.lock(Path(str(run_dir)))
     try:
         if claim.before - {run_folder.LOCK} and not job.is_sweep(claim.path):
-            raise UserError(
-                f"run_dir={claim.path} is not empty and no sweep; a sweep needs a folder of its own"
-            )
+            what = "a single run" if (claim.path / "checkpoints").exists() else "not empty and no sweep"
+            raise UserError(f"run_dir={claim.path} is {what}; a sweep needs a folder of its own")
         (claim.path / job.STOP).unlink(missing_ok=True)
     except BaseException:
         claim.release()
