@@ -94,7 +94,7 @@ def check_protocol(protocol: Mapping[str, Any]) -> None:
     """Check all of a protocol that is calculated with or printed. Raises ValueError that names the key."""
     for key, value in protocol.items():
         if key in WHOLE:
-            right = type(value) is int and value >= WHOLE[key]
+            right = type(value) is int and WHOLE[key] <= value < 2**64
         elif key in NUMBERS:
             right = is_number(value)
         elif key == "seconds":
