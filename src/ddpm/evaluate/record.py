@@ -12,7 +12,7 @@ from ddpm.io.plain_data import is_number, parse_json
 
 FORMAT_VERSION = 1
 FILE, PICTURE = "evaluation.json", "evaluation.png"
-MAX_BYTES = 1 << 22
+MAX_BYTES = 1 << 20  # a file has about 20 thousand
 MAX_FIGURES = 256
 MAX_TEXT = 4096  # characters
 # Of the protocol: whole numbers with the smallest allowed, and other numbers.
