@@ -12,7 +12,7 @@ from ddpm.io.plain_data import is_number, parse_json
 
 FORMAT_VERSION = 1
 FILE, PICTURE = "evaluation.json", "evaluation.png"
-MAX_BYTES = 1 << 22
+MAX_BYTES = 1 << 20  # a file has about 20 thousand
 MAX_FIGURES = 256
 MAX_TEXT = 4096  # characters
 # Of the protocol: whole numbers with the smallest allowed, and other numbers.
@@ -94,7 +94,7 @@ def check_protocol(protocol: Mapping[str, Any]) -> None:
     """Check all of a protocol that is calculated with or printed. Raises ValueError that names the key."""
     for key, value in protocol.items():
         if key in WHOLE:
-            right = type(value) is int and value >= WHOLE[key]
+            right = type(value) is int and WHOLE[key] <= value < 2**64
         elif key in NUMBERS:
             right = is_number(value)
         elif key == "seconds":

@@ -12,8 +12,7 @@ import yaml
 from ddpm.errors import DataError
 
 MAX_DEPTH = 8  # of YAML
-MAX_SCALAR = 64  # characters; what is longer is a text
-MAX_INTEGER = 2**64
+MAX_DIGITS = 64  # characters of a number; what is longer is a text in YAML, and refused in JSON
 MAX_NUMBER = 1e300
 
 
@@ -74,7 +73,7 @@ def _inside(rest: Iterator[Any]) -> Iterator[Any]:
 
 def _scalar(text: str) -> Any:
     """Return the null, truth value or number that a text without quotes stands for, else the text."""
-    if len(text) <= MAX_SCALAR:
+    if len(text) <= MAX_DIGITS:
         for tag, pattern in _Loader.yaml_implicit_resolvers.get(text[:1], []):
             if tag in _KINDS and pattern.match(text):
                 with suppress(ValueError):  # of 0x_
@@ -83,7 +82,7 @@ def _scalar(text: str) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON of numbers that arithmetic stands: integers below MAX_INTEGER, others below MAX_NUMBER.
+    """Parse JSON of numbers that arithmetic stands: integers of at most MAX_DIGITS, others below MAX_NUMBER.
 
     Raises DataError, without the file's name, also where a name stands twice.
     """
@@ -105,9 +104,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > MAX_SCALAR or abs(number := int(text)) >= MAX_INTEGER:
-        raise ValueError("an integer is too large")
-    return number
+    if len(text) > MAX_DIGITS:
+        raise ValueError("an integer is too long")
+    return int(text)
 
 
 def _float(text: str) -> float:

@@ -17,6 +17,7 @@ from ddpm.io.files import read_bounded, write_atomically
 from ddpm.io.plain_data import parse_json
 
 FORMAT_VERSION = 1
+MAX_BYTES = 1 << 23  # a setting has about 5 thousand
 QUALITY = "fd_excess"  # the figure that decides; less is better
 SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "classifier confidence"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
@@ -182,7 +183,7 @@ def write(path: Path, study: Study) -> None:
 
 def read(path: Path) -> Study:
     """Read a study.json and check it. Raises UserError."""
-    data = read_bounded(path, record.MAX_BYTES)
+    data = read_bounded(path, MAX_BYTES)
     try:
         raw = parse_json(data)
         about = raw["about"]
