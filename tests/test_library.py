@@ -20,6 +20,7 @@ import ddpm
 from ddpm.checkpoint import locate
 from ddpm.cli import train
 from ddpm.config import hydra
+from ddpm.config.choices import choices
 from ddpm.config.schema import TrainConfig, check
 from ddpm.train.checkpointing import save
 from ddpm.train.state import prepare
@@ -357,6 +358,33 @@ def test_a_wrong_argument_of_load_is_named(words: str, arguments: dict[str, Any]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ddpm.UserError, match=words):
         patch.chdir(tmp_path)
         ddpm.load(**{"ckpt": "latest", **arguments})
+
+
+def with_default(default: Any) -> Callable[..., Any]:
+    def mine(num_timesteps, odd=default): ...  # type: ignore[no-untyped-def]
+
+    return mine
+
+
+@pytest.mark.parametrize(
+    "words, kind, function, more",
+    [
+        *(("must be one of schedule, ", kind, len, {}) for kind in ([], None, 5, "schedules")),
+        *(("a name is made of", "schedule", with_default(1), {"name": name}) for name in (5, "a b", "ü")),
+        ("a name is made of", "schedule", partial(with_default(1)), {}),
+        *(("must be a function or class", "schedule", what, {"name": "mine"}) for what in (7, int)),
+        *(("odd", "schedule", with_default(default), {}) for default in (object(), {}, [{}], 2j, len)),
+        ("takes no a", "weight", lambda snr: snr, {"name": "mine", "a": 1}),
+        ("num_steps=x", "sampler", lambda denoiser, levels, x, noise: x, {"name": "mine", "num_steps": "x"}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_registered_is_named(
+    words: str, kind: Any, function: Any, more: dict[str, Any]
+) -> None:
+    with pytest.raises(ddpm.UserError, match=words):
+        ddpm.register(kind, **more)(function)
+    assert "mine" not in choices("schedule") | choices("sampler")
 
 
 def test_save_grid(model: ddpm.Model, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def register(kind: str, *, name: str | None = None, **defaults: Any) -> Callable
     """
 
     def add(function: Function) -> Function:
-        named = str(name or getattr(function, "__name__", repr(function)))
+        named = str(name or getattr(function, "__name__", ""))
         _add("network" if kind == "model" else str(kind), named, function, defaults)
         return function
 

@@ -540,6 +540,9 @@ def test_sheet_fits_images_of_any_size_and_channels() -> None:
     noise = np.random.default_rng(1)
     shapes = [(8, 1), (28, 1), (32, 3), (5, 2), (9, 4), (300, 3)]
     images = [noise.integers(0, 256, (2, size, size, channels), dtype=np.uint8) for size, channels in shapes]
+    many = contact_sheet.Strip("a", "b", "c", np.zeros((64, 32, 32, 1), np.uint8))
+    height, width, _ = contact_sheet.sheet("title", [many, many]).shape
+    assert width <= 2100 and height > 2 * 3 * 64  # rows of images that are longer wrap
     sheet = contact_sheet.sheet(
         "title", [contact_sheet.Strip("h", "word " * 90, "foot", each) for each in images]
     )

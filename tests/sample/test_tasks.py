@@ -475,3 +475,28 @@ def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) 
     assert user_images.guidance(typed).interval == (0.5, 2.0)
     with pytest.raises(UserError, match="two rising numbers"):
         user_images.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))
+
+
+def test_a_grid_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """50,000 images of 8×8, of ten classes or in rows of a typed length; and a film of images of 1024×1024."""
+    drawn = command.Drawn(torch.zeros(50_000, 1, 8, 8), torch.empty(0, 0, 1, 8, 8), 1)
+    index = torch.arange(50_000)
+    for nrow, y, said in (
+        (None, index % 10, "grid.png shows 41,800 of 50,000 images; save=[grid,images] keeps each\n"),
+        (None, None, "grid.png shows 43,681 of 50,000 images; save=[grid,images] keeps each\n"),
+        (300, None, "nrow=300: 209 images fill a row of 2,100 pixels\ngrid.png shows 43,681 of 50,000"),
+        (5, None, "grid.png shows 1,045 of 50,000 images"),
+    ):
+        config = check(
+            SampleConfig, {**hydra.compose("sample", ["ckpt=run"]), "nrow": nrow, "save": ["grid"]}
+        )
+        todo = tasks.Plan(50_000, y, config.sampler, 1, lambda denoise, places: iter(()))
+        assert command._write(config, todo, drawn, tmp_path) == ["grid.png"]
+        assert capsys.readouterr().out.startswith(said)
+        with Image.open(tmp_path / "grid.png") as picture:
+            assert max(picture.size) <= 2100
+    film = tuple(torch.zeros(4, 3, 1024, 1024) for _ in range(12))
+    command._write_film(film, tmp_path)
+    for name in ("trajectory.gif", "trajectory.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (2054, 2054)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
@@ -17,6 +18,7 @@ from ddpm.config.schema import TrainConfig, check
 from ddpm.data.batches import Batches
 from ddpm.data.dataset import Dataset, Split
 from ddpm.data.info import DatasetInfo
+from ddpm.diffusion import schedules
 from ddpm.errors import CheckpointError, UserError
 from ddpm.runtime import device
 from ddpm.train import loop, metrics_file, plots
@@ -320,3 +322,11 @@ def test_bf16_on_a_cpu_that_lacks_it_is_said_by_the_key_that_was_typed(
     assert device.slow_in_bf16("precision", "fp32", cpu) == ""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert device.slow_in_bf16("precision", "bf16", cpu) == ""
+
+
+@pytest.mark.parametrize("size", [28, 256, 512, 1024])
+def test_pictures_of_large_images_are_not_larger_than_a_screen(size: int, tmp_path: Path) -> None:
+    x_0 = torch.zeros(8, 1, size, size, dtype=torch.uint8)
+    plots.draw_forward(x_0, schedules.cosine(10), tmp_path / "forward.png")
+    with Image.open(tmp_path / "forward.png") as picture:
+        assert max(picture.size) <= (2100 if size < 1024 else 3080)  # three images are the least

@@ -79,9 +79,7 @@ def by_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 def in_rows(n: int, nrow: int) -> NDArray[np.int64]:
     """Return a table of the numbers 0 … n-1, `nrow` in a row, -1 after the last."""
     nrow = min(nrow, n)
-    numbers = np.full((math.ceil(n / nrow), nrow), -1)
-    numbers.flat[:n] = np.arange(n)
-    return numbers
+    return np.pad(np.arange(n), (0, -n % nrow), constant_values=-1).reshape(-1, nrow)
 
 
 def table(images: Pixels, places: NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
@@ -92,10 +90,8 @@ def table(images: Pixels, places: NDArray[np.int64]) -> tuple[Pixels, NDArray[np
     fit, (rows, length) = fitting(max(images.shape[1:3])), places.shape
     lines = min(math.ceil(length / fit), max(1, fit // rows))  # of a row
     width = min(fit, math.ceil(length / lines))
-    places = np.pad(
-        places[:, : lines * width], ((0, 0), (0, max(0, lines * width - length))), constant_values=-1
-    )
-    places = places.reshape(-1, width)[:fit]
+    filled = np.pad(places, ((0, 0), (0, lines * width)), constant_values=-1)
+    places = filled[:, : lines * width].reshape(-1, width)[:fit]
     with_none = np.concatenate([images, np.full_like(images[:1], GREY)])
     return grid(with_none[places.flatten()], width), places
 

@@ -112,7 +112,7 @@ def sheet(title: str, strips: Sequence[Strip]) -> Pixels:
     """Return (H, W, 3): a title and a row for each strip. Images have any size and channels, cells one size."""
     cell = max(_scaled_size(strip.images[0]) for strip in strips)
     most = max(len(strip.images) for strip in strips)
-    columns = min(most, max(1, (WIDEST - LABEL) // (cell + GAP)))
+    columns = min(most, max(1, (WIDEST - LABEL - GAP) // (cell + GAP)))
     height = max(math.ceil(most / columns) * (cell + GAP), 4 * LINE + GAP)  # room for four lines of text
     top, width = LINE + 3 * GAP, LABEL + columns * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, top + len(strips) * height), PAPER)

@@ -5,12 +5,9 @@ PyTorch takes five passes over memory on a CPU, seven in bf16; on a GPU its Grou
 Where no kernel fits, `plain` computes the same with PyTorch's operations.
 """
 
-import hashlib
 import os
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +45,7 @@ def missing(device_type: str = "cpu") -> str:
 
 def code(device_type: str) -> str:
     """Return what decides the bits of the kernel on "cpu" or "cuda", which must not be missing: compiler, code."""
-    if device_type == "cpu":
-        return group_norm_c.code()
-    source = Path(__file__).with_name("group_norm_triton.py").read_bytes()
-    return f"triton {version('triton')}, code {hashlib.sha256(source).hexdigest()[:16]}"
+    return str(_kernels(device_type).code())
 
 
 @cache
@@ -93,7 +87,7 @@ class _GroupNorm(torch.autograd.Function):
         silu: bool,
     ) -> Tensor:
         y: Tensor
-        y, mean, rstd = _kernels(x).forward(x, extra, weight, bias, groups, eps, silu)
+        y, mean, rstd = _kernels(x.device.type).forward(x, extra, weight, bias, groups, eps, silu)
         ctx.save_for_backward(x, extra, weight, bias, mean, rstd)
         ctx.silu = silu
         return y
@@ -103,13 +97,15 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, extra, weight, bias, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dx, dextra, dweight, dbias = _kernels(x).backward(dy, x, extra, weight, bias, mean, rstd, ctx.silu)
+        dx, dextra, dweight, dbias = _kernels(x.device.type).backward(
+            dy, x, extra, weight, bias, mean, rstd, ctx.silu
+        )
         return dx, None if extra is None else dextra, dweight.sum(0), dbias.sum(0), None, None, None
 
 
-def _kernels(x: Tensor) -> Any:
-    """Return the module whose `forward` and `backward` run on the device of x."""
-    if x.device.type == "cuda":
+def _kernels(device_type: str) -> Any:
+    """Return the module whose `forward` and `backward` run on "cpu" or "cuda"."""
+    if device_type == "cuda":
         from ddpm.networks.kernels import group_norm_triton  # takes half a second, for GPUs only
 
         return group_norm_triton
