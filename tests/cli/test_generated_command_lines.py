@@ -1,7 +1,7 @@
 """Generated command lines: whatever is typed, a command composes it, or says in one line what is wrong.
 
 The seeds are fixed. By default 150 lines are tried, and 40 of ddpm-sample with a model, whose tasks are run; with
-`-m slow` 6,000 and 1,000.
+`-m slow` 6,000 and 500.
 """
 
 # ruff: noqa: SIM905 (words are easier to read than a list of strings)
@@ -173,7 +173,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize(("seed", "n"), [(2, 20), pytest.param(3, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "n"), [(2, 20), pytest.param(3, 250, marks=pytest.mark.slow)])
 def test_what_a_task_refuses_is_one_line_and_writes_nothing(
     seed: int, n: int, trained: Path, empty: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,6 +181,7 @@ def test_declarations_and_yaml_files_have_the_same_keys(program: str) -> None:
         ("train", "seed=1,2", "several values for seed: add -m to run a job for each"),
         ("train", "seed=range(3)", "several values for seed: add -m to run a job for each"),
         ("sample", "save=grid,npz", "several values for save: a list is written save=[grid,npz]"),
+        ("sample", "save=images", "save=images: must be a list such as [images]"),
         ("sample", "label=1,2", "several values for label: a list is written label=[1,2]"),
         ("sample", "n=1,2", "n=1,2: must be one value"),
         (

@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
 
 def ddpm_eval(*arguments: str) -> None:
     """What the command does with these arguments, its errors raised."""
-    typed = hydra.read_overrides([command._with_paths(argument) for argument in arguments])
+    typed = hydra.read_overrides(list(arguments))
     config = check(schema.EvalConfig, hydra.compose("eval", eval_keys.before_typed(typed) + typed))
     command.evaluate(config)
 

@@ -54,7 +54,7 @@ def run(
             elif MULTIRUN & set(arguments):
                 _advise()
                 if sweep is None:
-                    raise UserError(f"ddpm-{program} has no multirun")
+                    raise UserError(f"-m: ddpm-{program} has no multirun; leave it out")
                 sweep(hydra.read_overrides([a for a in arguments if a not in MULTIRUN]))
             else:
                 overrides = hydra.read_overrides(arguments)

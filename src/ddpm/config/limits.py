@@ -133,7 +133,8 @@ def like(example: Any, value: Any, path: str, allowed: Allowed | None) -> Any:
             fits = isinstance(value, str) and len(value) <= 4096 and is_plain(value)
         case list():
             if not isinstance(value, list | tuple) or len(value) > MAX_ITEMS:
-                raise UserError(f"{path}={value!r}: must be a list such as [1, 2]")
+                one = _show(value) if isinstance(value, str | int | float) else "1, 2"
+                raise UserError(f"{path}={_show(value)}: must be a list such as [{one}]")
             item = example[0] if example else 0
             return [like(item, each, path, allowed) for each in value]
         case _:

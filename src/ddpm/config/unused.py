@@ -41,10 +41,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "strength": ("task=variation",),
     "nrow": ("save=grid",),
 }
-_COMPARED: tuple[str, ...] = ("compare=null",)
+_GIVEN: tuple[str, ...] = ("compare=null",)  # what is compared is measured already
+_DRAWN = (*_GIVEN, "samples=null")
 NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "eval": {key: _COMPARED for key in ("dataset", "n", "seed", "device", "data_root", "measure", "out")}
-    | {key: ("ckpt!=null",) for key in ("sampler", "batch_size", "precision", "ema", "guidance_scale")},
+    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _GIVEN)
+    | dict.fromkeys(("sampler", "batch_size", "precision", "ema"), _DRAWN),
     "report": {key: ("contact=true",) for key in ("sampler", "n", "seed", "device")},
 }
 
@@ -73,7 +74,7 @@ def _unused(table: dict[str, tuple[str, ...]], overrides: Sequence[str], config:
                 now = f"{gate}={literal(values[gate])}".replace("'", "")
                 if other:
                     need = f"{gate}=…" if wanted == "null" else f"another {gate}"
-                found[key] = f"{key}={typed}: has no effect with {now}; it needs {need}"
+                found.setdefault(key, f"{key}={typed}: has no effect with {now}; it needs {need}")
     return found
 
 
