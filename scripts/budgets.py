@@ -83,29 +83,29 @@ ALLOWED = {
 # begin
 MEASURED: dict[str, int] = {
     "errors": 59,  # aim 60
-    "io": 532,  # aim 420
-    "runtime": 1009,  # aim 620
-    "networks": 1042,  # aim 800
-    "diffusion": 1132,  # aim 1100
-    "config": 968,  # aim 650
-    "data": 1101,  # aim 1000
-    "build, register": 173,  # aim 170
-    "checkpoint": 507,  # aim 500
-    "sample, api": 989,  # aim 870
-    "train": 1559,  # aim 1100
-    "runs": 761,  # aim 400
-    "export": 474,  # aim 310
-    "evaluate": 2806,  # aim 1900
-    "report": 968,  # aim 700
-    "sweep": 459,  # aim 350
-    "cli": 1238,  # aim 1050
-    "all, C included": 15922,  # aim 12000
-    "core": 2381,  # aim 2500
+    "io": 792,  # aim 420
+    "runtime": 1036,  # aim 620
+    "networks": 1121,  # aim 800
+    "diffusion": 1135,  # aim 1100
+    "config": 1123,  # aim 650
+    "data": 1292,  # aim 1000
+    "build, register": 182,  # aim 170
+    "checkpoint": 522,  # aim 500
+    "sample, api": 1045,  # aim 870
+    "train": 1635,  # aim 1100
+    "runs": 767,  # aim 400
+    "export": 473,  # aim 310
+    "evaluate": 2838,  # aim 1900
+    "report": 972,  # aim 700
+    "sweep": 476,  # aim 350
+    "cli": 1329,  # aim 1050
+    "all, C included": 16948,  # aim 12000
+    "core": 2476,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0
-    "imports inside functions": 26,  # aim 25
+    "imports inside functions": 27,  # aim 25
     "files with a private name of another library": 0,  # aim 0
-    "__init__, old_names": 145,
+    "__init__, old_names": 151,
 }
 KNOWN_CIRCLES: list[list[str]] = []
 KNOWN_UPWARD: list[str] = []
