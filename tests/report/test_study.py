@@ -173,6 +173,19 @@ def test_a_study_goes_into_a_folder_of_its_own_checkpoint(tmp_path: Path) -> Non
     assert not_of("a") == "thesis.txt"
 
 
+def test_a_study_of_another_checkpoint_gets_another_folder(tmp_path: Path) -> None:
+    opened: Any = SimpleNamespace(
+        meta=SimpleNamespace(sha256="a"), path=tmp_path / "checkpoints" / "a.safetensors"
+    )
+    study = tmp_path / "evaluations" / "study"
+    assert study_run._folder(None, opened, set()) == study
+    study.mkdir(parents=True)
+    (study / "study.md").write_text("of another")
+    assert study_run._folder(None, opened, set()) == study.with_name("study-2")
+    with pytest.raises(UserError, match=r"holds study\.md, which is not of a study of this checkpoint"):
+        study_run._folder(str(study), opened, set())
+
+
 def test_a_sampler_file_of_somebody_is_kept(tmp_path: Path) -> None:
     sampler, file = choose_sampler("heun", {}), tmp_path / sampler_file.NAME
     sampler_file.write(file, sampler, ["written by ddpm-eval -m"])

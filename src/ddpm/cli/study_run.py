@@ -67,7 +67,7 @@ def _folder(out: str | None, opened: Opened, names: set[str]) -> Path:
             )
         return Path(out)
     stem = output_dirs.of_run(opened.path) / "evaluations" / "study"
-    folders = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in itertools.count(2)))
+    folders = itertools.chain([stem], (stem.with_name(f"{stem.name}-{i}") for i in itertools.count(2)))
     return next(folder for folder in folders if not _not_of_the_study(folder, opened, names))
 
 
