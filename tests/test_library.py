@@ -1,5 +1,6 @@
 """`import ddpm`: cheap, typed, and the same images as ddpm-sample draws."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -282,7 +283,7 @@ def callers_state() -> list[object]:
         *(partial(torch.autocast, "cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
         *(torch.inference_mode, torch.no_grad, partial(matmul_precision, "medium")),
     ],
-    ids=str,
+    ids=lambda world: re.sub(r" at 0x\w+", "", str(world)),  # the same in every worker
 )
 def test_a_callers_world_changes_nothing_and_is_not_changed(
     home: Path, model: ddpm.Model, world: Callable[[], AbstractContextManager[Any]]
