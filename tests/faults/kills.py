@@ -52,7 +52,7 @@ CHANGES = (
     ("model.channels=[16,48]", "model.channels"),
     ("schedule=cosine", "schedule.name"),
     ("schedule.num_timesteps=500", "schedule.num_timesteps"),
-    ("objective.label_dropout=0.3", "objective.label_dropout"),
+    ("objective.prediction=v", "objective.prediction"),
     ("seed=1", "seed"),
 )
 
