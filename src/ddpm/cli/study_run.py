@@ -149,7 +149,7 @@ def conclude(
     write_atomically(out / "study.md", f"{sampler_study.markdown(result)}\n\n![study](study.png)\n".encode())
     warnings = try_to_draw(sampler_study_plot.draw, result, out / "study.png")
     tell(sampler_study.table(result))
-    for line in (out / "study.md", out / "study.json", *(warnings or [out / "study.png"])):
+    for line in (out / "study.md", out / "study.json", *(warnings or [str(out / "study.png")])):
         tell(printable(str(line)))
     plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
     chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME

@@ -227,7 +227,7 @@ def _finish(config: EvalConfig, evaluated: Evaluated, stem: Path) -> None:
         record.write(out / record.FILE, evaluation)
         warnings = try_to_draw(page.draw, evaluation, gallery, out / record.PICTURE)
     print(table.table([evaluation]))
-    for line in (out / record.FILE, *(warnings or [out / record.PICTURE])):
+    for line in (out / record.FILE, *(warnings or [str(out / record.PICTURE)])):
         print(printable(str(line)))
 
 
