@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ddpm
 from ddpm.checkpoint import file as checkpoint
-from ddpm.checkpoint import locate
+from ddpm.checkpoint import locate, verify
 from ddpm.cli import default_sampler, eval_keys
 from ddpm.cli.info import info
 from ddpm.config import hydra
@@ -107,23 +108,16 @@ def test_where_a_listed_file_is_gone_the_list_is_read_again(tmp_path: Path) -> N
         locate.read_newest(lambda: [gone], checkpoint.verify)
 
 
-def test_a_file_replaced_between_two_looks_is_read_again(
+def test_a_file_that_goes_while_it_is_read_is_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (
-        MADE / name / "checkpoints" / file
-        for name, file in (
-            ("finished", "step_0000400.safetensors"),
-            ("stopped_unet", "step_0000023.safetensors"),
-        )
-    )
-    file, original = Path(shutil.copy(first, tmp_path / "best.safetensors")), checkpoint.load
+    made = MADE / "finished" / "checkpoints" / "step_0000400.safetensors"
+    file, original = Path(shutil.copy(made, tmp_path / "best.safetensors")), verify.fitting
 
-    def replaced(path: Path, *prefixes: str) -> object:
-        if path.read_bytes() == first.read_bytes():
-            shutil.copy(second, path)
-        return original(path, *prefixes)
+    def deleted(path: Path, *header: Any) -> object:
+        path.unlink()
+        return original(path, *header)
 
-    monkeypatch.setattr(checkpoint, "load", replaced)
+    monkeypatch.setattr(verify, "fitting", deleted)
     model, meta = models.load(file, torch.device("cpu"))
-    assert meta == checkpoint.read_meta(second)[0] and model.step == meta.step == 23
+    assert meta == checkpoint.read_meta(made)[0] and model.step == meta.step == 400 and not file.exists()

@@ -17,5 +17,11 @@ def test_promise(case: Case, tmp_path: Path) -> None:
     assert case.run(tmp_path, case.short)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", beside.CASES, ids=str)
+def test_thousands_of_files_beside_a_run(case: Case, tmp_path: Path) -> None:
+    assert case.run(tmp_path, case.long)
+
+
 def test_every_case_has_a_name_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)

@@ -64,16 +64,19 @@ def config(path: Path, meta: Meta) -> TrainConfig:
 
 def verify(path: Path) -> None:
     """Read the whole file in chunks. Raises CheckpointError unless its hashes match."""
-    _read(path, lambda name: False)
+    _read(path, lambda name: False, lambda meta, table: None)
 
 
-def load(path: Path, *prefixes: str) -> tuple[Meta, dict[str, "Tensor"]]:
+def load(
+    path: Path, *prefixes: str, check: Callable[[Meta, dict[str, Entry]], object] = lambda meta, table: None
+) -> tuple[Meta, dict[str, "Tensor"]]:
     """Read the metadata and the tensors named `<prefix>.…` (all if no prefix is given), on the CPU.
 
-    The hash covers the whole file, whichever tensors are read. Raises CheckpointError.
+    The hash covers the whole file, whichever tensors are read. `check` is called with the header before they are read.
+    The file is opened once, so that it may be deleted or replaced meanwhile. Raises CheckpointError.
     """
     starts = tuple(prefix + "." for prefix in prefixes) or ("",)
-    return _read(path, lambda name: name.startswith(starts))
+    return _read(path, lambda name: name.startswith(starts), check)
 
 
 def part(tensors: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
@@ -103,7 +106,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
+        named = str(error).startswith(f"{path} ")
+        raise CheckpointError(str(error) if named else f"{path} {error}") from None
 
 
 def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
@@ -117,12 +121,15 @@ def _read_header(file: BinaryIO) -> tuple[Meta, dict[str, Entry], int]:
     return *parse_header(file.read(size), whole - 8 - size), 8 + size
 
 
-def _read(path: Path, wanted: Callable[[str], bool]) -> tuple[Meta, dict[str, "Tensor"]]:
+def _read(
+    path: Path, wanted: Callable[[str], bool], check: Callable[[Meta, dict[str, Entry]], object]
+) -> tuple[Meta, dict[str, "Tensor"]]:
     """Read the wanted tensors, and hash the bytes that they are made from with all others."""
     kept: dict[str, bytearray] = {}
     sha = hashlib.sha256()
     with _opened(path) as file:
         meta, table, begin = _read_header(file)
+        check(meta, table)
         for name, entry in sorted(table.items()):
             sha.update(f"{name} {entry.title}\n".encode())
             file.seek(begin + entry.start)

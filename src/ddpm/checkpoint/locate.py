@@ -1,6 +1,7 @@
 """Find checkpoints: those of a run, those that `ckpt=` names, the newest one that is intact."""
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
     Raises CheckpointError if there is none.
     """
     if spec == "latest":
-        files = list(outputs.glob("**/checkpoints/step_*.safetensors"))
+        runs = [Path(folder) for folder, inside, _ in os.walk(outputs) if "checkpoints" in inside]
+        files = [file for run in runs for file in saved_steps(run)]
         if not files:
             raise CheckpointError(
                 f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"

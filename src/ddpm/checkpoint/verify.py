@@ -18,11 +18,16 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
-    """Read a checkpoint's metadata and config, and compare its header with the network that they need.
+    """Read a checkpoint's metadata, and return them with what `fitting` does. Raises CheckpointError."""
+    meta, table = checkpoint.read_meta(path)
+    return meta, *fitting(path, meta, table)
+
+
+def fitting(path: Path, meta: Meta, table: Mapping[str, Entry]) -> tuple[TrainConfig, nn.Module]:
+    """Compare a checkpoint's header with the network that its config needs. Returns the config and the network.
 
     The network is on the meta device: no memory is allocated for tensors. Raises CheckpointError.
     """
-    meta, table = checkpoint.read_meta(path)
     config = checkpoint.config(path, meta)
     try:
         with torch.device("meta"):
@@ -31,7 +36,7 @@ def outline(path: Path) -> tuple[Meta, TrainConfig, nn.Module]:
     except UserError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
     check_tensors(path, table, blank, timesteps)
-    return meta, config, blank
+    return config, blank
 
 
 def examine(path: Path) -> None:

@@ -84,11 +84,11 @@ def load_newest(
 
 def load(path: Path, device: torch.device, ema: bool = True, precision: str = "fp32") -> tuple[Model, Meta]:
     """Rebuild the model from a checkpoint alone. Returns it and the metadata. Raises UserError."""
-    meta, config, network = verify.outline(path)
-    which = "ema" if ema else "model"
-    read, tensors = checkpoint.load(path, which)
-    if read.sha256 != meta.sha256:  # a run that trains has written `best` anew in between
-        return load(path, device, ema, precision)
+    which, fitting = "ema" if ema else "model", list[tuple[TrainConfig, nn.Module]]()
+    meta, tensors = checkpoint.load(
+        path, which, check=lambda meta, table: fitting.append(verify.fitting(path, meta, table))
+    )
+    config, network = fitting[0]
     verify.load_weights(path, network, checkpoint.part(tensors, which))
     network.to(device).eval()
     if config.trainer.channels_last:
