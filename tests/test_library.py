@@ -41,6 +41,11 @@ QUICK = [
 ]
 
 
+def name_of(value: object) -> str:
+    """Show a value without its address, so that a test has the same name in every worker."""
+    return re.sub(r" at 0x\w+", "", str(value))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a short conditional run on digits is `run`."""
@@ -196,7 +201,7 @@ def test_images_are_tensors_like_any_other(model: ddpm.Model) -> None:
         ({"spacing": "karas"}, "sampler.spacing"),
         ({"clip": "clipp"}, "sampler.clip=clipp: must be one of none, clip, dynamic"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_mistake_is_one_line_with_its_key(model: ddpm.Model, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ddpm.UserError, match=words) as refusal:
@@ -283,7 +288,7 @@ def callers_state() -> list[object]:
         *(partial(torch.autocast, "cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
         *(torch.inference_mode, torch.no_grad, partial(matmul_precision, "medium")),
     ],
-    ids=lambda world: re.sub(r" at 0x\w+", "", str(world)),  # the same in every worker
+    ids=name_of,
 )
 def test_a_callers_world_changes_nothing_and_is_not_changed(
     home: Path, model: ddpm.Model, world: Callable[[], AbstractContextManager[Any]]
@@ -327,7 +332,7 @@ def test_threads_that_draw_at_once_leave_the_precision_alone(model: ddpm.Model) 
         *({"spacing": spacing} for spacing in ([5, 7], {}, object())),
         *({"eta": 2}, {"clip": None}, {"dynamic_percentile": float("nan")}, {"nonsense": 1}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_wrong_argument_of_sample_is_named(model: ddpm.Model, arguments: dict[str, Any]) -> None:
     with pytest.raises(ddpm.UserError, match=next(iter(arguments))) as caught:
@@ -353,7 +358,7 @@ def test_numbers_of_other_libraries_are_numbers(model: ddpm.Model) -> None:
         *(("device=", {"device": d}) for d in (0, None, "meta", torch.device("meta"), "cuda:99999999")),
         *(("ema=", {"ema": ema}) for ema in ("no", None, 1)),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_wrong_argument_of_load_is_named(words: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ddpm.UserError, match=words):
@@ -378,7 +383,7 @@ def with_default(default: Any) -> Callable[..., Any]:
         ("takes no a", "weight", lambda snr: snr, {"name": "mine", "a": 1}),
         ("num_steps=x", "sampler", lambda denoiser, levels, x, noise: x, {"name": "mine", "num_steps": "x"}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_cannot_be_registered_is_named(
     words: str, kind: Any, function: Any, more: dict[str, Any]
