@@ -1,6 +1,7 @@
 """The real console scripts, from an empty folder: train, resume, sample, info, sweep."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,9 @@ def test_image_i_is_the_same_whatever_is_drawn_beside_it(run: Path) -> None:
             cwd=home(run),
         )
         assert result.returncode == 0, result.stderr
-        return np.load(home(run) / "seeds" / "samples.npz")["images"].astype(np.int64)
+        images = np.load(home(run) / "seeds" / "samples.npz")["images"].astype(np.int64)
+        shutil.rmtree(home(run) / "seeds")
+        return images
 
     whole = drawn("n=6")
     assert abs(whole - drawn("n=6", "batch_size=4")).max() <= 1  # float32 sums in another order
