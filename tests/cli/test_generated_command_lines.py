@@ -124,7 +124,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     logging.root.setLevel(level)
 
 
-@pytest.mark.parametrize(("seed", "n"), [(0, 150), pytest.param(1, 6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "n"), [(0, 150), pytest.param(1, 3000, marks=pytest.mark.slow)])
 def test_every_command_line_composes_or_is_one_line(
     seed: int, n: int, empty: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +173,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize(("seed", "n"), [(2, 20), pytest.param(3, 250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "n"), [(2, 10), pytest.param(3, 60, marks=pytest.mark.slow)])
 def test_what_a_task_refuses_is_one_line_and_writes_nothing(
     seed: int, n: int, trained: Path, empty: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
