@@ -336,7 +336,7 @@ def test_broken_and_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
         "unknown key 'model._target_'": lambda fields: fields["config"]["model"].update(_target_="os.system"),
         "plain values": lambda fields: fields["config"].update(data_root="${oc.env:HOME}"),
         "does not fit its own config": lambda fields: fields["config"]["model"].update(channels=[8, 32]),
-        "name of its data": lambda fields: fields["facts"].update(name="\x1b[2J"),
+        "with a name of plain text": lambda fields: fields["facts"].update(name="\x1b[2J"),
     }
     for words, change in changes.items():
         ckpt.write_bytes(data)

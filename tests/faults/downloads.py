@@ -224,7 +224,7 @@ def _whole_and_nothing_else(raw: Path, server: Mirrors) -> None:
 
 def _no_others(raw: Path, server: Mirrors) -> None:
     allowed = {"download.lock", *server.files, *(name[:-3] for name in server.files)}
-    others = {path.name for path in raw.iterdir()} - allowed
+    others = {path.name for path in raw.iterdir()} - allowed if raw.is_dir() else set()
     assert not others, f"left behind: {others}"
 
 

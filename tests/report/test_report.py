@@ -25,6 +25,7 @@ from ddpm.config import hydra
 from ddpm.config.choices import Component, choices
 from ddpm.config.schema import ReportConfig, TrainConfig, check
 from ddpm.errors import UserError
+from ddpm.io import figures
 from ddpm.report import contact_sheet, plot, runs
 from ddpm.report import table as report_table
 from ddpm.report.runs import Point, RunRow
@@ -395,10 +396,10 @@ def test_what_nobody_thought_of_costs_one_row_or_one_picture(
 
 
 def test_pictures_that_fail_cost_a_training_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("latex was not found")
 
-    monkeypatch.setattr(plots, "_axes", fail)
+    monkeypatch.setattr(figures, "save", fail)
     monkeypatch.setattr(plots, "save_png", fail)
     train(tmp_path / "run", "trainer.max_steps=2")
     assert run_dir.read_result(tmp_path / "run") is not None

@@ -72,7 +72,9 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     for name in ("ddim", "ddpm", "heun", "unipc", "dpmpp_2m", "dpmpp_2m_sde"):
         for settings in ({}, {"spacing": [900.5, 1e-5, 0.0]}):
             sampler = choose_sampler(name, {**settings, "dynamic_percentile": 1e-7})
-            sampler_file.write(tmp_path / "sampler.yaml", sampler, ["name: other", "\x1b[2J"])
+            sampler_file.write(
+                tmp_path / "sampler.yaml", sampler, ["written by ddpm", "name: other", "\x1b[2J"]
+            )
             assert sampler_file.read(tmp_path / "sampler.yaml") == sampler
     assert sampler_file.read(tmp_path / "none.yaml") is None
 
@@ -133,9 +135,13 @@ def test_it_must_be_a_file_and_fit_the_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is not a regular file"):
         sampler_file.read(tmp_path / "a" / "sampler.yaml")
     few = config("schedule.num_timesteps=8")
-    sampler_file.write(tmp_path / "sampler.yaml", choose_sampler("ddim", {"num_steps": 9}), [])
+    sampler_file.write(
+        tmp_path / "sampler.yaml", choose_sampler("ddim", {"num_steps": 9}), ["written by ddpm"]
+    )
     with pytest.raises(UserError, match="num_steps=9: the model has 8 timesteps; delete the file"):
         sampler_file.default(few, tmp_path)
-    sampler_file.write(tmp_path / "sampler.yaml", choose_sampler("ddpm", {"num_steps": None}), [])
+    sampler_file.write(
+        tmp_path / "sampler.yaml", choose_sampler("ddpm", {"num_steps": None}), ["written by ddpm"]
+    )
     assert sampler_file.default(few, tmp_path)[0].params["num_steps"] is None
     assert sampler_file.default(few, tmp_path / "none") == (trained_sampler(few), None)

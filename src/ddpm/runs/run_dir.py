@@ -170,7 +170,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
         if (folder / ended).exists():
             _move_aside(folder / ended)
     metrics = folder / "metrics.jsonl"
-    if metrics_file.validated_after(metrics, step):  # it is cut when the run goes on
+    if metrics_file.validated_after(metrics, step) or not metrics_file.is_whole(metrics):  # it will be cut
         shutil.copyfile(metrics, _free_name(metrics, folder / ASIDE))
     return notes
 
@@ -262,7 +262,9 @@ def _check(folder: Path, overwrite: bool, fresh: bool) -> None:
         raise UserError(
             f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it"
         )
-    if strangers := _not_of_a_run(folder):
+    # going on with a run, `set_aside` keeps what its metrics.jsonl holds
+    strangers = [path for path in _not_of_a_run(folder) if fresh or path.name != "metrics.jsonl"]
+    if strangers:
         raise UserError(
             f"{folder} holds other things than a run: {strangers[0].name} is not what a run of ddpm writes, and would "
             "be replaced; name another run_dir, or move it"

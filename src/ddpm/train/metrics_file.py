@@ -58,6 +58,17 @@ def validated_after(path: Path, step: int) -> bool:
     return False
 
 
+def is_whole(path: Path) -> bool:
+    """Return whether no line of a file is malformed; half a line at the end does not count. Raises OSError."""
+    with suppress(FileNotFoundError):
+        try:
+            for _ in read(path):
+                pass
+        except ValueError:
+            return False
+    return True
+
+
 def lowest(path: Path, key: str) -> float | None:
     """Return the lowest of the figures `key` in the lines before the first malformed one, or None."""
     found = []
