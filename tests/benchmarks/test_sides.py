@@ -7,6 +7,7 @@ from benchmarks import sides
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_our_training_has_the_losses_of_diffusers() -> None:
     """diffusers' network, its way to add noise and torch's AdamW, fed with our images, times and noise."""
     pytest.importorskip("diffusers")

@@ -197,7 +197,7 @@ CASES = (
             run=functools.partial(kill, variants),
         )
         for name, variants, short in (
-            ("plain, accumulate, loss-aware", PLAIN, 2),
+            ("plain, accumulate, loss-aware", PLAIN, 1),
             ("dropout, bf16, keep=1", OTHER, 0),
         )
     ),

@@ -28,8 +28,8 @@ def draw(folder: Path, before: str = "") -> "subprocess.CompletedProcess[str]":
     "content",
     [
         b"text.usetex: True\naxes.facecolor: red\nfigure.dpi: 7\nsavefig.format: pdf\n",
-        b"\xff\xfe",
-        b"backend: nonsense\n",
+        pytest.param(b"\xff\xfe", marks=pytest.mark.slow),
+        pytest.param(b"backend: nonsense\n", marks=pytest.mark.slow),
     ],
     ids=["style", "no text", "backend"],
 )

@@ -330,6 +330,7 @@ def test_what_cannot_be_compiled_or_loaded_is_a_reason_and_no_crash(
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to have something to switch off")
+@pytest.mark.slow
 def test_a_training_without_it_says_so_and_comes_to_the_same_loss(tmp_path: Path) -> None:
     line = [
         str(Path(sys.executable).with_name("ddpm-train")),

@@ -195,6 +195,7 @@ def check_contact(sweep: Path, tmp_path: Path, order: list[str]) -> None:
     assert (labels[0] != labels[1]).any()
 
 
+@pytest.mark.slow
 def test_report_needs_no_torch_for_tables_and_a_sampler_may_be_typed(sweep: Path, tmp_path: Path) -> None:
     result = run_script(
         "report", f"folder={sweep}", "contact=false", "out=made", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1"

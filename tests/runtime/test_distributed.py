@@ -277,6 +277,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_samples_the_same(alone: Path, tmp_path: Path) -> None:
     out = done(alone, 2, "ddpm-train", *SMALL, "run_dir=two")
     assert out.count("2 processes") == 1 and out.count("done in") == 1 and out.count("step ") >= 10

@@ -154,6 +154,7 @@ def test_samples_that_are_not_finite_are_named_with_their_step(
         sampling.last(sampling.finite(sampling.draw(model, sampler, denoise, index, 0), index))
 
 
+@pytest.mark.slow
 def test_no_step_of_sampling_leaves_anything_behind() -> None:
     """Nothing that grows with their number; and of images that break at different steps all are named."""
 

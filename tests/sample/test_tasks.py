@@ -77,6 +77,7 @@ def inpainted(jump_length: int, jump_n_sample: int, steps: int = 50, n: int = 30
     return found[-1].x[..., 1].flatten()
 
 
+@pytest.mark.slow
 def test_repaint_comes_closer_to_the_conditional_mean_the_more_it_resamples() -> None:
     mean = 0.9 * 0.6
     errors = [abs(inpainted(1, repeats).mean().item() - mean) for repeats in (1, 4, 16)]
@@ -477,6 +478,7 @@ def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) 
         user_images.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))
 
 
+@pytest.mark.slow
 def test_a_grid_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """50,000 images of 8×8, of ten classes or in rows of a typed length; and a film of images of 1024×1024."""
     drawn = command.Drawn(torch.zeros(50_000, 1, 8, 8), torch.empty(0, 0, 1, 8, 8), 1)

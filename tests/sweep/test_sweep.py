@@ -199,6 +199,7 @@ def test_jobs_end_with_whoever_stood_between_them_and_the_sweep(tmp_path: Path, 
     assert saved(tmp_path / "sweep") == working or victim != "ddpm.sweep.launch"
 
 
+@pytest.mark.slow
 def test_a_failing_job_leaves_the_others_running(tmp_path: Path) -> None:
     arguments = ["-m", "model.head_dim=8,5", *[o for o in TINY if "head_dim" not in o]]
     arguments += ["hydra/launcher=joblib", "run_dir=sweep", "trainer.max_steps=3"]
@@ -271,6 +272,7 @@ def test_optuna_minimises_what_the_jobs_return(tmp_path: Path) -> None:
     assert found.partition("optimizer.lr:")[2].split()[0] in best
 
 
+@pytest.mark.slow
 def test_mistakes_are_found_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "mine").mkdir()

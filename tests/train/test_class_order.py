@@ -50,6 +50,7 @@ def names(run: str) -> list[str]:
     return list(checkpoint.read_meta(locate.of_run(Path(run))[0])[0].facts["class_names"])
 
 
+@pytest.mark.slow
 def test_an_older_run_keeps_its_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

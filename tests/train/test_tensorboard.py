@@ -140,6 +140,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     check_images(run, [4, 6, 8, 10])  # the one of step 6 lies in samples/ since the first time
 
 
+@pytest.mark.slow
 def test_a_run_that_began_without_is_told_from_its_beginning(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(*QUICK, f"run_dir={run}", "trainer.max_steps=4")
