@@ -33,7 +33,7 @@ def default_style() -> Iterator[None]:
 def save(figure: Figure, picture: Path, dpi: int = 110) -> None:
     """Write a figure as PNG, whole or not at all. Raises OSError."""
     data = io.BytesIO()
-    with warnings.catch_warnings():  # a letter that the font has not becomes a box
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+    with warnings.catch_warnings():  # about letters that the font has not, and labels too long for the page
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(data, format="png", dpi=dpi)
     write_atomically(picture, data.getvalue(), durable=False)

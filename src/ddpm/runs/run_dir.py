@@ -262,8 +262,10 @@ def _check(folder: Path, overwrite: bool, fresh: bool) -> None:
         raise UserError(
             f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it"
         )
-    # going on with a run, `set_aside` keeps what its metrics.jsonl holds
-    strangers = [path for path in _not_of_a_run(folder) if fresh or path.name != "metrics.jsonl"]
+    strangers = _not_of_a_run(folder)
+    metrics, is_run = folder / "metrics.jsonl", "config.yaml" in there or locate.saved_steps(folder)
+    if not fresh and is_run and strangers == [metrics] and metrics.is_file() and not metrics.is_symlink():
+        strangers = []  # `set_aside` keeps what it holds
     if strangers:
         raise UserError(
             f"{folder} holds other things than a run: {strangers[0].name} is not what a run of ddpm writes, and would "
@@ -307,10 +309,12 @@ def _is_config(path: Path) -> bool:
 def _is_metrics(path: Path) -> bool:
     """Return whether a file begins with a line of figures, or half of one."""
     try:
-        next(metrics_file.read(path), None)
+        if next(metrics_file.read(path), None):
+            return True
+        with open_regular(path) as file:
+            return b'{"step": '.startswith(file.read(9))
     except (OSError, ValueError):
         return False
-    return True
 
 
 # by what they hold; the rest of RUN_FILES is taken for a run's where there is its config.yaml
