@@ -115,7 +115,7 @@ GOOD = "name: dpmpp_2m\nnum_steps: 9\nspacing: logsnr\nrho: 7.0\nclip: clip\ndyn
         (GOOD.replace("logsnr", "[[1]]"), "sampler.spacing=[1]: must be a number"),
         (GOOD.replace("clip: clip", "clip: &a clip") + "x: *a\n", "anchors, aliases"),
         ("a: &a [x]\nb: &b [*a, *a]\n<<: {c: 1}", "plain values"),
-        ("name: " + "[" * 5000, "no YAML"),
+        ("name: " + "[" * 5000, "cannot be used"),
         ("#" * 70_000, "more than the 65536 allowed"),
         ("{" + "x" * 900 + ": 1, name: ddim}", "unknown key"),
     ],
