@@ -1,4 +1,4 @@
-"""Find checkpoints: those of a run, those that `ckpt=` names, the newest one that is intact."""
+"""Find the checkpoints of a run or of `ckpt=`, and the newest intact one."""
 
 import itertools
 import os

@@ -61,7 +61,7 @@ def run(
                 if not (of_sweep := FAILED_FILE in os.environ):
                     _refuse_settings_of_sweeps(program, overrides)
                 config = check(schema, hydra.compose(program, defaults(overrides) + overrides))
-                if not of_sweep:  # whose jobs were looked at together
+                if not of_sweep:  # a sweep checks its jobs together, before it starts them
                     refuse_unused(program, [(overrides, config)])
                     _advise()
                 task(config)

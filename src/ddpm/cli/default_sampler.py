@@ -13,8 +13,9 @@ BACKWARDS = ("reconstruct", "interpolate")  # tasks that want no fresh noise
 
 
 def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
-    """Return the sampler of sampler.yaml beside the checkpoint, and print so, or else that of the training.
+    """Return the overrides that choose the default sampler; none if a sampler or no checkpoint is typed.
 
+    The file sampler.yaml beside the checkpoint wins over the sampler of the training. Print a line if it is used.
     Raises UserError.
     """
     ckpt = typed_value(typed, "ckpt")
