@@ -112,6 +112,14 @@ def read_newest(
     raise CheckpointError(f"{first}; nor is any other of the {len(files)} checkpoints there whole")
 
 
+def read_wanted(ckpt: str, read: Callable[[Path], T]) -> tuple[Path, T, list[str]]:
+    """Read what `ckpt=` names: a file, the newest intact file of a run's folder, or of the latest run.
+
+    See `find` and `read_newest`.
+    """
+    return read_newest(lambda: find(ckpt), read)
+
+
 def _modified(file: Path) -> int:
     """Return the modification time in ns, 0 for a file that is gone."""
     try:

@@ -23,7 +23,7 @@ def overrides(program: str, schema: type, typed: list[str]) -> list[str]:
         return []
     others = [override for override in typed if not override.lstrip("+~").startswith("sampler")]
     check(schema, hydra.compose(program, others))  # their mistakes come before those of a file
-    path, (meta, _), _ = locate.read_newest(lambda: locate.find(ckpt), checkpoint.read_meta)
+    path, (meta, _), _ = locate.read_wanted(ckpt, checkpoint.read_meta)
     trained = checkpoint.config(path, meta)
     if typed_value(typed, "task") in BACKWARDS:
         return ["sampler=ddim", "sampler.spacing=logsnr"]

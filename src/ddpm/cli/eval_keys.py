@@ -26,7 +26,7 @@ def before_typed(typed: list[str]) -> list[str]:
     found = default_sampler.overrides("eval", EvalConfig, typed)
     sized = "image_size" in choices("dataset").get(dataset or "", {})
     if ckpt not in (None, "null") and sized and not any("dataset.image_size" in each for each in parameters):
-        _, (meta, _), _ = locate.read_newest(lambda: locate.find(ckpt), checkpoint.read_meta)
+        _, (meta, _), _ = locate.read_wanted(ckpt, checkpoint.read_meta)
         found.append(f"dataset.image_size={meta.facts['image_size']}")
     return found
 

@@ -17,8 +17,8 @@ def main() -> None:
 
 def info(config: InfoConfig) -> None:
     """Run the command for one checked config. Raises UserError."""
-    path, (meta, tensors, length), notes = locate.read_newest(
-        lambda: locate.find(config.ckpt), lambda file: (*checkpoint.read_meta(file), file.stat().st_size)
+    path, (meta, tensors, length), notes = locate.read_wanted(
+        config.ckpt, lambda file: (*checkpoint.read_meta(file), file.stat().st_size)
     )
     trained = checkpoint.config(path, meta)
     parameters = sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith("model."))

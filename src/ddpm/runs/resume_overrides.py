@@ -18,7 +18,7 @@ def before_typed(overrides: list[str]) -> list[str]:
             f"trainer.resume={typed} goes on with the weights of that run; trainer.init_from begins a new one: "
             "leave one of them out"
         )
-    path, (meta, _), _ = locate.read_newest(lambda: locate.find(str(typed)), checkpoint.read_meta)
+    path, (meta, _), _ = locate.read_wanted(str(typed), checkpoint.read_meta)
     was = to_dict(checkpoint.config(path, meta))
     if "path" in was["dataset"] and typed_value(overrides, "dataset.path") is None:
         raise UserError(

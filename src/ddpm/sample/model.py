@@ -74,7 +74,7 @@ def load_newest(
     path, notes, loaded = Path(), list[str](), None
     with raise_on_all_ranks(world):
         if world.first:
-            path, loaded, notes = locate.read_newest(lambda: locate.find(ckpt), read)
+            path, loaded, notes = locate.read_wanted(ckpt, read)
     path = broadcast_object(world, path)
     with raise_on_all_ranks(world):
         loaded = loaded or read(path)

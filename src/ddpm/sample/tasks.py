@@ -43,9 +43,8 @@ class Plan:
     right: list[Pixels] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # printed before drawing
     about: dict[str, Any] = field(default_factory=dict)  # added to sample.json
-    measure: Callable[[Tensor], tuple[str, dict[str, Any]]] | None = (
-        None  # all results -> line, part of sample.json
-    )
+    # all results -> a line to print, and what is added to sample.json
+    measure: Callable[[Tensor], tuple[str, dict[str, Any]]] | None = None
 
     def table(self, pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
         """Return results, then inputs, and a table of their numbers with one input in each row."""

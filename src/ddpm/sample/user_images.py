@@ -28,9 +28,8 @@ from ddpm.sample.model import Guidance, Model, labels
 MAX_INPUTS = 4_096
 UNKNOWN_SHARE = 0.75  # of the pixels under mask=random
 SPLITS = ("train", "val", "test")
-OF_DATASET = re.compile(
-    r"(\w+):([^:/\\]*)(?::([^:/\\]*))?"
-)  # name, split and, unless it is all of it, numbers
+# dataset, split and, unless all of the split is meant, numbers
+OF_DATASET = re.compile(r"(\w+):([^:/\\]*)(?::([^:/\\]*))?")
 
 
 @dataclass(frozen=True, eq=False)

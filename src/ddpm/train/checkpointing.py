@@ -95,8 +95,8 @@ def init_from(run: TrainState, ckpt: str) -> list[str]:
     `ckpt` is a checkpoint file, a run folder or "latest". Returns lines for the user: where the weights are from,
     and which of the run's tensors stay as they are. Raises UserError if nothing fits, or nothing there is whole.
     """
-    path, (meta, tensors), notes = locate.read_newest(
-        lambda: locate.find(ckpt),
+    path, (meta, tensors), notes = locate.read_wanted(
+        ckpt,
         lambda file: checkpoint.load(
             file, "ema", check=lambda meta, table: verify.fitting(file, meta, table)
         ),
