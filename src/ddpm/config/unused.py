@@ -1,4 +1,4 @@
-"""Typed settings that the other settings leave without effect: they are refused, so that none is swallowed."""
+"""Refuse typed settings that have no effect beside the other settings."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from ddpm.config.schema import by_key
 from ddpm.config.tables import REGISTERED
 from ddpm.errors import UserError
 
-# What a key or a group needs, "key=value" or "key!=value" of others, to have an effect. Resources that a command may
-# or may not come to use (device, data_root, seed) need nothing.
-_OWN_STEPS = ("task!=inpaint",)  # whose steps are ancestral, whichever sampler the levels are of
-_CHURN = (*_OWN_STEPS, "sampler.churn!=0.0")
+# By key or group: the settings that it needs to have an effect, as "key=value" or "key!=value". Resources that not
+# every task uses (device, data_root, seed) need nothing.
+_NOT_INPAINT = ("task!=inpaint",)  # RePaint takes ancestral steps, whatever the sampler
+_WITH_CHURN = (*_NOT_INPAINT, "sampler.churn!=0.0")
 NEEDS: dict[str, tuple[str, ...]] = {
     "objective.min_snr_gamma": ("objective.weight=min_snr",),
     "objective.p2_gamma": ("objective.weight=p2",),
@@ -21,14 +21,14 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "objective.label_dropout": ("model.conditional=true",),
     "objective.vlb_weight": ("objective.learned_variance=true",),
     "optimizer.halvings": ("optimizer.decay=halving",),
-    "sampler.eta": _OWN_STEPS,
-    "sampler.variance": _OWN_STEPS,
-    "sampler.order": _OWN_STEPS,
-    "sampler.cap": _OWN_STEPS,
-    "sampler.churn": _OWN_STEPS,
-    "sampler.churn_min": _CHURN,
-    "sampler.churn_max": _CHURN,
-    "sampler.churn_noise": _CHURN,
+    "sampler.eta": _NOT_INPAINT,
+    "sampler.variance": _NOT_INPAINT,
+    "sampler.order": _NOT_INPAINT,
+    "sampler.cap": _NOT_INPAINT,
+    "sampler.churn": _NOT_INPAINT,
+    "sampler.churn_min": _WITH_CHURN,
+    "sampler.churn_max": _WITH_CHURN,
+    "sampler.churn_noise": _WITH_CHURN,
     "sampler.rho": ("sampler.spacing=karras",),
     "sampler.dynamic_percentile": ("sampler.clip=dynamic",),
     "overwrite": ("run_dir!=null",),
@@ -41,10 +41,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "strength": ("task=variation",),
     "nrow": ("save=grid",),
 }
-_GIVEN: tuple[str, ...] = ("compare=null",)  # what is compared is measured already
-_DRAWN = (*_GIVEN, "samples=null")
+_MEASURED: tuple[str, ...] = ("compare=null",)  # `compare` reads evaluations and measures nothing
+_DRAWN = (*_MEASURED, "samples=null")
 NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _GIVEN)
+    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _MEASURED)
     | dict.fromkeys(("sampler", "batch_size", "precision", "ema"), _DRAWN),
     "report": {key: ("contact=true",) for key in ("sampler", "n", "seed", "device")},
 }

@@ -65,7 +65,7 @@ def library(source: Path) -> tuple[ctypes.CDLL, str]:
 
 
 def _whole(path: Path) -> bool:
-    """Return whether a library has the hash in its name. Loading one that a power cut left half would kill us."""
+    """Return whether a library has the hash in its name. Loading a half-written one would end the process by SIGBUS."""
     _check_own(path)
     return path.stem.endswith(f"-{_hash(path.read_bytes())}")
 
@@ -94,7 +94,7 @@ def _gnu_threads() -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Share a lock on the folder with others who may compile. Where nobody does, remove what killed ones left."""
+    """Hold a shared lock on the folder while compiling. Without other holders, first remove leftovers of killed ones."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # somebody compiles, or there are no locks here
