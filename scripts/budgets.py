@@ -83,9 +83,9 @@ ALLOWED = {
 # begin
 MEASURED: dict[str, int] = {
     "errors": 59,  # aim 60
-    "io": 792,  # aim 420
+    "io": 789,  # aim 420
     "runtime": 1036,  # aim 620
-    "networks": 1121,  # aim 800
+    "networks": 1122,  # aim 800
     "diffusion": 1135,  # aim 1100
     "config": 1123,  # aim 650
     "data": 1292,  # aim 1000
@@ -99,7 +99,7 @@ MEASURED: dict[str, int] = {
     "report": 972,  # aim 700
     "sweep": 476,  # aim 350
     "cli": 1330,  # aim 1050
-    "all, C included": 16989,  # aim 12000
+    "all, C included": 16987,  # aim 12000
     "core": 2476,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from ddpm.errors import DataError
 from ddpm.io.files import open_regular, reason, user_path, write_atomically
+from ddpm.io.folders import make_folder
 
 Arrays = dict[str, NDArray[Any]]
 MAX_HEADER = 1 << 16  # bytes; a few arrays take a few hundred
@@ -36,16 +37,9 @@ def cache_folder() -> Path:
         raise DataError(f"{error}; set DDPM_CACHE to a folder for the cache") from error
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it; nobody else can write to them, whatever the umask. Raises OSError."""
-    for missing in reversed([folder, *folder.parents]):
-        if not missing.exists():
-            missing.mkdir(mode=0o755, exist_ok=True)
-
-
 def save_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
     """Write a safetensors file atomically, with notes and the SHA-256 of its content. Raises OSError."""
-    make_folder(path.parent)
+    make_folder(path.parent, mode=0o755)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` ignores strides
     write_atomically(path, save(arrays, metadata={**notes, "sha256": content_hash(arrays)}))
 

@@ -13,15 +13,18 @@ from ddpm.io.files import reason
 UNFINISHED = ".ddpm-"  # what the name of a temporary folder begins with
 
 
-def make_folder(folder: Path, exist_ok: bool = True) -> list[Path]:
-    """Make a folder and those above it. Return those made here, innermost first. Raises OSError and makes none."""
+def make_folder(folder: Path, exist_ok: bool = True, mode: int = 0o777) -> list[Path]:
+    """Make a folder and those above it. Return those made here, innermost first. Raises OSError and makes none.
+
+    `mode` is that of new folders, less what the umask takes away; 0o755 lets nobody else write to them.
+    """
     made: list[Path] = []
     try:
         for path in reversed([each for each in folder.parents if not each.exists()]):
-            path.mkdir(exist_ok=True)  # another process may be as far
+            path.mkdir(mode, exist_ok=True)  # another process may be as far
             made.insert(0, path)
         if not exist_ok or not folder.is_dir():
-            folder.mkdir()
+            folder.mkdir(mode)
             made.insert(0, folder)
     except OSError:
         remove_empty(made)

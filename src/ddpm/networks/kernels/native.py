@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddpm.errors import DataError
-from ddpm.io.cache import cache_folder, make_folder
+from ddpm.io.cache import cache_folder
+from ddpm.io.folders import make_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -94,7 +95,7 @@ def _gnu_threads() -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Hold a shared lock on the folder while compiling. Without other holders, first remove leftovers of killed ones."""
+    """Hold a shared lock on the folder while compiling. With no other holder, first remove leftovers of killed ones."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # somebody compiles, or there are no locks here
@@ -111,7 +112,7 @@ def _locked(folder: Path) -> Iterator[tuple[Path, int]]:
 def own_folder(name: str) -> Path:
     """Create a folder for compiled code in the cache. Raises OSError, and Unavailable if others could write to it."""
     folder = cache_folder() / name
-    make_folder(folder.parent)
+    make_folder(folder.parent, mode=0o755)
     folder.mkdir(mode=0o700, exist_ok=True)
     _check_own(folder)
     for above in folder.resolve().parents:
