@@ -150,7 +150,7 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
             raise DataError(f"{path}: it is not the published {packed.name}; delete both and start again")
         with suppress(OSError, DataError):  # if it cannot be kept, the .gz is read at each start
             note = cache_folder() / f"{variant.folder}-{file}.sha256"
-            note.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(note.parent, mode=0o755)
             write_atomically(note, sha256.encode())
     return parse_idx(data, str(path), shape)
 

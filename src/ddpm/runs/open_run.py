@@ -44,9 +44,8 @@ class OpenRun:
         self.source: Source | None = None
         self.claim: run_dir.Claim | None = None
         self.place = Place(None, False, [])
-        self.class_names: list[
-            str
-        ] = []  # in the order of the weights to begin with; every process knows them
+        # in the order of the weights that the run begins with; sent to all processes
+        self.class_names: list[str] = []
 
     def choose(self, config: TrainConfig) -> None:
         """Lock the folder that the config names, and choose the checkpoint to go on from. Raises UserError."""

@@ -32,9 +32,8 @@ from ddpm.sweep import job
 from ddpm.train import loggers
 
 LOCAL = ("joblib", "submitit_local")  # launchers that run several jobs at once on this machine
-OF_HYDRA = (
-    r"hydra[./](launcher|sweeper)\b|hydra\.(callbacks|searchpath|job\.env_)"  # settings that a sweep heeds
-)
+# settings of Hydra that have an effect with -m
+OF_HYDRA = r"hydra[./](launcher|sweeper)\b|hydra\.(callbacks|searchpath|job\.env_)"
 # A plug-in would end too early what the user did not limit: a search after one failure, jobs after an hour.
 UNLIMITED = {
     ("hydra/sweeper", "optuna"): "hydra.sweeper.max_failure_rate=1.0",
