@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.config.checking import groups
 from ddpm.config.choices import choices, known_keys
-from ddpm.config.schema import SCHEMAS, groups
+from ddpm.config.schema import SCHEMAS
 from tests.conftest import run_script
 
 MODULES = {"eval": "evaluate"}  # of ddpm.cli, where it is not the program's name

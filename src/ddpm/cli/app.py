@@ -62,7 +62,7 @@ def run(
                     _refuse_settings_of_sweeps(program, overrides)
                 config = check(schema, hydra.compose(program, defaults(overrides) + overrides))
                 if not of_sweep:  # a sweep checks its jobs together, before it starts them
-                    refuse_unused(program, [(overrides, config)])
+                    refuse_unused([(overrides, config)])
                     _advise()
                 task(config)
     except UserError as error:

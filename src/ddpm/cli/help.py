@@ -1,7 +1,8 @@
 """`--help`, printed without importing Hydra or torch."""
 
+from ddpm.config.checking import declared, groups
 from ddpm.config.choices import ADDED, CONFIG_DIR
-from ddpm.config.schema import SCHEMAS, declared, groups
+from ddpm.config.schema import SCHEMAS
 
 _HEAD = {
     "train": """ddpm-train: train a diffusion model on small images

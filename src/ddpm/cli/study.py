@@ -57,7 +57,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
             same = [each for each in job if each.partition("=")[0].lstrip("+") in varied]
             raise UserError(f"two settings are the same: {', '.join(same)}")
         settings.append(config)
-    refuse_unused("eval", zip(jobs, settings, strict=True))
+    refuse_unused(zip(jobs, settings, strict=True))
     measure = settings[0].measure
     if "distance" not in measure or "likelihood" in measure:
         raise UserError(

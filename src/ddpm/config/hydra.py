@@ -17,10 +17,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm.config.checking import groups
 from ddpm.config.choices import ADDED, CONFIG_DIR, choices, known_keys, plugin_hint
 from ddpm.config.limits import nearest
 from ddpm.config.overrides import quote_path
-from ddpm.config.schema import SCHEMAS, groups
+from ddpm.config.schema import SCHEMAS
 from ddpm.errors import UserError, install_hint
 
 OF_HYDRA = (HydraException, OmegaConfBaseException)

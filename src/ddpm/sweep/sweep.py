@@ -99,9 +99,7 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
     jobs = [list(each) for each in itertools.product(*values.values())]
     configs = [_checked(each) for each in jobs]
     if sweeper == "basic":  # another one may choose what gives a setting its effect
-        refuse_unused(
-            "train", [(_of_experiment(each), config) for each, config in zip(jobs, configs, strict=True)]
-        )
+        refuse_unused([(_of_experiment(each), config) for each, config in zip(jobs, configs, strict=True)])
     names = [job.name(each) for each in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two jobs are the same: {twice[0]}")
