@@ -1,11 +1,11 @@
 """A setting without effect is refused in one line, by every command; what says "off" and what a sweep varies is not."""
 
-import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
+from ddpm.cli import app
 from ddpm.config import hydra
 from ddpm.config.checking import declared
 from ddpm.config.schema import SCHEMAS, check
@@ -42,11 +42,10 @@ def test_settings_of_hydra_are_refused_in_a_single_run(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main = importlib.import_module(f"ddpm.cli.{'evaluate' if program == 'eval' else program}").main
     for override in OF_HYDRA[: -2 if program == "report" else None]:  # which takes a/b=c for a folder
         monkeypatch.setattr(sys, "argv", [f"ddpm-{program}", override])
         with pytest.raises(SystemExit) as end:
-            main()
+            app.run(program)
         said = capfd.readouterr().err
         assert end.value.code == 2 and said.count("\n") == 1
         assert said.startswith(f"ddpm-{program}: {override}: Hydra's own settings have no effect")
