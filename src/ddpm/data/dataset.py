@@ -122,7 +122,7 @@ def check_image_size(image_size: int, allowed: tuple[int, ...]) -> None:
     """Raise DataError unless a dataset is available in this size."""
     if image_size not in allowed:
         sizes = ", ".join(map(str, allowed))
-        raise DataError(f"dataset.image_size={image_size}: no size of this dataset; allowed: {sizes}")
+        raise DataError(f"dataset.image_size={image_size} is no size of this dataset; allowed: {sizes}")
 
 
 def _select(split: Split, mask: Tensor) -> Split:

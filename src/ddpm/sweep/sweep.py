@@ -54,7 +54,7 @@ def sweep(overrides: list[str]) -> None:
     of_jobs = [o for o in overrides if o not in of_hydra and not o.startswith("run_dir=")]
     for each in of_hydra:
         if not re.match(OF_HYDRA, each.lstrip("+~")):
-            raise UserError(f"{each}: -m takes launchers and sweepers; run_dir=… names the folder")
+            raise UserError(f"{each}: -m takes launchers and sweepers; run_dir=… names the sweep's folder")
     settings = hydra.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
