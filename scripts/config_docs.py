@@ -8,9 +8,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ddpm.config.checking import declared
 from ddpm.config.choices import CONFIG_DIR, choices
-from ddpm.config.limits import describe
-from ddpm.config.schema import SCHEMAS, TrainConfig, declared
+from ddpm.config.limits import Key, describe
+from ddpm.config.schema import SCHEMAS, TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 FIRST = ("train", "sample")
@@ -22,6 +23,7 @@ HEAD = """# Every key
 Written by `python scripts/config_docs.py` from the YAML files under `configs/` and the declarations in
 `ddpm/config/schema.py`; do not edit by hand. Settings are typed as `key=value`; `ddpm-train --cfg job` prints what a
 command line comes to.
+A setting that needs others, and has no effect without them, is refused where it is typed.
 A number outside its limits, a wrong type or an unknown key is refused in one line, and nothing is written.
 """
 
@@ -38,7 +40,9 @@ def page() -> str:
         files = choices(group)
         listed = [f"- `{group}={file}`: {_first_comment(group, file)}" for file in files]
         parts += [f"### {group}\n", "\n".join(listed) + "\n"]
-        rows = [(f"{group}.{key}", _defaults(group, key), _allowed(f"{group}.{key}", group), note)
+        known = declared(TrainConfig)
+        rows = [(name := f"{group}.{key}", _defaults(group, key), _allowed(name, group),
+                 _with_needs(note, known.get(name, Key())))
                 for key, note in meanings(group).items()]  # fmt: skip
         parts.append(_table(rows) if rows else "")
     return "\n".join(parts)
@@ -58,11 +62,19 @@ def meanings(group: str) -> dict[str, str]:
 def _top_keys(command: str) -> list[tuple[str, str, str, str]]:
     content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{command}.yaml"))
     assert isinstance(content, dict)
-    keys = [str(key) for key in content if key not in ("defaults", "hydra")]
+    keys, known = (
+        [str(key) for key in content if key not in ("defaults", "hydra")],
+        declared(SCHEMAS[command]),
+    )
     return [
-        (key, _shown(content[key]), _allowed(key, command), declared(SCHEMAS[command])[key].help)
+        (key, _shown(content[key]), _allowed(key, command), _with_needs(known[key].help, known[key]))
         for key in keys
     ]
+
+
+def _with_needs(note: str, key: Key) -> str:
+    needs = " and ".join(f"`{need}`" for need in key.needs.split())
+    return "; ".join(filter(None, [note, f"needs {needs}" if needs else ""]))
 
 
 def _defaults(group: str, key: str) -> str:

@@ -32,7 +32,7 @@ def test_wheel_carries_configs_and_finds_them(tmp_path: Path) -> None:
     }
     code = (
         "import sys; sys.argv[1:] = ['--cfg', 'job', 'dataset=mnist']\n"
-        "import ddpm; from ddpm.cli.train import main; main(); print(ddpm.__file__)"
+        "import ddpm; from ddpm.cli.entry import train; train(); print(ddpm.__file__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -18,10 +18,10 @@ from ddpm.checkpoint import locate, verify
 from ddpm.cli import default_sampler, eval_keys
 from ddpm.cli.info import info
 from ddpm.config import hydra
-from ddpm.config.schema import InfoConfig, SampleConfig
+from ddpm.config.schema import InfoConfig
 from ddpm.errors import CheckpointError
 from ddpm.report import contact_sheet, runs
-from ddpm.runs import resume_overrides
+from ddpm.runs import resume
 from ddpm.sample import model as models
 
 MADE = Path(__file__).parents[1] / "compatibility" / "made"
@@ -66,9 +66,9 @@ def typed(run: Path, *more: str) -> list[str]:
 READERS: dict[str, Callable[[Path], object]] = {
     "ddpm.load": lambda run: ddpm.load(run, device="cpu"),
     "ddpm-info": lambda run: info(InfoConfig(str(run))),
-    "ddpm-sample": lambda run: default_sampler.overrides("sample", SampleConfig, typed(run)),
+    "ddpm-sample": lambda run: default_sampler.overrides("sample", typed(run)),
     "ddpm-eval": lambda run: eval_keys.before_typed(typed(run, "dataset=folder", "dataset.path=pictures")),
-    "ddpm-train": lambda run: resume_overrides.before_typed([f"trainer.resume={run}"]),
+    "ddpm-train": lambda run: resume.before_typed([f"trainer.resume={run}"]),
     "contact sheet": lambda run: contact_sheet.drawn(run, 1, 0, None, torch.device("cpu")),
 }
 

@@ -5,7 +5,6 @@ The seeds are fixed. By default 150 lines are tried, and 40 of ddpm-sample with 
 """
 
 # ruff: noqa: SIM905 (words are easier to read than a list of strings)
-import importlib
 import logging.config
 import random
 import shutil
@@ -15,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.cli import app
+from ddpm.config.checking import groups
 from ddpm.config.choices import choices, known_keys
-from ddpm.config.schema import SCHEMAS, groups
+from ddpm.config.schema import SCHEMAS
 from tests.conftest import run_script
 
-MODULES = {"eval": "evaluate"}  # of ddpm.cli, where it is not the program's name
 VALUES = """null true 1 -1 0 2.5 1e1 1e400 nan inf [] [1] [null] [[1]] {} {a:1} {a:{b:2}} a a.b '' \\ é a,b 1,2 a, ,
     [a,b {a ( ) a=b = $ ${ ${} ${a} ${seed} ${oc.env:HOME} ${x:y} ??? range(0,0) range(1,3) range(0,9,0) choice(1,2)
     choice() glob(*) glob( shuffle(1,2) interval(0,1) sort(3,2,1) sort(a,1) int(a) float(1e5) str(1) json_str(1)
@@ -91,7 +91,7 @@ def outcome(program: str, typed: list[str]) -> object:
     """Return the exit status of a command in this process."""
     sys.argv = [f"ddpm-{program}", *typed]
     try:
-        importlib.import_module(f"ddpm.cli.{MODULES.get(program, program)}").main()
+        app.run(program)
     except SystemExit as end:
         return end.code
     return 0
@@ -129,7 +129,7 @@ def test_every_command_line_composes_or_is_one_line(
     seed: int, n: int, empty: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for program in SCHEMAS:  # all but their tasks
-        name = MODULES.get(program, program)
+        name = app.MODULES.get(program, program)
         monkeypatch.setattr(f"ddpm.cli.{name}.{name}", lambda config: None)
     for name in ("train._sweep", "evaluate.study"):
         monkeypatch.setattr(f"ddpm.cli.{name}", lambda overrides: None)

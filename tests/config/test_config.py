@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from ddpm.config import choices, hydra, overrides
+from ddpm.config.checking import declared
 from ddpm.config.choices import CONFIG_DIR, known_keys
-from ddpm.config.schema import SCHEMAS, TrainConfig, check, declared, to_dict
+from ddpm.config.schema import SCHEMAS, TrainConfig, check, to_dict
 from ddpm.errors import UserError
 from ddpm.runtime.gpu_locks import cuda_number
 

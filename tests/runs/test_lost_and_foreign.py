@@ -13,7 +13,7 @@ from ddpm.cli import train as command
 from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import resume_overrides, run_dir
+from ddpm.runs import resume, run_dir
 from ddpm.runs.output_dirs import check_results, results
 from ddpm.runs.run_dir import RUN_FILES
 from ddpm.train import loop, metrics_file
@@ -33,7 +33,7 @@ SEED = 20
 
 def composed(*typed: str) -> TrainConfig:
     overrides = hydra.read_overrides(list(typed))
-    whole = resume_overrides.before_typed(overrides) + overrides
+    whole = resume.before_typed(overrides) + overrides
     return check(TrainConfig, hydra.compose("train", whole))  # type: ignore[no-any-return]
 
 
@@ -296,8 +296,8 @@ def test_a_folder_that_cannot_be_made_leaves_none_above_it(tmp_path: Path) -> No
 
 def test_parts_of_a_batch_hold_an_image_each() -> None:
     with pytest.raises(UserError, match=r"trainer\.accumulate=65: must be at most trainer\.batch_size=64"):
-        resume_overrides.check_batch(composed(*TINY, "trainer.accumulate=65").trainer)
-    resume_overrides.check_batch(composed(*TINY, "trainer.accumulate=64").trainer)
+        resume.check_batch(composed(*TINY, "trainer.accumulate=65").trainer)
+    resume.check_batch(composed(*TINY, "trainer.accumulate=64").trainer)
 
 
 def test_results_go_into_a_new_or_empty_folder_all_or_none(tmp_path: Path) -> None:

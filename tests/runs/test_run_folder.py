@@ -18,7 +18,7 @@ from ddpm.config.schema import TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import leftovers, open_regular, write_atomically
 from ddpm.networks.kernels import group_norm
-from ddpm.runs import open_run, resume, resume_overrides, run_dir
+from ddpm.runs import open_run, resume, run_dir
 from ddpm.train import environment
 from ddpm.train.checkpointing import save
 from ddpm.train.state import TrainState, prepare
@@ -30,7 +30,7 @@ SMALL = ["model.channels=[8,16]", "model.head_dim=8", "trainer.max_steps=9"]
 def typed(*overrides: str) -> TrainConfig:
     """As the command line composes it, what a resumed run was told included."""
     given = hydra.read_overrides(list(overrides))
-    return check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given))  # type: ignore[no-any-return]
+    return check(TrainConfig, hydra.compose("train", resume.before_typed(given) + given))  # type: ignore[no-any-return]
 
 
 @pytest.fixture

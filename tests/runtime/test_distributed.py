@@ -26,7 +26,7 @@ from ddpm.checkpoint import locate
 from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import elastic
+from ddpm.runs import resume
 from ddpm.runtime import device, distributed
 from ddpm.runtime.world import ALONE, World, world
 
@@ -197,42 +197,35 @@ def composed(*overrides: str) -> TrainConfig:
     return check(TrainConfig, hydra.compose("train", list(overrides)))  # type: ignore[no-any-return]
 
 
-def test_only_a_start_of_the_same_run_finds_its_folder(
+def test_a_restart_goes_on_in_the_folder_that_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    home = Path("outputs/train")
-    about = {
-        "2026-01-01/10-00-00": json.dumps({"launch": "torchrun:job7"}),
-        "2026-01-02/10-00-00": json.dumps({"launch": f"agent:{elastic.socket.gethostname()}:{os.getppid()}"}),
-        "2026-01-03/10-00-00": json.dumps({"seed": 0}),
-        "2026-01-04/10-00-00": "[" * 100_000,
-        "2026-01-05/10-00-00": '["launch"]',
-    }
-    for name, text in about.items():
-        (home / name).mkdir(parents=True)
-        (home / name / "environment.json").write_text(text)
-    pipe = home / "2026-01-06" / "10-00-00"
-    pipe.mkdir(parents=True)
-    os.mkfifo(pipe / "environment.json")
+    other = tmp_path / "other" / "checkpoints" / "step_0000002.safetensors"
+    other.parent.mkdir(parents=True)
+    other.touch()
 
-    def found(name: str | None, count: int, *overrides: str) -> str | None:
-        for key, value in (("RUN_ID", name), ("RESTART_COUNT", str(count))):
-            if value is None:
-                monkeypatch.delenv(f"TORCHELASTIC_{key}", raising=False)
-            else:
-                monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
-        place = elastic.again(composed(*overrides))
-        assert place is None or (place.in_place and place.again)
-        return None if place is None else place.folder
+    def found(count: int, *overrides: str) -> resume.Place:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        return resume.place(composed(*overrides))
 
-    first, second = (str(home / name) for name in list(about)[:2])
-    assert found(None, 0) is None and found("job8", 3) is None
-    assert found("job7", 0) == found("job7", 2) == first
-    assert found("none", 0) is None and found("none", 1) == second  # a process number alone may come again
-    assert found("job7", 0, f"run_dir={first}") == first and found("job7", 1, f"run_dir={second}") is None
-    assert found("job7", 0, "overwrite=true") is None and found("job7", 1, "overwrite=true") == first
-    assert found("job7", 1, "trainer.resume=auto", f"run_dir={first}") is None  # which goes on there anyway
+    for count in (0, 1):
+        with pytest.raises(UserError, match=r"torchrun --max-restarts=3: name the folder with run_dir=…"):
+            found(count)
+    for typed in ([], ["overwrite=true"], ["trainer.resume=auto"], ["trainer.resume=other/checkpoints"]):
+        first, second = (found(count, "run_dir=run", *typed) for count in (0, 1))
+        assert first.folder == second.folder == "run" and second.in_place and second.again
+        assert first.in_place == first.again == ("trainer.resume=auto" in typed)
+        other_run = "trainer.resume=other/checkpoints" in typed
+        assert first.files == second.files == [other.relative_to(tmp_path)] * other_run
+    own = tmp_path / "run" / "checkpoints" / "step_0000004.safetensors"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert found(1, "run_dir=run", "trainer.resume=other/checkpoints").files == [own.relative_to(tmp_path)]
+    for key in ("MAX_RESTARTS", "RESTART_COUNT"):
+        monkeypatch.delenv(f"TORCHELASTIC_{key}")
+    assert resume.place(composed()) == resume.Place(None, False, [])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -382,25 +375,18 @@ def test_a_run_of_two_goes_on_with_another_number(tmp_path: Path, then: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["--standalone", "--master-port=29531"])
-def test_a_killed_worker_comes_again_in_the_same_folder(tmp_path: Path, how: str) -> None:
-    """With a run id, and without one (where only the torchrun that restarts can tell)."""
-    unbroken = tmp_path / "unbroken"
-    unbroken.mkdir()
-    flags = ("--standalone",) if how == "--standalone" else ("--master-addr=127.0.0.1", how)
-    process = start(tmp_path, 2, "ddpm-train", *LONG, flags=(*flags, "--max-restarts=2"))
-    until(lambda: list(tmp_path.glob("outputs/train/*/*/checkpoints/step_*.safetensors")), process)
+def test_a_killed_worker_comes_again_in_the_same_folder(tmp_path: Path) -> None:
+    flags = ("--standalone", "--max-restarts=2")
+    process = start(tmp_path, 2, "ddpm-train", *LONG, "run_dir=run", flags=flags)
+    until(lambda: locate.saved_steps(tmp_path / "run"), process)
     os.kill(workers(process)[1], signal.SIGKILL)
     status, out, err = finish(process)
     assert status == 0, out + err
     # the survivor has one line, if it hears of it before it is told to end
     assert err.count("ddpm-train:") <= 1 and "Traceback" not in err, err
-    (run,) = tmp_path.glob("outputs/train/*/*")
-    assert "going on from step" in out and list(losses(run)) == list(range(60, 601, 60))
-    if how == "--standalone":  # the other one, which is slow, has the time for a second run
-        return
-    done(unbroken, 2, "ddpm-train", *LONG, "run_dir=run")
-    files = [locate.saved_steps(folder)[-1] for folder in (run, unbroken / "run")]
+    assert "going on from step" in out and list(losses(tmp_path / "run")) == list(range(60, 601, 60))
+    done(tmp_path, 2, "ddpm-train", *LONG, "run_dir=unbroken")
+    files = [locate.saved_steps(tmp_path / name)[-1] for name in ("run", "unbroken")]
     a, b = (checkpoint.read_meta(file)[0] for file in files)
     assert a.step == b.step == 600 and a.sha256 == b.sha256  # the same number of processes: the same bits
 

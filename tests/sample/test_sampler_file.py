@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 def taken(file: Path, *typed: str) -> Component:
     """The sampler that ddpm-sample takes."""
     overrides = hydra.read_overrides([f"ckpt={file}", *typed])
-    first = default_sampler.overrides("sample", SampleConfig, overrides)
+    first = default_sampler.overrides("sample", overrides)
     composed: SampleConfig = check(SampleConfig, hydra.compose("sample", first + overrides))
     return composed.sampler
 

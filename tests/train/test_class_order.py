@@ -13,7 +13,7 @@ from ddpm.config import hydra
 from ddpm.config.schema import EvalConfig, InfoConfig, TrainConfig, check
 from ddpm.errors import CheckpointError, UserError
 from ddpm.evaluate.run import dataset_of
-from ddpm.runs import resume_overrides
+from ddpm.runs import resume
 from ddpm.sample.model import Guidance, labels, load
 
 TINY = [
@@ -43,7 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def go(*overrides: str) -> None:
     given = hydra.read_overrides([*overrides, "device=cpu"])
-    train.train(check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given)))
+    train.train(check(TrainConfig, hydra.compose("train", resume.before_typed(given) + given)))
 
 
 def names(run: str) -> list[str]:

@@ -12,7 +12,7 @@ from ddpm.cli import train
 from ddpm.config import hydra
 from ddpm.config.schema import DEFAULTS_FOR_OLD_CHECKPOINTS, TrainConfig, check, to_dict
 from ddpm.errors import CheckpointError, UserError
-from ddpm.runs import resume_overrides
+from ddpm.runs import resume
 from ddpm.train import checkpointing
 from ddpm.train.checkpointing import save
 from ddpm.train.state import TrainState, prepare
@@ -136,7 +136,7 @@ def test_a_resumed_run_needs_no_source_and_follows_no_stored_path(
 
     def go(*overrides: str) -> None:
         given = hydra.read_overrides(list(overrides))
-        train.train(check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(given) + given)))
+        train.train(check(TrainConfig, hydra.compose("train", resume.before_typed(given) + given)))
 
     command = [*SMALL, "run_dir=new", "trainer.resume=auto", "trainer.init_from=old", "device=cpu"]
     go(*command, "trainer.max_steps=2")

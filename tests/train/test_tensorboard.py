@@ -13,7 +13,7 @@ from ddpm.cli import train as train_command
 from ddpm.config import hydra
 from ddpm.config.schema import TrainConfig, check
 from ddpm.errors import UserError
-from ddpm.runs import resume_overrides, run_dir
+from ddpm.runs import resume, run_dir
 from ddpm.train import loggers
 from tests.conftest import Command
 
@@ -33,9 +33,7 @@ QUICK = [
 def train(*overrides: str) -> None:
     """What ddpm-train does once it has read its command line."""
     typed = hydra.read_overrides(list(overrides))
-    train_command.train(
-        check(TrainConfig, hydra.compose("train", resume_overrides.before_typed(typed) + typed))
-    )
+    train_command.train(check(TrainConfig, hydra.compose("train", resume.before_typed(typed) + typed)))
 
 
 def read(run: Path) -> EventAccumulator:

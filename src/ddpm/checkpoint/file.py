@@ -53,9 +53,7 @@ def read_meta(path: Path) -> tuple[Meta, dict[str, Entry]]:
 def config(path: Path, meta: Meta) -> TrainConfig:
     """Return the file's config, checked like a typed one. Raises CheckpointError."""
     if "${" in str(meta.config):
-        raise CheckpointError(
-            f"{path} cannot be used: its config holds '${{', and only plain values are read"
-        )
+        raise CheckpointError(f"{path} cannot be used: its config holds '${{', which is no plain value")
     try:
         return check(TrainConfig, brought_up_to_date(meta.config))  # type: ignore[no-any-return]
     except UserError as error:

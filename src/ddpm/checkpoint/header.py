@@ -109,9 +109,7 @@ def _meta(metadata: dict[str, Any]) -> Meta:
         and all(_is_text(text) for text in [*figures, *versions, *versions.values(), fields["sha256"]])
         and all(map(is_number, figures.values()))
     ):
-        raise CheckpointError(
-            "is no checkpoint of ddpm: its step, figures or versions are not what they must be"
-        )
+        raise CheckpointError("is no checkpoint of ddpm: its step, figures or versions make no sense")
     _check_facts(fields["facts"])
     return Meta(**fields)
 

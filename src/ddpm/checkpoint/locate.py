@@ -51,7 +51,7 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
         files = [file for run in runs for file in saved_steps(run)]
         if not files:
             raise CheckpointError(
-                f"no checkpoint under {outputs}/ yet: run ddpm-train first, or give ckpt=<file or run folder>"
+                f"no checkpoint under {outputs}/ yet: run ddpm-train first, or name a folder"
             )
         return find(str(max(files, key=lambda file: (_modified(file), file.name)).parent))
     path = Path(spec)
@@ -68,10 +68,8 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist (ckpt is a checkpoint file, a run folder, or latest)")
     if path.suffix.lower() in PICKLED:
-        raise CheckpointError(
-            f"{path}: pickled checkpoints can run code and are not read; "
-            "scripts/convert_pt.py makes a .safetensors of one that you trust"
-        )
+        convert = "convert one that you trust with scripts/convert_pt.py"
+        raise CheckpointError(f"{path}: pickled checkpoints can run code and are not read; {convert}")
     return [path]
 
 

@@ -5,9 +5,10 @@ import os
 import re
 from typing import Any
 
+from ddpm.config.checking import declared
 from ddpm.config.choices import CONFIG_DIR, choices, default_files, file_keys, own_keys, read_yaml
 from ddpm.config.limits import Key, words
-from ddpm.config.schema import PATH_KEYS, SCHEMAS, declared
+from ddpm.config.schema import PATH_KEYS, SCHEMAS
 
 # A shell expands each word that it is offered, and runs a $(command) in a file's name: offer plain names only.
 _PLAIN_PATH = re.compile(r"[\w./+=:,@%-]+")

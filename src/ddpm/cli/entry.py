@@ -1,19 +1,20 @@
 """The commands as they are installed: first handle signals, then import the rest."""
 
 from functools import partial
-from importlib import import_module
 
 from ddpm.runtime import signals
 
 
-def _run(program: str, module: str) -> None:
+def _run(program: str) -> None:
     with signals.handle_signals(program):
-        import_module(f"ddpm.cli.{module}").main()
+        from ddpm.cli import app
+
+        app.run(program)
 
 
-train = partial(_run, "train", "train")
-sample = partial(_run, "sample", "sample")
-evaluate = partial(_run, "eval", "evaluate")
-export = partial(_run, "export", "export")
-info = partial(_run, "info", "info")
-report = partial(_run, "report", "report")
+train = partial(_run, "train")
+sample = partial(_run, "sample")
+evaluate = partial(_run, "eval")
+export = partial(_run, "export")
+info = partial(_run, "info")
+report = partial(_run, "report")

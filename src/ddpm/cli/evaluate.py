@@ -1,14 +1,14 @@
 """ddpm-eval: draw images from a checkpoint, or read given ones, and measure how good they are."""
 
-from ddpm.cli import app
+from ddpm.cli import command
 from ddpm.cli.eval_keys import before_typed, check_keys
 from ddpm.cli.study import study
 from ddpm.config.schema import EvalConfig
 from ddpm.evaluate import record, table
 
 
-def main() -> None:
-    app.run("eval", EvalConfig, evaluate, sweep=study, defaults=before_typed)
+def main(arguments: list[str]) -> None:
+    command.run("eval", arguments, evaluate, sweep=study, defaults=before_typed)
 
 
 def evaluate(config: EvalConfig) -> None:

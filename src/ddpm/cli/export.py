@@ -1,12 +1,12 @@
 """ddpm-export: a checkpoint as a folder that other tools load, with a model card."""
 
-from ddpm.cli import app
+from ddpm.cli import command
 from ddpm.config.schema import ExportConfig
 from ddpm.errors import printable
 
 
-def main() -> None:
-    app.run("export", ExportConfig, export)
+def main(arguments: list[str]) -> None:
+    command.run("export", arguments, export)
 
 
 def export(config: ExportConfig) -> None:

@@ -1,7 +1,8 @@
 """`--help`, printed without importing Hydra or torch."""
 
+from ddpm.config.checking import declared, groups
 from ddpm.config.choices import ADDED, CONFIG_DIR
-from ddpm.config.schema import SCHEMAS, declared, groups
+from ddpm.config.schema import SCHEMAS
 
 _HEAD = {
     "train": """ddpm-train: train a diffusion model on small images
@@ -66,7 +67,7 @@ def show_help(program: str) -> None:
     print("\nflags")
     if program == "train":
         print(
-            "  -m                 multirun: a,b makes a job each; run_dir=… to go on with it by the same command"
+            "  -m                 multirun: a,b makes a job each; run_dir=… goes on with it by the same command"
         )
         print("  hydra/launcher=joblib   several jobs at once; ddpm-report shows what came of them")
     print("  --cfg job          print the composed config and stop")

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
-from ddpm.cli import app
+from ddpm.cli import command
 from ddpm.config.schema import InfoConfig
 from ddpm.data.info import listed
 from ddpm.errors import printable
 
 
-def main() -> None:
-    app.run("info", InfoConfig, info)
+def main(arguments: list[str]) -> None:
+    command.run("info", arguments, info)
 
 
 def info(config: InfoConfig) -> None:

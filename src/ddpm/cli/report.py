@@ -1,11 +1,10 @@
 """ddpm-report: compare runs, of a sweep or any others, in a table, CSV and pictures."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm.cli import app
+from ddpm.cli import command
 from ddpm.config.overrides import quoted, typed_value
 from ddpm.config.schema import ReportConfig
 from ddpm.errors import UserError, printable
@@ -20,9 +19,8 @@ FILES = ("report.csv", "report.png", "contact.png")
 MAX_IMAGES = 64  # of each run in contact.png
 
 
-def main() -> None:
-    sys.argv[1:] = _with_folders(sys.argv[1:])
-    app.run("report", ReportConfig, report, defaults=_before_typed)
+def main(arguments: list[str]) -> None:
+    command.run("report", _with_folders(arguments), report, defaults=_before_typed)
 
 
 def _with_folders(arguments: list[str]) -> list[str]:
@@ -114,6 +112,4 @@ def _check_out(out: Path, beside_runs: bool) -> None:
     there = names_in(out) if out.is_dir() else set[str]()
     foreign = there - {*FILES} if table.is_csv(out / FILES[0]) else there
     if foreign := foreign & {*FILES} if beside_runs else foreign:
-        raise UserError(
-            f"out={out}: holds {min(foreign)}, which is not of a report; out=… names another folder"
-        )
+        raise UserError(f"out={out}: holds {min(foreign)}, which is not of a report; choose another name")

@@ -1,19 +1,14 @@
 """ddpm-sample: draw images from a checkpoint alone."""
 
 import time
+from functools import partial
 
-from ddpm.cli import app
+from ddpm.cli import command, default_sampler
 from ddpm.config.schema import SampleConfig
 
 
-def main() -> None:
-    app.run("sample", SampleConfig, sample, defaults=_default_sampler)
-
-
-def _default_sampler(typed: list[str]) -> list[str]:
-    from ddpm.cli import default_sampler
-
-    return default_sampler.overrides("sample", SampleConfig, typed)
+def main(arguments: list[str]) -> None:
+    command.run("sample", arguments, sample, defaults=partial(default_sampler.overrides, "sample"))
 
 
 def sample(config: SampleConfig) -> None:

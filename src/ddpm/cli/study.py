@@ -3,6 +3,7 @@
 import itertools
 
 from ddpm.cli import eval_keys
+from ddpm.config import hydra
 from ddpm.config.overrides import typed_value
 from ddpm.config.schema import EvalConfig, check
 from ddpm.config.unused import refuse_unused
@@ -24,16 +25,11 @@ def study(typed: list[str]) -> None:
 
 def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
     """Return the checked config of every setting, and the keys that differ among them. Raises UserError."""
-    from ddpm.config import hydra
-
     if world().size > 1:  # by whatever launcher
         raise UserError("-m measures one setting after the other in one process: leave torchrun out")
     for override in typed:
         if override.lstrip("+~").startswith("hydra"):
-            raise UserError(
-                f"{override}: a study loads model and data once and takes one setting after the other, without a "
-                "launcher or sweeper; leave it out"
-            )
+            raise UserError(f"{override}: a study loads model and data once, in one process; leave it out")
     if typed_value(typed, "ckpt") is None:
         raise UserError("ckpt is needed: -m compares settings of one checkpoint's sampler (ckpt=…)")
     with hydra.parsed("eval", typed) as parsed:
@@ -41,10 +37,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
         values = {each.get_key_element(): hydra.unrolled(each) for each in parsed}
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
-            raise UserError(
-                f"{key}: -m varies the sampler (sampler=…, sampler.num_steps=…) and guidance_scale of one checkpoint; "
-                "compare=[…] puts other evaluations side by side"
-            )
+            raise UserError(f"{key}: -m varies the sampler and guidance_scale; compare=[…] compares all else")
     jobs = [list(job) for job in itertools.islice(itertools.product(*values.values()), MAX_SETTINGS + 1)]
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"more than {MAX_SETTINGS:,} settings; allowed: {MAX_SETTINGS:,}")
@@ -57,11 +50,8 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
             same = [each for each in job if each.partition("=")[0].lstrip("+") in varied]
             raise UserError(f"two settings are the same: {', '.join(same)}")
         settings.append(config)
-    refuse_unused("eval", zip(jobs, settings, strict=True))
+    refuse_unused(zip(jobs, settings, strict=True))
     measure = settings[0].measure
     if "distance" not in measure or "likelihood" in measure:
-        raise UserError(
-            f"measure=[{','.join(measure)}]: -m compares by distance, which must be named; likelihood knows "
-            "of no sampler"
-        )
+        raise UserError(f"measure=[{','.join(measure)}]: -m compares by distance; likelihood has no sampler")
     return settings, varied

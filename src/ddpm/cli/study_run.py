@@ -62,9 +62,7 @@ def _folder(out: str | None, opened: Opened, names: set[str]) -> Path:
     if out is not None:
         check_can_be_made(Path(out))
         if other := _not_of_the_study(Path(out), opened, names):
-            raise UserError(
-                f"out={out}: holds {other}, which is not of a study of this checkpoint; choose another name"
-            )
+            raise UserError(f"out={out}: holds {other}, which is not of a study of this checkpoint")
         return Path(out)
     stem = output_dirs.of_run(opened.path) / "evaluations" / "study"
     folders = itertools.chain([stem], (stem.with_name(f"{stem.name}-{i}") for i in itertools.count(2)))

@@ -1,11 +1,12 @@
-"""ddpm-train: compose and check a config, then train; the rest is imported only when it is needed."""
+"""ddpm-train: compose and check a config, then train; what needs torch is imported only then."""
 
-from ddpm.cli import app
+from ddpm.cli import command
 from ddpm.config.schema import TrainConfig
+from ddpm.runs import resume
 
 
-def main() -> None:
-    app.run("train", TrainConfig, train, sweep=_sweep, defaults=_before_typed)
+def main(arguments: list[str]) -> None:
+    command.run("train", arguments, train, sweep=_sweep, defaults=resume.before_typed)
 
 
 def train(config: TrainConfig) -> float:
@@ -13,13 +14,6 @@ def train(config: TrainConfig) -> float:
     from ddpm.cli import train_run
 
     return train_run.train(config)
-
-
-def _before_typed(overrides: list[str]) -> list[str]:
-    """Return the settings of the run to resume. Not for help and TAB."""
-    from ddpm.runs import resume_overrides
-
-    return resume_overrides.before_typed(overrides)
 
 
 def _sweep(overrides: list[str]) -> None:

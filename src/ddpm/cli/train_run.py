@@ -16,7 +16,7 @@ from ddpm.data.info import listed
 from ddpm.diffusion.schedules import is_noise
 from ddpm.errors import UserError
 from ddpm.io.files import try_to_draw, write_atomically
-from ddpm.runs import elastic, resume_overrides
+from ddpm.runs import resume
 from ddpm.runs.open_run import OpenRun, notes, open_run
 from ddpm.runs.run_dir import RUN_FILES
 from ddpm.runtime import signals
@@ -58,9 +58,8 @@ def train(config: TrainConfig) -> float:
             show_progress(interruptible.fit(state, data, run.path), state, log)
             figure = _finish(run, state, log, time.perf_counter() - started) if own.first else math.nan
         if own.first and (number := signals.stop_requested()) is not None:
-            log.say(
-                f"{signals.name(number)} came when all was done"
-            )  # too late for this run, but a sweep must end
+            # too late for this run, but a sweep must end
+            log.say(f"{signals.name(number)} came when all was done")
             raise signals.Stopped(number, said=True)
         return figure
 
@@ -68,10 +67,8 @@ def train(config: TrainConfig) -> float:
 def _check_size(config: TrainConfig, own: World) -> None:
     """Raise UserError where a process would lack an image in a part of a batch, or a GPU."""
     if own.size > 1 and config.gpus is not None:
-        raise UserError(
-            f"gpus={config.gpus}: torchrun gives each process a GPU of its own; CUDA_VISIBLE_DEVICES says which"
-        )
-    resume_overrides.check_batch(config.trainer, own.size)
+        raise UserError(f"gpus={config.gpus}: under torchrun CUDA_VISIBLE_DEVICES chooses; leave it out")
+    resume.check_batch(config.trainer, own.size)
 
 
 def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
@@ -82,7 +79,7 @@ def _start(run: OpenRun, state: TrainState, data: Dataset) -> Log:
     # first, as it shows the other files to be a run's
     write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(to_dict(state.config)).encode())
     log = Log(run.path / "train.log")
-    about = {**state.environment, "seed": state.config.seed, **elastic.recorded()}
+    about = {**state.environment, "seed": state.config.seed}
     write_atomically(run.path / "environment.json", json.dumps(about, indent=2).encode())
     shown = (data.train.images[:8], state.schedule, run.path / "forward.png")
     for line in [
@@ -111,10 +108,8 @@ def _describe(state: TrainState, data: Dataset) -> list[str]:
         lines.append(f"{facts.num_classes:,} classes: {listed(facts.class_names)}")
     noisiest = state.schedule.at(state.schedule.num_timesteps - 1)
     if not is_noise(noisiest):
-        lines.append(
-            f"warning: alpha_T is {noisiest.alpha:.2f}: the noisiest images still show the data, so sampling "
-            "from pure noise will be off; raise schedule.num_timesteps or take another schedule"
-        )
+        alpha = f"warning: alpha_T is {noisiest.alpha:.2f}, and sampling begins from pure noise"
+        lines.append(f"{alpha}: raise schedule.num_timesteps or take another schedule")
     return lines
 
 

@@ -69,9 +69,8 @@ def check_keys(raw: Mapping[str, Any], known: Iterable[str], path: str) -> None:
     known = list(known)
     for key in raw:
         if key not in known:
-            raise UserError(
-                f"unknown key '{path}{key}'{nearest(str(key), known)} (known: {', '.join(known)})"
-            )
+            hint = nearest(str(key), known)
+            raise UserError(f"unknown key '{path}{key}'{hint} (known: {', '.join(known)})")
     for key in known:
         if key not in raw:
             raise UserError(f"'{path}{key}' is missing")
@@ -82,9 +81,7 @@ def check_choice(path: str, raw: Any) -> Component:
     contents = choices(path).values()
     names = {content["name"] for content in contents}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
-        raise UserError(
-            f"{path}={raw!r}: must be a set of keys with a name (one of {', '.join(sorted(names))})"
-        )
+        raise UserError(f"{path}={raw!r}: must be a set of keys with a name, of {', '.join(sorted(names))}")
     if raw["name"] not in names:
         hint = plugin_hint(path) + nearest(raw["name"], names)
         raise UserError(f"{path}.name='{raw['name']}': must be one of {', '.join(sorted(names))}{hint}")

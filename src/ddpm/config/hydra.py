@@ -17,10 +17,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm.config.checking import groups
 from ddpm.config.choices import ADDED, CONFIG_DIR, choices, known_keys, plugin_hint
 from ddpm.config.limits import nearest
 from ddpm.config.overrides import quote_path
-from ddpm.config.schema import SCHEMAS, groups
+from ddpm.config.schema import SCHEMAS
 from ddpm.errors import UserError, install_hint
 
 OF_HYDRA = (HydraException, OmegaConfBaseException)
@@ -67,9 +68,7 @@ def unrolled(override: Any) -> list[str]:
     if not override.is_sweep_override():
         return [f"{key}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
-        raise UserError(
-            f"{override.input_line}: an interval has no end of values; list some, as in {key}=1,2"
-        )
+        raise UserError(f"{override.input_line}: an interval has no end of values; list some: {key}=1,2")
     found = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not found:
         raise UserError(f"{override.input_line}: holds no value; -m makes a run of each")

@@ -50,7 +50,12 @@ class Key:
     absent: Any = REQUIRED  # what it meant in a checkpoint older than the key
     path: bool = False
     experiment: bool = True  # False: where or how a run is made, which says nothing about what it is
+    # the settings without which it has no effect, as "key=value key!=value"; of a group, for each of its keys
+    needs: str = ""
 
+
+_NOT_INPAINT = "task!=inpaint"  # RePaint takes ancestral steps, whatever the sampler
+_WITH_CHURN = f"{_NOT_INPAINT} sampler.churn!=0.0"
 
 # Keys of groups with a choice, whose YAML files are their declarations: type, default, help.
 GROUP_KEYS: dict[str, Key] = {
@@ -72,16 +77,16 @@ GROUP_KEYS: dict[str, Key] = {
     "schedule.end": Key(allowed=Between(-100, 100)),
     "schedule.tau": Key(allowed=Between(0, 100, above=True)),
     "sampler.num_steps": Key(allowed=Between(1, 100_000)),
-    "sampler.eta": Key(allowed=Between(0, 1)),
-    "sampler.rho": Key(allowed=Between(0, 100, above=True)),
-    "sampler.dynamic_percentile": Key(allowed=Between(0, 1, above=True)),
-    "sampler.variance": Key(allowed=("small", "large", "learned")),
-    "sampler.order": Key(allowed=Between(2, 3)),
-    "sampler.churn": Key(allowed=Between(0)),
-    "sampler.churn_min": Key(allowed=Between(0)),
-    "sampler.churn_max": Key(allowed=Between(0)),
-    "sampler.churn_noise": Key(allowed=Between(0, above=True)),
-    "sampler.cap": Key(absent=True),
+    "sampler.eta": Key(allowed=Between(0, 1), needs=_NOT_INPAINT),
+    "sampler.rho": Key(allowed=Between(0, 100, above=True), needs="sampler.spacing=karras"),
+    "sampler.dynamic_percentile": Key(allowed=Between(0, 1, above=True), needs="sampler.clip=dynamic"),
+    "sampler.variance": Key(allowed=("small", "large", "learned"), needs=_NOT_INPAINT),
+    "sampler.order": Key(allowed=Between(2, 3), needs=_NOT_INPAINT),
+    "sampler.churn": Key(allowed=Between(0), needs=_NOT_INPAINT),
+    "sampler.churn_min": Key(allowed=Between(0), needs=_WITH_CHURN),
+    "sampler.churn_max": Key(allowed=Between(0), needs=_WITH_CHURN),
+    "sampler.churn_noise": Key(allowed=Between(0, above=True), needs=_WITH_CHURN),
+    "sampler.cap": Key(absent=True, needs=_NOT_INPAINT),
     "sampler.clip": Key(allowed=("none", "clip", "dynamic")),
 }
 

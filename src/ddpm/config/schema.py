@@ -1,29 +1,22 @@
 """What a config may say: every key of every command, declared once. No Hydra, no torch, nothing run.
 
-`key(help, allowed, absent=…, path=…, experiment=…)` beside a field's type is its declaration; its default stands in a
-YAML file under configs/. For the groups with a choice (dataset, model, schedule, sampler) the YAML file of the choice
-is the schema: its keys, and values of the same type. Command lines and configs stored in checkpoints pass through here.
+`key(help, allowed, absent=…, path=…, experiment=…, needs=…)` beside a field's type is its declaration; its default
+stands in a YAML file under configs/. For the groups with a choice (dataset, model, schedule, sampler) the YAML file of
+the choice is the schema: its keys, and values of the same type. Command lines and configs stored in checkpoints are
+checked against it.
 """
 
 # ruff: noqa: RUF009 (`key` returns a dataclass field, no default)
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ddpm.config.choices import Component, check_choice, check_keys
-from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, Labels, Several, like, number_or_name
+from ddpm.config.checking import by_key, declared, key
+from ddpm.config.checking import check as check  # which programs import from here
+from ddpm.config.checking import to_dict as to_dict
+from ddpm.config.choices import Component
+from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Labels, Several
 from ddpm.config.tables import Names
-from ddpm.errors import UserError
-
-
-def key(*declared: Any, **more: Any) -> Any:
-    """Declare a field of a config; the arguments are those of `Key`."""
-    return dataclasses.field(metadata={"key": Key(*declared, **more)})
-
 
 STEPS = Between(0, 10**9)
 AT_LEAST_ONE = Between(1, 10**9)
@@ -48,19 +41,22 @@ _guidance = partial(key, allowed=Between(0, 1000))
 _out = partial(key, path=True)
 
 
+_LOGIT_NORMAL = "objective.timesteps=logit_normal"
+
+
 @dataclass(frozen=True)
 class Objective:
     prediction: str = key(allowed=Names("prediction"))
     weight: str = key(allowed=Names("weight"))
-    min_snr_gamma: float = key(allowed=Between(0, above=True))
-    p2_gamma: float = key(allowed=Between(0))
-    sigmoid_bias: float = key(allowed=Between(-100, 100))
+    min_snr_gamma: float = key(allowed=Between(0, above=True), needs="objective.weight=min_snr")
+    p2_gamma: float = key(allowed=Between(0), needs="objective.weight=p2")
+    sigmoid_bias: float = key(allowed=Between(-100, 100), needs="objective.weight=sigmoid")
     timesteps: str = key(allowed=Names("timesteps"))
-    logit_normal_mean: float = key(allowed=Between(-100, 100))
-    logit_normal_std: float = key(allowed=Between(0, 100, above=True))
-    label_dropout: float = key(allowed=PART)
+    logit_normal_mean: float = key(allowed=Between(-100, 100), needs=_LOGIT_NORMAL)
+    logit_normal_std: float = key(allowed=Between(0, 100, above=True), needs=_LOGIT_NORMAL)
+    label_dropout: float = key(allowed=PART, needs="model.conditional=true")
     learned_variance: bool = key()
-    vlb_weight: float = key(allowed=Between(0))
+    vlb_weight: float = key(allowed=Between(0), needs="objective.learned_variance=true")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Optimizer:
     weight_decay: float = key(allowed=Between(0))
     warmup_steps: int = key(allowed=STEPS)
     decay: str = key(allowed=("constant", "cosine", "halving"))
-    halvings: int = key(allowed=Between(0, 64), absent=5)
+    halvings: int = key(allowed=Between(0, 64), absent=5, needs="optimizer.decay=halving")
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,19 @@ class TrainConfig:
     run_dir: str | None = key(
         "the run's folder (default: a new outputs/train/<date>/<time>)", path=True, experiment=False
     )
-    overwrite: bool = key("replace a run that is there already", experiment=False)
+    overwrite: bool = key("replace a run that is there already", experiment=False, needs="run_dir!=null")
     gpus: str | None = key(
         "take a free GPU, no other run's: auto, or 0,2,3 to choose among; a sweep's default is auto",
         absent=None,
         experiment=False,
+        needs="device!=cpu",
     )
     jobs_per_gpu: int = key(
-        "how many may share one; all of them must say so", Between(1, 64), absent=1, experiment=False
+        "how many may share one; all of them must say so",
+        Between(1, 64),
+        absent=1,
+        experiment=False,
+        needs="gpus!=null",
     )
     minimize: str = key(
         "what a sweep's jobs return and its table is sorted by: the lowest of a run",
@@ -149,9 +150,15 @@ class SampleConfig:
     ema: bool = _ema()
     label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
     guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
-    guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART)
+    guidance_rescale: float = key(
+        "0 to 1: back towards the contrast without guidance",
+        PART,
+        needs="guidance_scale!=1.0 guidance_scale!=0.0",
+    )
     guidance_interval: list[float] | None = key(
-        "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0)
+        "guide only where sigma/alpha is within [low, high]; null: everywhere",
+        Between(0),
+        needs="guidance_scale!=1.0",
     )
     task: str = key(
         "generate, inpaint, variation, interpolate or reconstruct",
@@ -164,11 +171,15 @@ class SampleConfig:
     mask: str | None = key(
         "inpaint: left, top, centre, random, or a picture: what is white is drawn", path=True
     )
-    jump_length: int = key("inpaint: levels between which RePaint goes to and fro", Between(1, 100_000))
-    jump_n_sample: int = key(
-        "inpaint: how often; the cost is num_steps × jump_n_sample evaluations", Between(1, 1000)
+    jump_length: int = key(
+        "inpaint: levels between which RePaint goes to and fro", Between(1, 100_000), needs="task=inpaint"
     )
-    strength: float = key("variation: 0 returns the input, 1 forgets it", PART)
+    jump_n_sample: int = key(
+        "inpaint: how often; the cost is num_steps × jump_n_sample evaluations",
+        Between(1, 1000),
+        needs="task=inpaint",
+    )
+    strength: float = key("variation: 0 returns the input, 1 forgets it", PART, needs="task=variation")
     seeds: list[int] | None = key(
         "interpolate: the two ends (default: seed and seed+1); with input: every two images",
         Between(0, 2**63 - 1),
@@ -176,7 +187,7 @@ class SampleConfig:
     sampler: Component = key()
     save: list[str] = key("any of grid, images, npz, trajectory", ("grid", "images", "npz", "trajectory"))
     out: str | None = _out("folder for the results (of ddpm-sample by default a new one under the run's)")
-    nrow: int | None = key("images in a row of the grid", Between(1, 10**6))
+    nrow: int | None = key("images in a row of the grid", Between(1, 10**6), needs="save=grid")
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,10 @@ class InfoConfig:
     ckpt: str = _ckpt()
 
 
+_MEASURED = "compare=null"  # `compare` reads evaluations and measures nothing
+_DRAWN = f"{_MEASURED} samples=null"
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     ckpt: str | None = _ckpt()
@@ -214,24 +229,30 @@ class EvalConfig:
         "instead of either: evaluation.json files, or their folders, side by side"
     )
     dataset: Component | None = key(  # None: that of the checkpoint
-        "what they are held against (default: the checkpoint's own; needed for samples)"
+        "what they are held against (default: the checkpoint's own; needed for samples)",
+        needs=_MEASURED,
     )
-    n: int = _n("how many images; distances from fewer than a few thousand say little")
-    seed: int = _seed()
-    batch_size: int = _batch_size()
-    device: str = _device()
-    precision: str = _precision()
-    ema: bool = _ema()
+    n: int = _n("how many images; distances from fewer than a few thousand say little", needs=_MEASURED)
+    seed: int = _seed(needs=_MEASURED)
+    batch_size: int = _batch_size(needs=_DRAWN)
+    device: str = _device(needs=_MEASURED)
+    precision: str = _precision(needs=_DRAWN)
+    ema: bool = _ema(needs=_DRAWN)
     guidance_scale: float = _guidance("1 is off, as models are compared")
-    sampler: Component = key()
-    data_root: str = _data_root()
+    sampler: Component = key(needs=_DRAWN)
+    data_root: str = _data_root(needs=_MEASURED)
     measure: list[str] = key(
         "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
         Names("metric"),
+        needs=_MEASURED,
     )
     out: str | None = _out(
-        "folder for the results (default: a new one under the run's, or under outputs/evaluations)"
+        "folder for the results (default: a new one under the run's, or under outputs/evaluations)",
+        needs=_MEASURED,
     )
+
+
+_IN_CONTACT = "contact=true"
 
 
 @dataclass(frozen=True)
@@ -241,10 +262,10 @@ class ReportConfig:
     )
     figure: str = key("what runs are ranked by, at its best over each run: val_eps_mse or val_loss", FIGURES)
     contact: bool = key("false: no contact.png, which takes the longest")
-    n: int = _n("images of each run in contact.png, 1 to 64: the same noise for all")
-    seed: int = _seed()
-    sampler: Component | None = key("one for all runs (default: each run's own)")
-    device: str = _device()
+    n: int = _n("images of each run in contact.png, 1 to 64: the same noise for all", needs=_IN_CONTACT)
+    seed: int = _seed(needs=_IN_CONTACT)
+    sampler: Component | None = key("one for all runs (default: each run's own)", needs=_IN_CONTACT)
+    device: str = _device(needs=_IN_CONTACT)
     out: str | None = _out("folder for the files (default: the folder itself; for several a new one)")
 
 
@@ -258,30 +279,6 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def declared(schema: type) -> dict[str, Key]:
-    """Return every key of a command by its full name, those of its groups too."""
-    found: dict[str, Key] = {}
-    for field in dataclasses.fields(schema):
-        found[field.name] = field.metadata["key"]
-        if dataclasses.is_dataclass(field.type) and field.type is not Component:
-            inner = declared(typing.cast(type, field.type))
-            found |= {f"{field.name}.{name}": inside for name, inside in inner.items()}
-        elif Component in (field.type, *typing.get_args(field.type)):
-            found |= {
-                name: inside for name, inside in GROUP_KEYS.items() if name.startswith(f"{field.name}.")
-            }
-    return found
-
-
-def groups(schema: type) -> list[str]:
-    """Return the keys that choose a file."""
-    return [
-        field.name
-        for field in dataclasses.fields(schema)
-        if any(map(dataclasses.is_dataclass, (field.type, *typing.get_args(field.type))))
-    ]
-
-
 PATH_KEYS = {name for schema in SCHEMAS.values() for name, key in declared(schema).items() if key.path}
 _OF_TRAINING = {name: key for name, key in declared(TrainConfig).items() if name not in GROUP_KEYS}
 NOT_PART_OF_THE_EXPERIMENT = {name for name, key in _OF_TRAINING.items() if not key.experiment}
@@ -290,60 +287,6 @@ DEFAULTS_FOR_OLD_CHECKPOINTS = {
 }
 
 
-def check(schema: type, raw: Mapping[str, Any], path: str = "") -> Any:
-    """Return `raw` as an instance of the dataclass `schema`.
-
-    Raises UserError with one line: the full key, the value, and what is allowed.
-    """
-    fields = dataclasses.fields(schema)
-    check_keys(raw, [field.name for field in fields], path)
-    return schema(
-        **{f.name: _value(f.type, raw[f.name], path + f.name, f.metadata["key"].allowed) for f in fields}
-    )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a checked config as plain data, the inverse of `check`."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, Component):
-            return part.to_dict()
-        return vars(part) if dataclasses.is_dataclass(part) else part
-
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def by_key(config: Any) -> dict[str, Any]:
-    """Return a checked config by key, as it is typed: flat, the name of a choice under its group."""
-    flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
-        for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
-    return flat
-
-
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return what the experiment is, by key."""
     return {key: value for key, value in by_key(config).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
-
-
-def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
-    if hint is Component:
-        return check_choice(path, value)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path}={value!r}: must be a set of keys")
-        return check(typing.cast(type, hint), value, path + ".")
-    if isinstance(hint, types.UnionType):  # … | None
-        return None if value is None else _value(typing.get_args(hint)[0], value, path, allowed)
-    if hint in (Several, Labels):
-        if value == []:
-            raise UserError(f"{path}=[]: must be a number, or a list of at least one")
-        items = value if isinstance(value, list) else [value]
-        if hint is Several:
-            return Several(like([0], items, path, allowed))
-        names = like([""], items, path, allowed)
-        return "all" if names == ["all"] else Labels(map(number_or_name, names))
-    if typing.get_origin(hint) is list:
-        return like([typing.get_args(hint)[0]()], value, path, allowed)
-    return like(hint(), value, path, allowed)

@@ -97,14 +97,12 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
     images, labels = split.images, split.labels
     if images.dtype != torch.uint8 or images.device.type != "cpu":
         raise DataError(
-            f"{where}: its images are {images.dtype} on {images.device}; they must be uint8, 0 … 255, on the CPU"
+            f"{where}: its images are {images.dtype} on {images.device}; must be uint8 on the CPU"
         )
     wanted = (facts.channels, facts.image_size, facts.image_size)
     if images.ndim != 4 or not len(images) or images.shape[1:] != wanted:
-        raise DataError(
-            f"{where}: its images have the shape {tuple(images.shape)}; by its facts it must be "
-            f"(N, {', '.join(map(str, wanted))}) with N ≥ 1"
-        )
+        must = f"(N, {', '.join(map(str, wanted))}) with N ≥ 1"
+        raise DataError(f"{where}: its images have the shape {tuple(images.shape)}; it must be {must}")
     if (labels is None) != (facts.num_classes == 0):
         has = "no labels" if labels is None else "labels"
         raise DataError(f"{where}: has {has}, but facts.num_classes={facts.num_classes}")
@@ -117,18 +115,14 @@ def _check_split(split: Split, facts: DatasetInfo, where: str) -> None:
         raise DataError(f"{where}: {len(images)} images, but labels of shape {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= facts.num_classes:
-        raise DataError(
-            f"{where}: its labels lie within {low} … {high}; allowed: 0 to {facts.num_classes - 1}"
-        )
+        raise DataError(f"{where}: labels lie within {low} … {high}; allowed: 0 to {facts.num_classes - 1}")
 
 
 def check_image_size(image_size: int, allowed: tuple[int, ...]) -> None:
     """Raise DataError unless a dataset is available in this size."""
     if image_size not in allowed:
         sizes = ", ".join(map(str, allowed))
-        raise DataError(
-            f"dataset.image_size={image_size} is not available for this dataset; allowed: {sizes}"
-        )
+        raise DataError(f"dataset.image_size={image_size} is no size of this dataset; allowed: {sizes}")
 
 
 def _select(split: Split, mask: Tensor) -> Split:

@@ -60,9 +60,8 @@ def _read_all(files: list[Path], size: int) -> NDArray[np.uint8]:
     """Return uint8 (N, C, S, S), where C is 1 if all images are grey."""
     needed = len(files) * 3 * size**2
     if needed > MAX_MEMORY:
-        raise DataError(
-            f"{len(files)} images at dataset.image_size={size} take {needed} bytes; allowed: {MAX_MEMORY}"
-        )
+        many = f"{len(files)} images at dataset.image_size={size}"
+        raise DataError(f"{many} take {needed} bytes; allowed: {MAX_MEMORY}")
     images, grey = np.empty((len(files), 3, size, size), np.uint8), True
     for image, file in zip(images, files, strict=True):
         image[:] = read_image(file, size).transpose(2, 0, 1)

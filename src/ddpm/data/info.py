@@ -30,14 +30,12 @@ def check_facts(facts: DatasetInfo) -> None:
     for key, (low, high) in FACT_LIMITS.items():
         value = getattr(facts, key)
         if type(value) is not int or not low <= value <= high:
-            raise DataError(
-                f"dataset {facts.name}: facts.{key}={value!r:.40}; must be a whole number from {low} to {high}"
-            )
+            must = f"must be a whole number from {low} to {high}"
+            raise DataError(f"dataset {facts.name}: facts.{key}={value!r:.40}; {must}")
     names = facts.class_names
     if not isinstance(names, tuple) or len(names) not in (0, facts.num_classes):
-        raise DataError(
-            f"dataset {facts.name}: facts.class_names must be a tuple, empty or of {facts.num_classes} names"
-        )
+        must = f"must be a tuple, empty or of {facts.num_classes} names"
+        raise DataError(f"dataset {facts.name}: facts.class_names {must}")
     if strange := [name for name in names if not _is_name(name)]:
         raise DataError(f"dataset {facts.name}: the class name {strange[0]!a:.40} is no plain, short text")
 

@@ -139,9 +139,7 @@ def _read(variant: _Variant, raw: Path, index: int) -> NDArray[np.uint8]:
     sha256 = hashlib.sha256(data).hexdigest()
     if variant.sha256 is not None:
         if sha256 != variant.sha256[index]:
-            raise DataError(
-                f"{path}: its SHA-256 is not that of the published file; delete it and start again"
-            )
+            raise DataError(f"{path}: its SHA-256 is not that of the published file; delete it")
     elif not _has_passed(f"{variant.folder}-{file}", sha256):
         if not os.path.exists(packed):
             _download(variant, raw)
@@ -171,9 +169,7 @@ def parse_idx(data: bytes, name: str, shape: tuple[int, ...]) -> NDArray[np.uint
     if len(data) < header:
         raise DataError(f"{name}: ends at byte {len(data)}, inside the header of {header} bytes")
     if data[:4] != magic:
-        raise DataError(
-            f"{name}: magic number {data[:4].hex()} at byte 0 is not {magic.hex()}; not such an IDX file"
-        )
+        raise DataError(f"{name}: magic number {data[:4].hex()} at byte 0; must be {magic.hex()}")
     found = struct.unpack_from(f">{len(shape)}I", data, 4)
     if found != shape:
         said, wanted = ("×".join(map(str, sizes)) for sizes in (found, shape))

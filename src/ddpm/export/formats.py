@@ -138,14 +138,9 @@ def _not_in_diffusers(model: Model) -> str | None:
         known = ", ".join(PREDICTION_TYPES)
         return f"objective.prediction={objective.prediction} is not known to its schedulers, only {known} are"
     if objective.learned_variance:
-        return (
-            "objective.learned_variance=true: its DDIMScheduler cannot use a network with twice the channels"
-        )
+        return "objective.learned_variance=true: its DDIMScheduler takes no network with twice the channels"
     if ((schedule.alpha**2 + schedule.sigma**2 - 1).abs() > 1e-9).any():
-        return (
-            f"schedule={model.config.schedule.name} is not variance-preserving (alpha^2 + sigma^2 = 1), as its "
-            "schedulers are"
-        )
+        return f"schedule={model.config.schedule.name} is not variance-preserving, as its schedulers are"
     return None
 
 

@@ -58,9 +58,7 @@ def load_arrays(path: Path, limit: int) -> Arrays:
         # safetensors raises the last three for types and shapes that numpy lacks
         raise DataError(f"{path}: cannot be read as a safetensors file ({reason(error)})") from error
     if metadata.get("sha256") != content_hash(arrays):
-        raise DataError(
-            f"{path}: its content does not match the SHA-256 it carries; delete it and make it anew"
-        )
+        raise DataError(f"{path}: its content does not match the SHA-256 it carries; delete it")
     return arrays
 
 

@@ -52,13 +52,10 @@ def decode(
             warnings.simplefilter("ignore")  # about sizes, which are checked below, and unused metadata
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 if image.width * image.height > max_pixels:
-                    raise DataError(
-                        f"{file}: {image.width}×{image.height} pixels; allowed: {max_pixels} in all"
-                    )
+                    size = f"{image.width}×{image.height}"
+                    raise DataError(f"{file}: {size} pixels; allowed: {max_pixels} in all")
                 if image.mode[0] in "IF":
-                    raise DataError(
-                        f"{file}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
-                    )
+                    raise DataError(f"{file}: mode {image.mode}: convert it to 8 bits a channel")
                 image.load()
                 return convert(image)
     except DataError:

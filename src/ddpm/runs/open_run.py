@@ -11,7 +11,7 @@ from ddpm.checkpoint.header import Meta
 from ddpm.config.schema import TrainConfig
 from ddpm.errors import CheckpointError, UserError
 from ddpm.io.files import reason
-from ddpm.runs import elastic, resume, run_dir
+from ddpm.runs import resume, run_dir
 from ddpm.runs.resume import Place
 from ddpm.runtime.console import tell
 from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks
@@ -49,17 +49,15 @@ class OpenRun:
 
     def choose(self, config: TrainConfig) -> None:
         """Lock the folder that the config names, and choose the checkpoint to go on from. Raises UserError."""
-        self.place = elastic.again(config) or resume.place(config)
+        self.place = resume.place(config)
         folder, in_place = self.place.folder, self.place.in_place
         if folder is not None:
             self.claim = run_dir.claim(folder, config.overwrite, fresh=not in_place)
         self.source = choose(self.place, config)
         fresh = in_place and self.source is None
         if fresh and (found := run_dir.more_than_begun(Path(str(folder)))):
-            raise UserError(
-                f"{folder} holds no checkpoint, but {found}: nothing to go on with (is a disk not mounted? "
-                "overwrite=true without trainer.resume begins anew)"
-            )
+            anew = "is its disk mounted? overwrite=true without trainer.resume begins anew"
+            raise UserError(f"{folder} holds no checkpoint, but {found}: nothing to go on with ({anew})")
         if self.source:
             self.class_names = self.source.meta.facts["class_names"]
         elif (ckpt := config.trainer.init_from) is not None:
@@ -89,11 +87,9 @@ class OpenRun:
         result = run_dir.read_result(source.parent.parent) if place.in_place else None
         if place.in_place and (result is None or result["step"] != state.step):
             return None  # the end is written once more
-        if not (place.again or state.config.trainer.resume == "auto") or result is None:
+        if not place.again or result is None:
             key = "max_epochs" if state.config.trainer.max_epochs is not None else "max_steps"
-            raise UserError(
-                f"{source} has done its {state.step} steps already: give trainer.{key} a larger number"
-            )
+            raise UserError(f"{source} has done its {state.step} steps: give trainer.{key} a larger number")
         figure = result["val_eps_mse"]
         tell(f"{source.parent.parent}: done already, {state.step:,} steps, val_eps_mse {figure:.4f}")
         return figure
@@ -155,8 +151,7 @@ def choose(place: Place, config: TrainConfig) -> Source | None:
     stored = checkpoint.config(path, meta)
     changed = resume.changes(stored, config)
     if differ := [line for key, line in changed.items() if key.split(".")[0] in MUST_MATCH]:
-        why = "; torchrun's run id led here: another --rdzv-id begins a new run" if place.again else ""
-        raise CheckpointError(f"cannot resume {path}: " + "; ".join(differ) + why)
+        raise CheckpointError(f"cannot resume {path}: {'; '.join(differ)}")
     return Source(path, meta, stored, notes)
 
 
@@ -175,7 +170,5 @@ def notes(source: Source, state: TrainState) -> list[str]:
     if other:
         lines.append("close to an unbroken run, but not bit by bit: " + "; ".join(other))
     if unknown := [key for key in BITWISE_FACTORS if key not in then]:
-        lines.append(
-            f"whether bit by bit is not known: the checkpoint is too old to say {', '.join(unknown)}"
-        )
+        lines.append(f"perhaps not bit by bit: the checkpoint is too old to say {', '.join(unknown)}")
     return lines

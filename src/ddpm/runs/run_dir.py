@@ -122,9 +122,7 @@ def set_aside_begun(folder: Path) -> list[str]:
     ]
     files += [folder / name for name in reversed(RUN_FILES)]  # last config.yaml, which shows it to be a run
     moved = [_move_aside(file) for file in files if file.exists()]
-    return (
-        [f"begun before, but not to a first checkpoint: its files are in {folder / ASIDE}"] if moved else []
-    )
+    return [f"begun before, without a checkpoint: its files are in {folder / ASIDE}"] * bool(moved)
 
 
 def clear(folder: Path) -> list[str]:
@@ -259,18 +257,14 @@ def _check(folder: Path, overwrite: bool, fresh: bool) -> None:
     if fresh and not there:
         return
     if fresh and not overwrite:
-        raise UserError(
-            f"{folder} is not empty: overwrite=true replaces the run in it, trainer.resume={folder} goes on with it"
-        )
+        raise UserError(f"{folder} is not empty: overwrite=true replaces it, trainer.resume=auto goes on")
     strangers = _not_of_a_run(folder)
     metrics, is_run = folder / "metrics.jsonl", "config.yaml" in there or locate.saved_steps(folder)
     if not fresh and is_run and strangers == [metrics] and metrics.is_file() and not metrics.is_symlink():
         strangers = []  # `set_aside` keeps what it holds
     if strangers:
-        raise UserError(
-            f"{folder} holds other things than a run: {strangers[0].name} is not what a run of ddpm writes, and would "
-            "be replaced; name another run_dir, or move it"
-        )
+        name = strangers[0].name
+        raise UserError(f"{folder} holds other things than a run: {name} is none of a run's; move it away")
     if fresh and "config.yaml" not in there:
         raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
 
@@ -281,9 +275,7 @@ def _check_writable(folder: Path) -> None:
         if not os.path.lexists(part):
             continue
         if part.is_symlink() and not part.exists():
-            raise UserError(
-                f"{part} is a link to {os.readlink(part)}, which is not there; is its disk mounted?"
-            )
+            raise UserError(f"{part} is a link to {os.readlink(part)}: is its disk mounted?")
         try:
             with TemporaryFile(dir=part) as file:
                 file.write(bytes(1))

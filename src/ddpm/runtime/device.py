@@ -43,19 +43,15 @@ def device(name: str, world: World = ALONE) -> torch.device:
     Of several processes on a machine each takes a GPU of its own.
     """
     if world.size > 1 and name not in ("auto", "cpu", "cuda"):
-        raise UserError(
-            f"device={name}: {world.size} processes: must be auto, cpu or cuda, one device for each"
-        )
+        raise UserError(f"device={name}: {world.size} processes: must be auto, cpu or cuda")
     number = cuda_number(name) or 0
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if world.size > 1:
         if count < world.local_size:
-            raise UserError(
-                f"device={name}: {world.local_size} processes on a machine with {count} CUDA devices: one process "
-                "for each device (torchrun --nproc-per-node), or device=cpu"
-            )
+            of = f"{world.local_size} processes on a machine with {count} CUDA devices"
+            raise UserError(f"device={name}: {of}: at most one process for each, or device=cpu")
         return torch.device("cuda", world.local_rank)
     if number >= count:
         raise no_such_gpu(f"device={name}", count)

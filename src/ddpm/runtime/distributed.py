@@ -50,9 +50,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         _control_group = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError, OSError) as error:
         _leave(broken=True)
-        raise UserError(
-            f"the {world.size} processes do not find each other: {str(error).partition(chr(10))[0]}"
-        ) from None
+        why = str(error).partition("\n")[0]
+        raise UserError(f"the {world.size} processes do not find each other: {why}") from None
     try:
         yield
     except BaseException:

@@ -34,7 +34,6 @@ _stop: int | None = None
 _save = False
 _deferring = False
 _begun = False
-_in_sweep = False
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def handle_signals(program: str) -> Iterator[None]:
 
     Only "train" handles SIGUSR1.
     """
-    global _deferring, _in_sweep
+    global _deferring
     try:
         _make_streams_safe()
         for number in STOPPING:
@@ -52,7 +51,6 @@ def handle_signals(program: str) -> Iterator[None]:
         if program == "train" and hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, _on_save)
         if (parent := os.environ.pop(PARENT, "")).isdecimal():
-            _in_sweep = True
             threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
         yield
     except Stopped as stopped:
@@ -110,7 +108,7 @@ def stop_requested() -> int | None:
 
 def of_a_sweep() -> bool:
     """Return whether this process is a job of a sweep, which starts and stops it."""
-    return _in_sweep
+    return FAILED_FILE in os.environ
 
 
 def save_requested() -> bool:

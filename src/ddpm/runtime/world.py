@@ -63,8 +63,6 @@ def world_for_errors() -> World:
 def _number(environment: Mapping[str, str], key: str, low: int, high: int) -> int:
     text = environment.get(key, "")
     if not (text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
-        raise UserError(
-            f"{key}={text}: must be a number from {low} to {high} where WORLD_SIZE={environment['WORLD_SIZE']}; "
-            "torchrun sets all of these"
-        )
+        size = environment["WORLD_SIZE"]
+        raise UserError(f"{key}={text}: must be a number from {low} to {high} where WORLD_SIZE={size}")
     return int(text)

@@ -83,10 +83,14 @@ def plugins() -> list[str]:
     return [f"plugins={value}"] if (value := os.environ.get(PLUGINS)) else []
 
 
+def of_experiment(overrides: list[str]) -> list[str]:
+    """Return the overrides that say what a run is, not where or how it is made."""
+    return [o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT]
+
+
 def name(overrides: list[str]) -> str:
     """Return a folder name for a job: what was typed for it, so that the same command finds it again."""
-    kept = sorted(o for o in overrides if o.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT)
-    text = ",".join(kept) or "defaults"
+    text = ",".join(sorted(of_experiment(overrides))) or "defaults"
     plain = "".join(c if c.isalnum() or c in "=,.+-_[]~" else "_" for c in text)
     if plain == text and len(plain.encode()) <= MAX_NAME:
         return plain

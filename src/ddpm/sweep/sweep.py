@@ -19,12 +19,12 @@ from typing import Any
 
 from ddpm.config import hydra
 from ddpm.config.overrides import quoted, typed_value
-from ddpm.config.schema import NOT_PART_OF_THE_EXPERIMENT, TrainConfig, check
+from ddpm.config.schema import TrainConfig, check
 from ddpm.config.unused import refuse_unused
 from ddpm.errors import UserError
 from ddpm.io.files import write_atomically
 from ddpm.report import runs, table
-from ddpm.runs import resume_overrides
+from ddpm.runs import resume
 from ddpm.runs import run_dir as run_folder
 from ddpm.runtime import gpu_locks, signals
 from ddpm.runtime.console import tell, typed
@@ -47,17 +47,14 @@ def sweep(overrides: list[str]) -> None:
         raise UserError("-m makes several runs, torchrun several processes of one: leave one of them out")
     if typed_value(overrides, "trainer.resume") not in (None, "null", "auto"):
         raise UserError("trainer.resume=<run> goes on with one run; -m makes several: leave one of them out")
-    resume_overrides.check_lengths(overrides)
+    resume.check_lengths(overrides)
     if not (each := typed_value(overrides, "jobs_per_gpu") or "1").isdecimal():
         raise UserError(f"jobs_per_gpu={each}: must be one whole number, for all jobs alike")
     of_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")]
     of_jobs = [o for o in overrides if o not in of_hydra and not o.startswith("run_dir=")]
     for each in of_hydra:
         if not re.match(OF_HYDRA, each.lstrip("+~")):
-            raise UserError(
-                f"{each}: -m takes Hydra's launchers and sweepers and their settings; run_dir=… names the sweep's "
-                "folder, and each job's follows from what is typed for it"
-            )
+            raise UserError(f"{each}: -m takes launchers and sweepers; run_dir=… names the sweep's folder")
     settings = hydra.hydra_settings("train", of_hydra)
     choice = settings["runtime"]["choices"]
     jobs = _planned(of_jobs, choice["hydra/sweeper"])
@@ -99,24 +96,16 @@ def _planned(overrides: list[str], sweeper: str) -> list[list[str]]:
     jobs = [list(each) for each in itertools.product(*values.values())]
     configs = [_checked(each) for each in jobs]
     if sweeper == "basic":  # another one may choose what gives a setting its effect
-        refuse_unused(
-            "train", [(_of_experiment(each), config) for each, config in zip(jobs, configs, strict=True)]
-        )
+        refuse_unused([(job.of_experiment(each), config) for each, config in zip(jobs, configs, strict=True)])
     names = [job.name(each) for each in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two jobs are the same: {twice[0]}")
     return jobs if sweeper == "basic" else []
 
 
-def _of_experiment(overrides: list[str]) -> list[str]:
-    return [
-        each for each in overrides if each.partition("=")[0].lstrip("+") not in NOT_PART_OF_THE_EXPERIMENT
-    ]
-
-
 def _checked(overrides: list[str]) -> TrainConfig:
     config: TrainConfig = check(TrainConfig, hydra.compose("train", overrides))
-    resume_overrides.check_batch(config.trainer)
+    resume.check_batch(config.trainer)
     loggers.check(config.logger)
     gpu_locks.allowed(config.gpus or "auto", config.device)
     if config.trainer.init_from == "latest":
@@ -174,9 +163,7 @@ def _shares(
     if launcher == "joblib":
         at_once = settings["launcher"]["n_jobs"]
         if at_once != -1 and at_once < 1:
-            raise UserError(
-                f"hydra.launcher.n_jobs={at_once}: must be at least 1, or -1 for as many as there is room"
-            )
+            raise UserError(f"hydra.launcher.n_jobs={at_once}: must be at least 1, or -1")
         if at_once == -1:
             at_once = min(places or cores, planned or sys.maxsize)
         # joblib would hand out short jobs in bundles

@@ -25,10 +25,10 @@ def save(run: TrainState, path: Path, record: Mapping[str, float]) -> None:
         ("optimizer's moments", moments),
     ):
         if not _finite(numbers):
-            raise CheckpointError(
-                f"the {what} are not finite at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}): "
-                f"{path.name} was not written; try a smaller optimizer.lr"
+            cause = (
+                f"not finite at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}: try a smaller one)"
             )
+            raise CheckpointError(f"the {what} are {cause}: {path.name} was not written")
     tensors = {f"model.{name}": tensor for name, tensor in run.network.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.state_dict().items()}
     for name, parameter in run.network.named_parameters():
@@ -132,6 +132,4 @@ def _check_complete(path: Path, run: TrainState, table: Mapping[str, Entry]) -> 
     found = {name for name in table if name.startswith("optimizer.")}
     for part, complete in (("optimizer", found in (set(), moments)), ("scaler", len(scaler) in (0, 5))):
         if not complete:
-            raise CheckpointError(
-                f"{path} does not fit its own config: a part of the {part}'s state is missing"
-            )
+            raise CheckpointError(f"{path} does not fit its own config: the {part}'s state is not whole")

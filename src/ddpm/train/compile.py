@@ -45,10 +45,8 @@ def begin(run: TrainState) -> str:
         undo(run.network)
         if is_exhausted(error):
             raise
-        raise UserError(
-            "trainer.compile=true: torch.compile does not work here: "
-            f"{str(error).strip().partition(chr(10))[0]}; trainer.compile=false goes without"
-        ) from None
+        said = f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"trainer.compile=true: {said}; trainer.compile=false goes without") from None
     return f"trainer.compile=true: compiled in {time.perf_counter() - started:.0f} s"
 
 

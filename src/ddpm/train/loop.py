@@ -136,10 +136,8 @@ def _validate(run: TrainState, validation: Validation) -> dict[str, float]:
         figures = validation.measure(run.ema, conditional, world=run.world)
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {run.step} (optimizer.lr={run.config.optimizer.lr:g}): the weights have "
-                "grown beyond use; try a smaller optimizer.lr"
-            )
+            lr = f"optimizer.lr={run.config.optimizer.lr:g}: try a smaller one"
+            raise UserError(f"{name} is {value} at step {run.step} ({lr})")
     return figures
 
 
@@ -168,7 +166,7 @@ def stop_if_not_finite(run: TrainState) -> None:
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_LOSS_SCALE:
         raise UserError(
-            f"fp16 loss scale fell below {MIN_LOSS_SCALE:g} at step {run.step}: use trainer.precision=bf16 or fp32"
+            f"fp16 loss scale below {MIN_LOSS_SCALE:g} at step {run.step}: trainer.precision=bf16"
         )
 
 
