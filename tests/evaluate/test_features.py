@@ -24,6 +24,7 @@ from ddpm.evaluate.features.pixels import pixel_features
 from ddpm.evaluate.features.training import Recipe
 from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.cas import accuracy_score
+from ddpm.evaluate.reference import Reference
 from ddpm.io.cache import load_arrays, save_arrays
 
 CPU = torch.device("cpu")
@@ -314,12 +315,12 @@ def test_inception_features_are_whitened_too(monkeypatch):
 
 def test_accuracy_score_tells_right_labels_from_wrong_ones(data, monkeypatch):
     monkeypatch.setattr(cas, "RECIPE", Recipe(40, 4e-3))
-    train, test = data.train, data.test
-    real = accuracy_score(train.images, train.labels, test.images, test.labels, 10, 0, CPU)
-    assert real.value > 0.7 and real.n == 180
+    train, test, reference = data.train, data.test, Reference(data, (), 9, CPU)
+    real = accuracy_score(train, reference, 0)
+    assert real.value > 0.7 and real.n == len(train) and real.low < real.value < real.high
     assert real.error == pytest.approx((real.value * (1 - real.value) / 180) ** 0.5)
     monkeypatch.setattr(cas, "RECIPE", Recipe(8, 4e-3))
-    one = accuracy_score(train.images, torch.full_like(train.labels, 3), test.images, test.labels, 10, 0, CPU)
+    one = accuracy_score(Split(train.images, torch.full_like(train.labels, 3)), reference, 0)
     assert one.value == (test.labels == 3).double().mean().item()
 
 
@@ -357,8 +358,8 @@ def test_mnist_ranking_is_the_same_for_another_seed():
 @needs_data
 def test_accuracy_score_of_real_mnist():
     data = mnist(Path(REAL))
-    train, test = data.train, data.test
-    score = accuracy_score(train.images[:10_000], train.labels[:10_000], test.images, test.labels, 10, 0, CPU)
+    train = Split(data.train.images[:10_000], data.train.labels[:10_000])
+    score = accuracy_score(train, Reference(data, (), 9, CPU), 0)
     assert score.value >= 0.975 and score.n == 10_000
 
 

@@ -1,6 +1,7 @@
 """ddpm-eval -m: compare settings of one checkpoint's sampler."""
 
 import itertools
+from dataclasses import replace
 
 from ddpm.cli import eval_keys
 from ddpm.config.overrides import typed_value
@@ -9,7 +10,8 @@ from ddpm.config.unused import refuse_unused
 from ddpm.errors import UserError
 from ddpm.runtime.world import world
 
-SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
+# What a setting may change, beside the sampler's keys.
+SWEPT = ("sampler", "guidance_scale", "guidance_rescale", "guidance_interval")
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
 MAX_SETTINGS = 1000
 
@@ -42,22 +44,27 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
             raise UserError(
-                f"{key}: -m varies the sampler (sampler=…, sampler.num_steps=…) and guidance_scale of one checkpoint; "
-                "compare=[…] puts other evaluations side by side"
+                f"{key}: -m varies the sampler (sampler=…, sampler.num_steps=…) and guidance (guidance_scale=…) of one "
+                "checkpoint; compare=[…] puts other evaluations side by side"
             )
     jobs = [list(job) for job in itertools.islice(itertools.product(*values.values()), MAX_SETTINGS + 1)]
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"more than {MAX_SETTINGS:,} settings; allowed: {MAX_SETTINGS:,}")
     before = MEASURED + eval_keys.before_typed(jobs[0])  # what is not swept, and so the same for all
-    settings: list[EvalConfig] = []
+    settings, taken = list[EvalConfig](), list[list[str]]()
     for job in jobs:
         config: EvalConfig = check(EvalConfig, hydra.compose("eval", before + job))
         eval_keys.check_keys(config)
+        if config.guidance_scale == 1:  # where the other keys of guidance have no effect
+            config = replace(config, guidance_rescale=0.0, guidance_interval=None)
         if config in settings:
+            if config.guidance_scale == 1 and {"guidance_rescale", "guidance_interval"} & {*varied}:
+                continue
             same = [each for each in job if each.partition("=")[0].lstrip("+") in varied]
             raise UserError(f"two settings are the same: {', '.join(same)}")
         settings.append(config)
-    refuse_unused("eval", zip(jobs, settings, strict=True))
+        taken.append(job)
+    refuse_unused("eval", zip(taken, settings, strict=True))
     measure = settings[0].measure
     if "distance" not in measure or "likelihood" in measure:
         raise UserError(

@@ -15,7 +15,17 @@ from functools import partial
 from typing import Any
 
 from ddpm.config.choices import Component, check_choice, check_keys
-from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Key, Labels, Several, like, number_or_name
+from ddpm.config.limits import (
+    GROUP_KEYS,
+    REQUIRED,
+    Between,
+    Interval,
+    Key,
+    Labels,
+    Several,
+    like,
+    number_or_name,
+)
 from ddpm.config.tables import Names
 from ddpm.errors import UserError
 
@@ -44,7 +54,13 @@ _precision = partial(
     key, "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX", ("fp32", "bf16")
 )
 _n = partial(key, allowed=Between(1, 10**8))
-_guidance = partial(key, allowed=Between(0, 1000))
+_guidance_scale = partial(
+    key, "1 is off; above 1 more typical of the class, 0 without class", Between(0, 1000)
+)
+_guidance_rescale = partial(key, "0 to 1: back towards the contrast without guidance", PART)
+_guidance_interval = partial(
+    key, "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0)
+)
 _out = partial(key, path=True)
 
 
@@ -132,6 +148,10 @@ class TrainConfig:
     objective: Objective = key()
     optimizer: Optimizer = key()
     sampler: Component = key()
+    # Like the sampler these are recommended: ddpm-sample and ddpm-eval take them from the checkpoint.
+    guidance_scale: float = _guidance_scale(absent=1.0)
+    guidance_rescale: float = _guidance_rescale(absent=0.0)
+    guidance_interval: Interval | None = _guidance_interval(absent=None)
     trainer: Trainer = key()
 
 
@@ -148,11 +168,9 @@ class SampleConfig:
     precision: str = _precision()
     ema: bool = _ema()
     label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
-    guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
-    guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART)
-    guidance_interval: list[float] | None = key(
-        "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0)
-    )
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     task: str = key(
         "generate, inpaint, variation, interpolate or reconstruct",
         ("generate", "inpaint", "variation", "interpolate", "reconstruct"),
@@ -187,7 +205,9 @@ class DrawConfig:
     seed: int = _seed()
     index: Several | None = key(allowed=Between(0, 2**53))
     label: Labels | None = key()
-    guidance_scale: float = _guidance()
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     batch_size: int = _batch_size()
 
 
@@ -222,7 +242,9 @@ class EvalConfig:
     device: str = _device()
     precision: str = _precision()
     ema: bool = _ema()
-    guidance_scale: float = _guidance("1 is off, as models are compared")
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     sampler: Component = key()
     data_root: str = _data_root()
     measure: list[str] = key(
@@ -344,6 +366,11 @@ def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
             return Several(like([0], items, path, allowed))
         names = like([""], items, path, allowed)
         return "all" if names == ["all"] else Labels(map(number_or_name, names))
+    if hint is Interval:
+        ends = like([0.0], value, path, allowed)
+        if len(ends) != 2 or ends[0] > ends[1]:
+            raise UserError(f"{path}={value}: must be two rising numbers [low, high]")
+        return ends
     if typing.get_origin(hint) is list:
         return like([typing.get_args(hint)[0]()], value, path, allowed)
     return like(hint(), value, path, allowed)

@@ -20,6 +20,7 @@ from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
 from ddpm.sample.model import Model
 
+Z = 1.959964  # standard deviations of a Gaussian that hold 95 %
 _SEED = 20_261_121  # by which real images are taken: the same for every subject, whatever its own seed
 
 
@@ -101,7 +102,6 @@ class Samples:
     labels: Tensor | None
     reference: Reference
     seed: int = 0
-    guidance_scale: float = 1.0
     model: Model | None = None
     batch_size: int = 256  # of the model's evaluations, which are shared among the processes of `world`
     world: World = ALONE
@@ -142,9 +142,12 @@ def choose_rows(x: Tensor, n: int) -> Tensor:
 
 
 def proportion(which: Tensor, text: str | None = None) -> Metric:
-    """Return the share of a bool tensor (N,), with its binomial standard error."""
+    """Return the share of a bool tensor (N,), its binomial standard error and its 95 % interval (Wilson 1927)."""
     share, n = which.double().mean().item(), len(which)
-    return Metric(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
+    middle, part = share + Z**2 / (2 * n), 1 + Z**2 / n
+    half = Z * (share * (1 - share) / n + (Z / (2 * n)) ** 2) ** 0.5
+    low, high = min(share, (middle - half) / part), max(share, (middle + half) / part)
+    return Metric(share, low, high, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
 
 
 def digests(images: Tensor) -> list[bytes]:
