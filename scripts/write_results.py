@@ -209,6 +209,8 @@ def _rows(seeds: list[Seed]) -> Iterator[list[str]]:
     yield _plain(seeds, "Fréchet excess within classes", "class_fd_excess", "{:.3f}")
     yield _plain(seeds, "Fréchet excess on pixels", "pixel_fd_excess", "{:.3f}")
     yield _plain(seeds, "KID", "kid", "{:.4f}")
+    for key in dict.fromkeys(key for seed in seeds for key in seed.figures if key.startswith("FID-")):
+        yield _plain(seeds, key, key, "{:.2f}")
     for name in ("precision", "recall", "density", "coverage"):
         yield _plain(seeds, name, name, "{:.3f}")
     yield _plain(seeds, "classifier confidence", "confident", "{:.1%}")

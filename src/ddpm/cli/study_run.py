@@ -135,7 +135,11 @@ def _measure(setting: EvalConfig, identity: Identity, opened: Opened, reference:
 
 
 def _identity(setting: EvalConfig, opened: Opened) -> Identity:
-    newer = {"guidance_rescale": setting.guidance_rescale, "guidance_interval": setting.guidance_interval}
+    newer: Identity = {
+        "guidance_rescale": setting.guidance_rescale,
+        "guidance_interval": setting.guidance_interval,
+    }
+    newer |= {"features": [setting.features, setting.features_path]} if setting.features != "own" else {}
     return {
         **{
             key: value for key, value in newer.items() if value

@@ -248,8 +248,14 @@ class EvalConfig:
     sampler: Component = key()
     data_root: str = _data_root()
     measure: list[str] = key(
-        "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
+        "any of distance, neighbours, memorization, likelihood, cas, fid; what does not apply is left out",
         Names("metric"),
+    )
+    features: str = key(
+        "what distance and neighbours compare: own, inception or dinov2", ("own", "inception", "dinov2")
+    )
+    features_path: str | None = key(
+        "for dinov2: folder of its weights, as transformers saves them", path=True
     )
     out: str | None = _out(
         "folder for the results (default: a new one under the run's, or under outputs/evaluations)"

@@ -40,12 +40,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "jump_n_sample": ("task=inpaint",),
     "strength": ("task=variation",),
     "nrow": ("save=grid",),
+    "features_path": ("features=dinov2",),
 }
 _MEASURED: tuple[str, ...] = ("compare=null",)  # `compare` reads evaluations and measures nothing
 _DRAWN = (*_MEASURED, "samples=null")
 NEEDS_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"guidance_scale": ("model.conditional=true",)},
-    "eval": dict.fromkeys(("dataset", "n", "seed", "device", "data_root", "measure", "out"), _MEASURED)
+    "eval": dict.fromkeys(
+        ("dataset", "n", "seed", "device", "data_root", "measure", "features", "out"), _MEASURED
+    )
     | dict.fromkeys(("sampler", "batch_size", "precision", "ema"), _DRAWN),
     "report": {key: ("contact=true",) for key in ("sampler", "n", "seed", "device")},
 }

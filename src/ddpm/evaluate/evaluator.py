@@ -14,7 +14,7 @@ from ddpm.config.choices import Component
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
 from ddpm.evaluate import provenance
-from ddpm.evaluate.metrics.registry import METRICS, NEED_FEATURES, ON_ALL_RANKS
+from ddpm.evaluate.metrics.registry import METRICS, NEEDS, ON_ALL_RANKS
 from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.reference import Found, Reference, Samples, copies
@@ -66,12 +66,12 @@ def draw(
 
 def prepare(reference: Reference, clock: Clock) -> None:
     """Load the features where a metric needs them, before samples are drawn. Raises UserError where there are none."""
-    if NEED_FEATURES.intersection(reference.parts):
+    for part in filter(None, map(NEEDS.get, reference.parts)):
         with clock("loading"):
             try:
-                _ = reference.embedder
+                getattr(reference, part)
             except UserError as error:
-                others = ",".join(name for name in METRICS if name not in NEED_FEATURES)
+                others = ",".join(name for name in METRICS if name not in NEEDS)
                 raise UserError(f"{error} (measure=[{others}] needs no features)") from None
 
 

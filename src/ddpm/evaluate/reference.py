@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm.data.dataset import Dataset, Split
+from ddpm.evaluate.features import large
 from ddpm.evaluate.features.extractor import Features, features_for
 from ddpm.evaluate.features.pixels import Projection, pixel_features
 from ddpm.evaluate.record import Metric
@@ -58,6 +59,7 @@ class Reference:
     n: int  # real images taken of each split, at most
     device: torch.device
     say: Callable[[str], None] = lambda text: None  # is told what takes long
+    features: tuple[str, str | None] = ("own", None)  # kind and folder, see `features_for`
 
     @cached_property
     def split(self) -> Split:
@@ -67,8 +69,13 @@ class Reference:
     @cached_property
     def embedder(self) -> Embedder:
         """Load or train the features. Raises UserError where there are none for this dataset."""
-        features = features_for(self.data, self.device, self.say)
+        features = features_for(self.data, self.device, self.say, *self.features)
         return Embedder(features, pixel_features(self.data.train.images))
+
+    @cached_property
+    def inception(self) -> tuple[large.Run, str]:
+        """Load Inception, whose features are those of the customary FID. Raises UserError."""
+        return large.inception(self.data.facts, self.device, self.say)
 
     @cached_property
     def test(self) -> Embedded:

@@ -227,7 +227,9 @@ def make_reference(
 ) -> Reference:
     """Prepare, on rank 0, the reference images for any number of measurements."""
     parts = tuple(name for name in METRICS if name in config.measure)
-    reference = Reference(data, parts, n, device, lambda text: say(own, text))
+    reference = Reference(
+        data, parts, n, device, lambda text: say(own, text), (config.features, config.features_path)
+    )
     if own.first:
         evaluator.prepare(reference, clock)
     return reference
