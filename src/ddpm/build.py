@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddpm.config.choices import Component
-from ddpm.config.schema import Objective as ObjectiveConfig
+from ddpm.config.training import Objective as ObjectiveConfig
 from ddpm.data.dataset import Dataset, check_dataset
 from ddpm.data.datasets import DATASETS
 from ddpm.data.info import DatasetInfo

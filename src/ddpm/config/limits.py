@@ -1,5 +1,6 @@
 """The limits of a config's values, and the check against them."""
 
+import dataclasses
 import difflib
 import math
 import typing
@@ -41,6 +42,7 @@ class Interval(list[float]):
     """Two rising numbers; the value itself is a plain list, as YAML writes it."""
 
 
+PART = Between(0, 1)
 Allowed = Between | tuple[str, ...] | Names
 REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 
@@ -54,6 +56,11 @@ class Key:
     absent: Any = REQUIRED  # what it meant in a checkpoint older than the key
     path: bool = False
     experiment: bool = True  # False: where or how a run is made, which says nothing about what it is
+
+
+def key(*declared: Any, **more: Any) -> Any:
+    """Declare a field of a config; the arguments are those of `Key`."""
+    return dataclasses.field(metadata={"key": Key(*declared, **more)})
 
 
 # Keys of groups with a choice, whose YAML files are their declarations: type, default, help.

@@ -17,28 +17,21 @@ from typing import Any
 from ddpm.config.choices import Component, check_choice, check_keys
 from ddpm.config.limits import (
     GROUP_KEYS,
+    PART,
     REQUIRED,
     Between,
     Interval,
     Key,
     Labels,
     Several,
+    key,
     like,
     number_or_name,
 )
 from ddpm.config.tables import Names
+from ddpm.config.training import Objective, Optimizer, Trainer
 from ddpm.errors import UserError
 
-
-def key(*declared: Any, **more: Any) -> Any:
-    """Declare a field of a config; the arguments are those of `Key`."""
-    return dataclasses.field(metadata={"key": Key(*declared, **more)})
-
-
-STEPS = Between(0, 10**9)
-AT_LEAST_ONE = Between(1, 10**9)
-PART = Between(0, 1)
-AUTO = ("auto", "true", "false")
 FIGURES = ("val_eps_mse", "val_loss")
 
 # Keys of several commands.
@@ -54,67 +47,24 @@ _precision = partial(
     key, "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX", ("fp32", "bf16")
 )
 _n = partial(key, allowed=Between(1, 10**8))
-_guidance_scale = partial(
-    key, "1 is off; above 1 more typical of the class, 0 without class", Between(0, 1000)
-)
-_guidance_rescale = partial(key, "0 to 1: back towards the contrast without guidance", PART)
-_guidance_interval = partial(
-    key, "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0)
-)
 _out = partial(key, path=True)
 
 
 @dataclass(frozen=True)
-class Objective:
-    prediction: str = key(allowed=Names("prediction"))
-    weight: str = key(allowed=Names("weight"))
-    min_snr_gamma: float = key(allowed=Between(0, above=True))
-    p2_gamma: float = key(allowed=Between(0))
-    sigmoid_bias: float = key(allowed=Between(-100, 100))
-    timesteps: str = key(allowed=Names("timesteps"))
-    logit_normal_mean: float = key(allowed=Between(-100, 100))
-    logit_normal_std: float = key(allowed=Between(0, 100, above=True))
-    label_dropout: float = key(allowed=PART)
-    learned_variance: bool = key()
-    vlb_weight: float = key(allowed=Between(0))
+class Guided:
+    """Guidance. A training recommends it, as it does a sampler: ddpm-sample and ddpm-eval take it from there."""
+
+    guidance_scale: float = key(
+        "1 is off; above 1 more typical of the class, 0 without class", Between(0, 1000), absent=1.0
+    )
+    guidance_rescale: float = key("0 to 1: back towards the contrast without guidance", PART, absent=0.0)
+    guidance_interval: Interval | None = key(
+        "guide only where sigma/alpha is within [low, high]; null: everywhere", Between(0), absent=None
+    )
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    name: str = key(allowed=Names("optimizer"), absent="adamw")
-    lr: float = key(allowed=Between(0, above=True))
-    beta_1: float = key(allowed=Between(0, 0.99999))
-    beta_2: float = key(allowed=Between(0, 0.9999999))
-    weight_decay: float = key(allowed=Between(0))
-    warmup_steps: int = key(allowed=STEPS)
-    decay: str = key(allowed=("constant", "cosine", "halving"))
-    halvings: int = key(allowed=Between(0, 64), absent=5)
-
-
-@dataclass(frozen=True)
-class Trainer:
-    max_steps: int = key(allowed=AT_LEAST_ONE)
-    max_epochs: int | None = key(allowed=AT_LEAST_ONE)
-    batch_size: int = key(allowed=Between(1, 2**20))
-    accumulate: int = key(allowed=Between(1, 2**16))
-    precision: str = key(allowed=("auto", "fp32", "tf32", "bf16", "fp16"))
-    channels_last: bool = key()
-    compile: str = key(allowed=AUTO)
-    cuda_graph: str = key(allowed=AUTO, absent="auto")
-    ema_decay: float = key(allowed=Between(0, 0.9999999))
-    grad_clip: float = key(allowed=Between(0, above=True))
-    log_every: int = key(allowed=AT_LEAST_ONE)
-    validate_every: int = key(allowed=STEPS)
-    sample_every: int = key(allowed=STEPS)
-    checkpoint_every: int = key(allowed=STEPS)
-    keep: int = key(allowed=Between(1, 10**6))
-    resume: str | None = key(path=True, experiment=False)
-    init_from: str | None = key(path=True, absent=None)
-    deterministic: bool = key()
-
-
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Guided):
     seed: int = _seed()
     device: str = _device()
     data_root: str = _data_root()
@@ -148,15 +98,11 @@ class TrainConfig:
     objective: Objective = key()
     optimizer: Optimizer = key()
     sampler: Component = key()
-    # Like the sampler these are recommended: ddpm-sample and ddpm-eval take them from the checkpoint.
-    guidance_scale: float = _guidance_scale(absent=1.0)
-    guidance_rescale: float = _guidance_rescale(absent=0.0)
-    guidance_interval: Interval | None = _guidance_interval(absent=None)
     trainer: Trainer = key()
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Guided):
     ckpt: str = _ckpt()
     n: int | None = _n("how many images: 64; of each input: 1; from end to end of an interpolation: 8")
     seed: int = _seed()
@@ -168,9 +114,6 @@ class SampleConfig:
     precision: str = _precision()
     ema: bool = _ema()
     label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
-    guidance_scale: float = _guidance_scale()
-    guidance_rescale: float = _guidance_rescale()
-    guidance_interval: Interval | None = _guidance_interval()
     task: str = key(
         "generate, inpaint, variation, interpolate or reconstruct",
         ("generate", "inpaint", "variation", "interpolate", "reconstruct"),
@@ -198,16 +141,13 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class DrawConfig:
+class DrawConfig(Guided):
     """What `Model.sample` takes beside a sampler."""
 
     n: int = _n()
     seed: int = _seed()
     index: Several | None = key(allowed=Between(0, 2**53))
     label: Labels | None = key()
-    guidance_scale: float = _guidance_scale()
-    guidance_rescale: float = _guidance_rescale()
-    guidance_interval: Interval | None = _guidance_interval()
     batch_size: int = _batch_size()
 
 
@@ -225,7 +165,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Guided):
     ckpt: str | None = _ckpt()
     samples: str | None = key(
         "instead of ckpt: an .npz file, a folder of pictures, or mnist:test, mnist:train:0-9999", path=True
@@ -242,9 +182,6 @@ class EvalConfig:
     device: str = _device()
     precision: str = _precision()
     ema: bool = _ema()
-    guidance_scale: float = _guidance_scale()
-    guidance_rescale: float = _guidance_rescale()
-    guidance_interval: Interval | None = _guidance_interval()
     sampler: Component = key()
     data_root: str = _data_root()
     measure: list[str] = key(
@@ -344,9 +281,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def by_key(config: Any) -> dict[str, Any]:
     """Return a checked config by key, as it is typed: flat, the name of a choice under its group."""
     flat: dict[str, Any] = {}
-    for key, value in to_dict(config).items():
+    for group, value in to_dict(config).items():
         for inner, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flat[key if inner in ("", "name") else f"{key}.{inner}"] = item
+            flat[group if inner in ("", "name") else f"{group}.{inner}"] = item
     return flat
 
 

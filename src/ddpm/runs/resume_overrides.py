@@ -3,7 +3,8 @@
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.config.overrides import as_overrides, typed_value
-from ddpm.config.schema import Trainer, to_dict
+from ddpm.config.schema import to_dict
+from ddpm.config.training import Trainer
 from ddpm.errors import UserError
 
 

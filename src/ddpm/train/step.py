@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpm.config.schema import Optimizer as OptimizerConfig
+from ddpm.config.training import Optimizer as OptimizerConfig
 from ddpm.diffusion.objective import losses
 from ddpm.diffusion.timesteps import TIMESTEPS, updated_history
 from ddpm.runtime import distributed
