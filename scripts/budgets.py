@@ -87,23 +87,23 @@ MEASURED: dict[str, int] = {
     "runtime": 1025,  # aim 620
     "networks": 1122,  # aim 800
     "diffusion": 1135,  # aim 1100
-    "config": 1127,  # aim 650
+    "config": 1160,  # aim 650
     "data": 1279,  # aim 1000
     "build, register": 180,  # aim 170
     "checkpoint": 538,  # aim 500
-    "sample, api": 1043,  # aim 870
+    "sample, api": 1054,  # aim 870
     "train": 1643,  # aim 1100
     "runs": 700,  # aim 400
     "export": 468,  # aim 310
-    "evaluate": 2838,  # aim 1900
-    "report": 972,  # aim 700
+    "evaluate": 2984,  # aim 1900
+    "report": 976,  # aim 700
     "sweep": 466,  # aim 350
-    "cli": 1314,  # aim 1050
-    "all, C included": 16844,  # aim 12000
-    "core": 2466,  # aim 2500
+    "cli": 1350,  # aim 1050
+    "all, C included": 17074,  # aim 12000
+    "core": 2473,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0
-    "imports inside functions": 23,  # aim 25
+    "imports inside functions": 24,  # aim 25
     "files with a private name of another library": 0,  # aim 0
     "__init__, old_names": 151,
 }

@@ -7,6 +7,7 @@ python scripts/write_results.py --store RUN RECIPE      copies what counts of a 
 
 import argparse
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ TEXTS = (
     "environment.json",
 )  # needed; study.json, study.png and grid.png may be there
 FEWEST = 2  # seeds
+STUDIED = 1000  # images of each setting of a study
+BANDS = 5  # of noise levels, that training and test error are compared in
 
 HEAD = """# Results
 
@@ -69,7 +72,7 @@ def page(stored: Path, recipes: Path, place: Path) -> str:
         seeds = [
             _read(folder) for folder in sorted((stored / recipe.stem).glob("*/"), key=lambda path: path.name)
         ]
-        parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe.stem, seeds)}")
+        parts.append(f"## {recipe.stem}\n\n{_purpose(recipe)}\n\n{_commands(recipe, seeds)}")
         parts += list(_measured(seeds, place)) if seeds else [UNSTORED.get(recipe.stem, "Not run yet.\n")]
     return "\n".join(parts)
 
@@ -81,36 +84,49 @@ def _purpose(recipe: Path) -> str:
     return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
-def _commands(recipe: str, seeds: list[Seed]) -> str:
+def _commands(file: Path, seeds: list[Seed]) -> str:
     """Those that made what is stored; else those that would."""
-    number = seeds[0].folder.name if seeds else "0"
+    number, recipe = seeds[0].folder.name if seeds else "0", file.stem
     run = f"runs/{recipe}-{number}"
     lines = [
         f"ddpm-train experiment={recipe} seed={number} run_dir={run}",
         f"ddpm-eval ckpt={run} {_told(seeds[0].evaluation.protocol if seeds else {})}",
         f"ddpm-sample ckpt={run} n=100",
     ]
-    studies = [sampler_study.read(file) for seed in seeds if (file := seed.folder / "study.json").exists()]
-    swept, about = "sampler=ddim,dpmpp_2m,unipc sampler.num_steps=5,10,20,50", dict[str, Any]()
+    studies = [sampler_study.read(kept) for seed in seeds if (kept := seed.folder / "study.json").exists()]
+    swept, about = "sampler=dpmpp_2m_sde,ddim,dpmpp_2m sampler.num_steps=10,20", {"n": STUDIED}
+    if yaml.safe_load(file.read_text())["model"].get("conditional"):
+        swept += " guidance_scale=1,1.3,1.5 guidance_interval=null,[0.3,5]"
     if studies:
         rows, about = studies[0].rows, dict(studies[0].about)
-        names, steps = (
-            ",".join(dict.fromkeys(values))
-            for values in ([row.sampler["name"] for row in rows], [str(row.num_steps) for row in rows])
-        )
-        swept = f"sampler={names} sampler.num_steps={steps}"
+        values = {
+            "sampler": [row.sampler["name"] for row in rows],
+            "sampler.num_steps": [str(row.num_steps) for row in rows],
+            "guidance_scale": [f"{row.guidance_scale:g}" for row in rows],
+            "guidance_interval": [_interval(row.guidance_interval) for row in rows],
+        }
+        keys = ("sampler", "sampler.num_steps", *studies[0].varied)
+        swept = " ".join(f"{key}={','.join(dict.fromkeys(values[key]))}" for key in values if key in keys)
     if studies or not seeds:
         lines.append(f"ddpm-eval -m ckpt={run} {_told(about)} {swept}")
     return "\n".join(["```", *lines, f"python scripts/write_results.py --store {run} {recipe}", "```", ""])
 
 
 def _told(about: Mapping[str, Any]) -> str:
-    """n, precision where it is not the default, and the sampler of an evaluation."""
+    """n, precision and guidance where they are not the default, and the sampler of an evaluation."""
     precision = about.get("precision", "fp32")
     told = f"n={about.get('n', 10_000)}" + (f" precision={precision}" if precision != "fp32" else "")
     if "sampler" in about:
         told += f" sampler={about['sampler']['name']} sampler.num_steps={about['num_steps']}"
+    if about.get("guidance_scale", 1) != 1:
+        told += f" guidance_scale={about['guidance_scale']:g}"
+        told += "".join(f" {key}={about[key]:g}" for key in ["guidance_rescale"] if about.get(key))
+        told += "".join(f" {key}={_interval(about[key])}" for key in ["guidance_interval"] if about.get(key))
     return told
+
+
+def _interval(ends: list[float] | None) -> str:
+    return "null" if ends is None else f"[{','.join(f'{end:g}' for end in ends)}]"
 
 
 def _read(folder: Path) -> Seed:
@@ -123,6 +139,12 @@ def _measured(seeds: list[Seed], place: Path) -> Iterator[str]:
     few = f"\n\nOnly {len(seeds)} seed so far; {FEWEST} are wanted." if len(seeds) < FEWEST else ""
     yield f"{_machine(seeds)}{few}\n"
     yield _table([["", "value", "beside it"], *_rows(seeds)])
+    if bands := _bands([seed for seed in seeds if {"test", "train"} <= seed.evaluation.curves.keys()]):
+        yield (
+            f"### {seeds[0].folder.parent.name}: generalisation\n\nMean squared error in eps by noise level, "
+            f"± its standard error. Training images far below test images would be over-fitting.\n"
+        )
+        yield _table([["t", "sigma / alpha", "test images", "training images", "training / test"], *bands])
     for seed in seeds:
         if (file := seed.folder / "study.json").exists():
             yield f"### {seed.folder.parent.name}: samplers\n\n{sampler_study.markdown(sampler_study.read(file))}\n"
@@ -131,6 +153,27 @@ def _measured(seeds: list[Seed], place: Path) -> Iterator[str]:
     for seed in seeds:
         if (picture := seed.folder / "grid.png").exists():
             yield f"![{seed.folder.parent.name}, seed {seed.folder.name}]({_link(picture, place)})\n"
+
+
+def _bands(seeds: list[Seed]) -> list[list[str]]:
+    """The curves of all seeds, averaged, in BANDS of t; no rows without seeds."""
+    rows = list[list[str]]()
+    for band in range(BANDS if seeds else 0):
+        means, texts, places = list[float](), list[str](), slice(0)
+        for name in ("test", "train"):
+            curves = [seed.evaluation.curves[name] for seed in seeds]
+            size = len(curves[0]["t"]) // BANDS
+            places = slice(band * size, (band + 1) * size)
+            values = [value for curve in curves for value in curve["eps_mse"][places]]
+            errors = [error for curve in curves for error in curve["error"][places]]
+            means.append(sum(values) / len(values))
+            texts.append(f"{means[-1]:.3g} ± {sum(error**2 for error in errors) ** 0.5 / len(errors):.1g}")
+        curve = seeds[0].evaluation.curves["test"]
+        ends = [curve[key][places][end] for key in ("t", "lambda_") for end in (0, -1)]
+        low, high = ("∞" if lambda_ is None else f"{math.exp(-lambda_):.3g}" for lambda_ in ends[2:])
+        times = f"{ends[0]:.0f} … {ends[1]:.0f}"
+        rows.append([times, f"{low} … {high}", *texts, f"{means[1] / means[0]:.3f}"])
+    return rows
 
 
 def _machine(seeds: list[Seed]) -> str:
@@ -157,37 +200,51 @@ def _rows(seeds: list[Seed]) -> Iterator[list[str]]:
         seeds, lambda s: _value(s, "fd_excess"), "{:.3f}", lambda s: _ends(s.figures.get("fd_excess"))
     )
     floor = _beside(seeds, "fd_excess", "{:.3f}", "floor", floor=True)
+    real = _beside(seeds, "real_fd_excess", "{:.3f}")
     yield [
         "Fréchet excess",
         excess,
-        ", ".join(filter(None, [floor, _beside(seeds, "real_fd_excess", "{:.3f}")])),
+        ", ".join(filter(None, [floor, real, _unguided(seeds, "fd_excess", "{:.3f}")])),
     ]
     yield _plain(seeds, "Fréchet excess within classes", "class_fd_excess", "{:.3f}")
     yield _plain(seeds, "Fréchet excess on pixels", "pixel_fd_excess", "{:.3f}")
     yield _plain(seeds, "KID", "kid", "{:.4f}")
+    for key in dict.fromkeys(key for seed in seeds for key in seed.figures if key.startswith("FID-")):
+        yield _plain(seeds, key, key, "{:.2f}")
     for name in ("precision", "recall", "density", "coverage"):
         yield _plain(seeds, name, name, "{:.3f}")
     yield _plain(seeds, "classifier confidence", "confident", "{:.1%}")
+    yield _plain(seeds, "agreement with the label", "right_class", "{:.1%}")
     ends = [
         _over(seeds, lambda s, key=key: _value(s, key), "{:.1%}")
         for key in ("rarest_class", "most_frequent_class")
     ]
-    real = [_beside(seeds, f"real_{key}", "{:.1%}", "") for key in ("rarest_class", "most_frequent_class")]
+    of_real = [_beside(seeds, f"real_{key}", "{:.1%}", "") for key in ("rarest_class", "most_frequent_class")]
     yield [
         "class shares, from – to",
         " – ".join(ends),
-        f"real images: {' – '.join(real)}" if all(real) else "",
+        f"real images: {' – '.join(of_real)}" if all(of_real) else "",
     ]
     yield _plain(seeds, "classification accuracy score", "cas", "{:.1%}")
     yield _plain(seeds, "bits per dimension", "bits_per_dim", "{:.3f}")
     yield _plain(seeds, "memorized", "memorized", "{:.2%}")
+    yield _plain(seeds, "memorized, relative to neighbours", "memorized_relative", "{:.2%}")
+    identical = _over(seeds, lambda s: s.evaluation.memorization.get("identical"), "{:.0f}")
+    yield ["identical to a training image", identical, f"of {seeds[0].evaluation.protocol['n']:,}"]
     images = _over(seeds, lambda s: s.evaluation.protocol["seconds"].get("sampling"), "{:.0f} s")
     yield [f"sampling, {_sampler(seeds[0])}", images, f"{seeds[0].evaluation.protocol['n']:,} images"]
 
 
 def _plain(seeds: list[Seed], title: str, key: str, form: str) -> list[str]:
     own = _over(seeds, lambda s: _value(s, key), form, lambda s: _error(s, key))
-    return [title, own, _beside(seeds, f"real_{key}", form)]
+    beside = [_beside(seeds, f"real_{key}", form), _unguided(seeds, key, form)]
+    return [title, own, ", ".join(filter(None, beside))]
+
+
+def _unguided(seeds: list[Seed], key: str, form: str) -> str:
+    """The same figure of images drawn without guidance, where those of the table are guided."""
+    plain = [seed.evaluation.unguided[key].value for seed in seeds if key in seed.evaluation.unguided]
+    return f"without guidance: {form.format(sum(plain) / len(plain))}" if plain else ""
 
 
 def _beside(seeds: list[Seed], key: str, form: str, what: str = "real images", floor: bool = False) -> str:
@@ -232,7 +289,9 @@ def _error(seed: Seed, key: str) -> str:
 
 def _sampler(seed: Seed) -> str:
     about = seed.evaluation.protocol
-    return f"{about['sampler']['name']} with {about['num_steps']} steps"
+    guided = f", guidance {about['guidance_scale']:g}" if about.get("guidance_scale", 1) != 1 else ""
+    within = f" within {_interval(about['guidance_interval'])}" if about.get("guidance_interval") else ""
+    return f"{about['sampler']['name']} with {about['num_steps']} steps{guided}{within}"
 
 
 def _table(rows: list[list[str]]) -> str:

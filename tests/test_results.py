@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,45 @@ def test_one_seed_has_its_own_interval_and_is_said_to_be_few(tmp_path: Path) -> 
     page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path / "docs")
     assert rows(page)["Fréchet excess"][0] == "0.400 [0.300, 0.500]" and "Only 1 seed so far" in page
     assert "| ddim | 20 | 20 |" in page and "![digits_cpu, seed 7](../digits_cpu/7/grid.png)" in page
+
+
+def test_guidance_is_said_and_what_it_gained(tmp_path: Path) -> None:
+    folder = made(tmp_path / "mnist_cpu" / "0", 0.4, right_class=Metric(0.99, error=0.001))
+    whole = record.read(str(folder))
+    about = {
+        **whole.protocol,
+        "guidance_scale": 1.3,
+        "guidance_rescale": 0.0,
+        "guidance_interval": [0.3, 5.0],
+    }
+    unguided = {"fd_excess": Metric(0.7), "right_class": Metric(0.95)}
+    record.write(folder / "evaluation.json", replace(whole, protocol=about, unguided=unguided))
+    studied = [replace(whole, protocol={**about, "guidance_scale": scale}) for scale in (1.0, 1.3)]
+    varied = ["sampler", "guidance_scale", "guidance_interval"]
+    sampler_study.write(folder / "study.json", sampler_study.gather(studied, varied))
+    page = SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path)
+    assert rows(page)["Fréchet excess"][1].endswith("real images: 0.010, without guidance: 0.700")
+    assert rows(page)["agreement with the label"] == ["99.0% ± 0.001", "without guidance: 95.0%"]
+    assert "sampling, ddim with 20 steps, guidance 1.3 within [0.3,5]" in page
+    assert "n=500 sampler=ddim sampler.num_steps=20 guidance_scale=1.3 guidance_interval=[0.3,5]\n" in page
+    assert "guidance_scale=1,1.3 guidance_interval=[0.3,5]\npython" in page
+    assert "guidance" not in next(part for part in page.split("## ") if part.startswith("seed_notebook"))
+
+
+def test_training_error_stands_beside_test_error_by_noise_level(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = made(tmp_path / "mnist_cpu" / str(seed), 0.4)
+        whole, size = record.read(str(folder)), 20
+        curve = {"t": [10.0 * i for i in range(size)], "lambda_": [0.0] * (size - 1) + [None]}
+        curve |= {"error": [0.02] * size}
+        curves = {
+            name: {**curve, "eps_mse": [part * (1 + seed)] * size}
+            for name, part in (("test", 0.2), ("train", 0.1))
+        }
+        record.write(folder / "evaluation.json", replace(whole, curves=curves))
+    found = rows(SCRIPT["page"](tmp_path, SCRIPT["RECIPES"], tmp_path))
+    assert found["0 … 30"] == ["1 … 1", "0.3 ± 0.007", "0.15 ± 0.007", "0.500"]
+    assert found["160 … 190"][0] == "1 … ∞"
 
 
 def test_a_run_is_stored_without_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

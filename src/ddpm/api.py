@@ -23,7 +23,7 @@ from ddpm.runtime import device as runtime_device
 from ddpm.runtime.world import ALONE
 from ddpm.sample import model as models
 from ddpm.sample import sampler_file
-from ddpm.sample.model import Guidance, labels
+from ddpm.sample.model import labels
 from ddpm.sample.sampling import draw_all, generation
 
 __all__ = ["Model", "load", "save_grid", "to_uint8"]
@@ -39,7 +39,7 @@ class Model(models.Model):
         seed: int = 0,
         index: Sequence[int] | None = None,
         label: int | str | Sequence[int | str] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         sampler: str | None = None,
         batch_size: int = 256,
         **settings: Any,
@@ -50,15 +50,18 @@ class Model(models.Model):
         instead of 0 … n-1. Image i has the class label[i mod K], a number or, where it is none, a name of the
         checkpoint's classes; `label` defaults to all classes. `sampler` names a sampler with its own defaults; without
         it, sampler.yaml beside the checkpoint counts, else the training's sampler. `settings` are the sampler's keys,
-        such as num_steps, spacing, clip, eta. Raises UserError that names the key for a value that is out of range or
-        does not fit the model.
+        such as num_steps, spacing, clip, eta. Guidance is that which the training recommends, or of `guidance_scale`.
+        Raises UserError that names the key for a value that is out of range or does not fit the model.
         """
-        typed = {"n": n, "seed": seed, "index": index, "label": label, "guidance_scale": guidance_scale}
-        typed = {key: _plain(value) for key, value in {**typed, "batch_size": batch_size}.items()}
+        guided = sampler_file.recommended_guidance(self.config)
+        if guidance_scale is not None:
+            guided = {**sampler_file.NO_GUIDANCE, "guidance_scale": guidance_scale}
+        typed = {"n": n, "seed": seed, "index": index, "label": label, "batch_size": batch_size, **guided}
+        typed = {key: _plain(value) for key, value in typed.items()}
         todo: DrawConfig = check(DrawConfig, typed)
         base = sampler if sampler is not None else sampler_file.default(self.config, self.folder)[0]
         chosen = choose_sampler(base, {key: _plain(value) for key, value in settings.items()})
-        guidance = Guidance(todo.guidance_scale)
+        guidance = models.guidance(todo)
 
         def halved(left: int, size: int) -> None:
             warnings.warn(f"out of memory: going on with batch_size={size}", RuntimeWarning, stacklevel=5)

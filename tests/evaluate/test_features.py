@@ -17,13 +17,16 @@ from ddpm.data.digits import digits
 from ddpm.data.info import DatasetInfo
 from ddpm.data.mnist import mnist
 from ddpm.errors import DataError, UserError
+from ddpm.evaluate import evaluator
 from ddpm.evaluate.features import extractor, training
 from ddpm.evaluate.features.extractor import Features, features_for
 from ddpm.evaluate.features.network import FeatureNetwork, halve, initialise, whitening
 from ddpm.evaluate.features.pixels import pixel_features
 from ddpm.evaluate.features.training import Recipe
-from ddpm.evaluate.metrics import cas
+from ddpm.evaluate.metrics import cas, fid
 from ddpm.evaluate.metrics.cas import accuracy_score
+from ddpm.evaluate.provenance import Clock
+from ddpm.evaluate.reference import Reference, Samples
 from ddpm.io.cache import load_arrays, save_arrays
 
 CPU = torch.device("cpu")
@@ -292,11 +295,71 @@ class FakeInception(nn.Module):
         return ((x[:, 1].flatten(1).float() / 255) @ self.table,)
 
 
-def test_inception_features_are_whitened_too(monkeypatch):
-    """And made in batches that a GPU can hold."""
+@pytest.fixture
+def fake_inception(monkeypatch):
     module = ModuleType("torch_fidelity")
     module.FeatureExtractorInceptionV3 = FakeInception
     monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+
+
+def test_fid_is_the_distance_from_all_training_images_and_named_by_n(data, fake_inception, monkeypatch):
+    reference = Reference(data, ("fid",), 20, CPU)  # which takes 20 real images for other metrics
+    run, sha256 = reference.inception
+    samples = Samples(blurred(data.train.images[:300]).byte(), None, reference)
+    found = fid.fid(samples, reference).values
+    by_the_book = distance(run(samples.images, 50)[0], run(data.train.images, 50)[0])
+    assert found.keys() == {"FID-300"} and found["FID-300"].value == pytest.approx(by_the_book, rel=1e-4)
+    assert found["FID-300"].text == f"against {len(data.train)} training images; Inception {sha256}"
+    monkeypatch.setattr(fid, "CUSTOMARY", 300)
+    assert fid.fid(samples, reference).values.keys() == {"FID-50k"}
+    few = fid.fid(Samples(samples.images[:1], None, reference), reference)
+    assert few.notes == ["no fid: it needs 2 images"] and not few.values
+
+
+def test_fid_without_inception_is_refused_before_samples_are_drawn(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(
+        UserError, match=r"pip install .*\[inception\].*\(measure=\[memorization,likelihood,cas\]"
+    ):
+        evaluator.prepare(Reference(data, ("fid", "cas"), 20, CPU), Clock())
+
+
+def test_features_may_be_those_of_inception_for_any_dataset(data, fake_inception):
+    named = [features_for(data, CPU, ignore, *kind).name for kind in ((), ("inception",))]
+    assert named == ["digits-8", "inception-v3"]
+
+
+def test_dinov2_is_read_from_a_folder_and_no_other_network_is(data, tmp_path, monkeypatch):
+    """A small network of this architecture, saved as the public ones are."""
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(**small)).save_pretrained(tmp_path / "small")
+    made = features_for(data, CPU, ignore, "dinov2", str(tmp_path / "small"))
+    again = features_for(data, CPU, ignore, "dinov2", str(tmp_path / "small"))
+    embedding = made.embed(data.test.images)
+    assert embedding.features.shape == (180, 8) and embedding.probabilities is None
+    assert made.sha256 == again.sha256 and torch.equal(
+        again.embed(data.test.images).features, embedding.features
+    )
+    vit = transformers.ViTConfig(**small, intermediate_size=16)
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
+    (tmp_path / "small" / "model.safetensors").write_bytes(b"cut")
+    for folder, why in (("vit", "lacks the weights"), ("small", ""), ("none", "there is no such folder")):
+        with pytest.raises(
+            UserError, match=f"features_path=.*{folder}: holds no DINOv2 of transformers: .*{why}"
+        ):
+            features_for(data, CPU, ignore, "dinov2", str(tmp_path / folder))
+
+
+def test_dinov2_says_what_it_needs(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"features=dinov2 needs transformers: pip install .*\[dinov2\]"):
+        features_for(data, CPU, ignore, "dinov2", str(tmp_path))
+
+
+def test_inception_features_are_whitened_too(fake_inception):
+    """And made in batches that a GPU can hold."""
     images = torch.randint(
         0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -314,12 +377,12 @@ def test_inception_features_are_whitened_too(monkeypatch):
 
 def test_accuracy_score_tells_right_labels_from_wrong_ones(data, monkeypatch):
     monkeypatch.setattr(cas, "RECIPE", Recipe(40, 4e-3))
-    train, test = data.train, data.test
-    real = accuracy_score(train.images, train.labels, test.images, test.labels, 10, 0, CPU)
-    assert real.value > 0.7 and real.n == 180
+    train, test, reference = data.train, data.test, Reference(data, (), 9, CPU)
+    real = accuracy_score(train, reference, 0)
+    assert real.value > 0.7 and real.n == len(train) and real.low < real.value < real.high
     assert real.error == pytest.approx((real.value * (1 - real.value) / 180) ** 0.5)
     monkeypatch.setattr(cas, "RECIPE", Recipe(8, 4e-3))
-    one = accuracy_score(train.images, torch.full_like(train.labels, 3), test.images, test.labels, 10, 0, CPU)
+    one = accuracy_score(Split(train.images, torch.full_like(train.labels, 3)), reference, 0)
     assert one.value == (test.labels == 3).double().mean().item()
 
 
@@ -357,8 +420,8 @@ def test_mnist_ranking_is_the_same_for_another_seed():
 @needs_data
 def test_accuracy_score_of_real_mnist():
     data = mnist(Path(REAL))
-    train, test = data.train, data.test
-    score = accuracy_score(train.images[:10_000], train.labels[:10_000], test.images, test.labels, 10, 0, CPU)
+    train = Split(data.train.images[:10_000], data.train.labels[:10_000])
+    score = accuracy_score(train, Reference(data, (), 9, CPU), 0)
     assert score.value >= 0.975 and score.n == 10_000
 
 

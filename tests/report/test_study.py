@@ -93,7 +93,11 @@ def test_the_table_shows_what_was_varied_and_comes_back_from_its_file(tmp_path: 
 
 
 def concluded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *evaluations: Evaluation, **settings: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *evaluations: Evaluation,
+    recommended: tuple[Any, ...] = (1.0, 0.0, None),
+    **settings: Any,
 ) -> Component | None:
     """The sampler that a study of these evaluations leaves beside its checkpoint."""
     monkeypatch.setattr(sampler_study_plot, "draw", lambda *_: 1 / 0)  # a picture decides nothing
@@ -104,8 +108,40 @@ def concluded(
     ]
     varied = ["sampler", "guidance_scale"]
     (folder / "sampler.yaml").unlink(missing_ok=True)
-    study_run.conclude(configs, varied, folder / "a.safetensors", folder, list(evaluations))
+    study_run.conclude(configs, varied, folder / "a.safetensors", folder, list(evaluations), recommended)
     return sampler_file.read(folder / "sampler.yaml")
+
+
+def test_guidance_has_columns_and_the_cheapest_may_be_guided(tmp_path: Path) -> None:
+    plain, all_over, within = (
+        of("ddim", 9, 0.9),
+        guided(of("ddim", 9, 0.2), 1.5),
+        guided(of("ddim", 9, 0.15), 1.5),
+    )
+    within = dataclasses.replace(within, protocol={**within.protocol, "guidance_interval": [0.3, 5.0]})
+    found = sampler_study.gather([plain, all_over, within], ["guidance_scale", "guidance_interval"])
+    head, *_, last, _ = sampler_study.cells(found)
+    assert head[2:4] == ["guidance_scale", "guidance_interval"] and last[2:4] == ["1.5", "[0.3, 5.0]"]
+    assert "best: ddim, 9 steps, guidance_scale 1.5, guidance_interval" in sampler_study.verdict(found)
+    sampler_study.write(tmp_path / "study.json", found)
+    assert sampler_study.read(tmp_path / "study.json") == found
+    raw = json.loads((tmp_path / "study.json").read_text())
+    for row in raw["rows"]:
+        del row["guidance_rescale"], row["guidance_interval"]  # as older files
+    (tmp_path / "study.json").write_text(json.dumps(raw))
+    assert sampler_study.read(tmp_path / "study.json").rows[2].guidance == (1.5, 0.0, None)
+
+
+def test_an_interval_without_guidance_is_no_setting(run: Path) -> None:
+    typed = [f"ckpt={run}", "sampler=ddim", "guidance_scale=1,2", "guidance_interval=null,[0,1],[1,2]"]
+    settings, varied = study._settings(hydra.read_overrides(typed))
+    assert [(each.guidance_scale, each.guidance_interval) for each in settings] == [
+        (1.0, None),
+        (2.0, None),
+        (2.0, [0.0, 1.0]),
+        (2.0, [1.0, 2.0]),
+    ]
+    assert varied == ["guidance_scale", "guidance_interval"]
 
 
 def guided(made: Evaluation, scale: float) -> Evaluation:
@@ -134,6 +170,15 @@ def test_only_a_study_that_can_tell_names_the_next_sampler(
     ):
         assert concluded(tmp_path, monkeypatch, *evaluations, **settings) is None
         assert f"sampler.yaml is not written: {why}" in capsys.readouterr().out
+
+
+def test_the_next_sampler_is_chosen_at_the_guidance_that_the_training_recommends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [of("heun", 9, 0.1), guided(of("unipc", 9, 0.4), 1.5), guided(of("ddim", 5, 0.8), 1.5)]
+    made = concluded(tmp_path, monkeypatch, *rows, recommended=(1.5, 0.0, None))
+    assert made is not None and made.name == "unipc"
+    assert "guidance_scale 1.5\n" in (tmp_path / "sampler.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from ddpm.config.schema import DrawConfig, SampleConfig, check
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import UserError
 from ddpm.sample.model import ambiguous, class_number
+from ddpm.sample.sampler_file import NO_GUIDANCE
 
 FOLDER = DatasetInfo("folder", 3, 8, 4, ("cat", "a dog", "10", "0"), 256)
 
@@ -36,7 +37,7 @@ def test_numbers_and_names_are_read(typed: str, read: Any) -> None:
 
 
 def test_values_of_the_library_are_read_alike() -> None:
-    plain = {"n": 1, "seed": 0, "index": None, "guidance_scale": 1.0, "batch_size": 1}
+    plain = {"n": 1, "seed": 0, "index": None, "batch_size": 1, **NO_GUIDANCE}
     for label, read in ((2, [2]), ("cat", ["cat"]), (["cat", 2], ["cat", 2]), ("all", "all"), (None, None)):
         assert check(DrawConfig, {**plain, "label": label}).label == read
     for wrong in (True, [], 2.5, {"a": 1}, [[1]]):

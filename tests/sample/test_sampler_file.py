@@ -9,7 +9,7 @@ import ddpm
 from ddpm.cli import default_sampler
 from ddpm.config import hydra
 from ddpm.config.choices import Component, choose_sampler
-from ddpm.config.schema import SampleConfig, check
+from ddpm.config.schema import EvalConfig, SampleConfig, check
 from ddpm.errors import UserError
 from ddpm.sample import sampler_file
 from ddpm.sample.sampler_file import trained_sampler
@@ -51,6 +51,33 @@ def test_it_is_taken_unless_another_one_is_typed(file: Path, capsys: pytest.Capt
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"sampler\.order"):
         taken(file, "sampler.order=3")
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_guidance_is_that_which_the_training_recommends(tmp_path: Path, dropout: float) -> None:
+    """Where the model can have it, and nothing else is typed."""
+    guided = ["guidance_scale=3", "guidance_rescale=0.5", "guidance_interval=[0.2,2]"]
+    more = ["model.conditional=true", f"objective.label_dropout={dropout}", "sampler.num_steps=3", *guided]
+    trained = prepare(config(*more), tiny_data(), CPU)
+    with torch.no_grad():
+        for weight in trained.ema.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    save(trained, tmp_path / "a.safetensors", {})
+
+    def found(*typed: str, program: str = "sample", schema: type = SampleConfig) -> tuple[object, ...]:
+        overrides = hydra.read_overrides([f"ckpt={tmp_path / 'a.safetensors'}", *typed])
+        first = default_sampler.overrides(program, schema, overrides)
+        composed = check(schema, hydra.compose(program, first + overrides))
+        return tuple(getattr(composed, key) for key in sampler_file.NO_GUIDANCE)
+
+    recommended = (3.0, 0.5, [0.2, 2.0]) if dropout else (1.0, 0.0, None)
+    assert found() == found("sampler=ddim") == found(program="eval", schema=EvalConfig) == recommended
+    assert found("guidance_interval=null") == (*recommended[:2], None)
+    assert found("guidance_scale=2") == (2.0, 0.0, None) and found("task=reconstruct") == (1.0, 0.0, None)
+    model = ddpm.load(tmp_path / "a.safetensors", device="cpu")
+    plain, full = (model.sample(2, guidance_scale=scale) for scale in ((1, 3) if dropout else (1, 1)))
+    assert torch.equal(model.sample(2), plain) is not bool(dropout)
+    assert torch.equal(model.sample(2), full) is not bool(dropout)  # which is everywhere, without rescale
 
 
 def test_the_library_takes_it_too(file: Path) -> None:

@@ -17,7 +17,7 @@ from ddpm import build
 from ddpm.cli import sample_run as command
 from ddpm.config import hydra
 from ddpm.config.choices import Component
-from ddpm.config.schema import SampleConfig, TrainConfig, check
+from ddpm.config.schema import SampleConfig, TrainConfig, check, to_dict
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion import editing
 from ddpm.diffusion.denoiser import Estimate
@@ -27,7 +27,7 @@ from ddpm.errors import UserError
 from ddpm.io.images import normalise, to_uint8
 from ddpm.io.pictures import MAX_SOURCE_PIXELS
 from ddpm.sample import tasks, user_images
-from ddpm.sample.model import Model
+from ddpm.sample.model import Model, guidance
 from tests.conftest import run_script
 from tests.diffusion.mixture import IdealDenoiser
 
@@ -468,14 +468,15 @@ def test_tasks_from_the_command_line(typed: list[str], columns: int, said: str, 
 
 
 def test_guidance_is_everywhere_unless_an_interval_is_typed(base: SampleConfig) -> None:
-    assert user_images.guidance(base).interval == (
+    assert guidance(base).interval == (
         0.0,
         math.inf,
     )  # with zero terminal SNR it begins at infinity
     typed = dataclasses.replace(base, guidance_interval=[0.5, 2.0])
-    assert user_images.guidance(typed).interval == (0.5, 2.0)
-    with pytest.raises(UserError, match="two rising numbers"):
-        user_images.guidance(dataclasses.replace(base, guidance_interval=[2.0, 0.5]))
+    assert guidance(typed).interval == (0.5, 2.0)
+    for wrong in ([2.0, 0.5], [1.0], [0.5, 1.0, 2.0]):
+        with pytest.raises(UserError, match="two rising numbers"):
+            check(SampleConfig, {**to_dict(base), "guidance_interval": wrong})
 
 
 @pytest.mark.slow

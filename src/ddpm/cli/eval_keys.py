@@ -39,6 +39,8 @@ def check_keys(config: EvalConfig) -> None:
         raise UserError(f"{' and '.join(given)}: leave all but one out")
     if not config.measure:
         raise UserError("measure=[]: must name at least one")
+    if config.features == "dinov2" and config.features_path is None:
+        raise UserError("features=dinov2: name the folder of its weights: features_path=…")
     if config.compare is not None and not config.compare:
         raise UserError("compare=[]: must name at least one evaluation.json")
     if config.samples is not None and config.dataset is None:

@@ -38,10 +38,9 @@ from ddpm.runtime.distributed import (
 )
 from ddpm.runtime.world import ALONE, World, world
 from ddpm.sample import tasks
-from ddpm.sample.model import Model, ambiguous, load_newest
+from ddpm.sample.model import Model, ambiguous, guidance, load_newest
 from ddpm.sample.sampling import draw_all
 from ddpm.sample.tasks import Plan
-from ddpm.sample.user_images import guidance
 
 FILM_IMAGES = 16
 FILM_FRAMES = 40

@@ -1,6 +1,7 @@
 """ddpm-eval -m: compare settings of one checkpoint's sampler."""
 
 import itertools
+from dataclasses import replace
 
 from ddpm.cli import eval_keys
 from ddpm.config import hydra
@@ -10,7 +11,8 @@ from ddpm.config.unused import refuse_unused
 from ddpm.errors import UserError
 from ddpm.runtime.world import world
 
-SWEPT = ("sampler", "guidance_scale")  # and the sampler's keys: what a setting may change
+# What a setting may change, beside the sampler's keys.
+SWEPT = ("sampler", "guidance_scale", "guidance_rescale", "guidance_interval")
 MEASURED = ["measure=[distance,neighbours]"]  # where `measure` is not typed
 MAX_SETTINGS = 1000
 
@@ -37,20 +39,27 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
         values = {each.get_key_element(): hydra.unrolled(each) for each in parsed}
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
-            raise UserError(f"{key}: -m varies the sampler and guidance_scale; compare=[…] compares all else")
+            raise UserError(
+                f"{key}: -m varies the sampler and guidance; compare=[…] compares all else"
+            )
     jobs = [list(job) for job in itertools.islice(itertools.product(*values.values()), MAX_SETTINGS + 1)]
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"more than {MAX_SETTINGS:,} settings; allowed: {MAX_SETTINGS:,}")
     before = MEASURED + eval_keys.before_typed(jobs[0])  # what is not swept, and so the same for all
-    settings: list[EvalConfig] = []
+    settings, taken = list[EvalConfig](), list[list[str]]()
     for job in jobs:
         config: EvalConfig = check(EvalConfig, hydra.compose("eval", before + job))
         eval_keys.check_keys(config)
+        if config.guidance_scale == 1:  # where the other keys of guidance have no effect
+            config = replace(config, guidance_rescale=0.0, guidance_interval=None)
         if config in settings:
+            if config.guidance_scale == 1 and {"guidance_rescale", "guidance_interval"} & {*varied}:
+                continue
             same = [each for each in job if each.partition("=")[0].lstrip("+") in varied]
             raise UserError(f"two settings are the same: {', '.join(same)}")
         settings.append(config)
-    refuse_unused(zip(jobs, settings, strict=True))
+        taken.append(job)
+    refuse_unused(zip(taken, settings, strict=True))
     measure = settings[0].measure
     if "distance" not in measure or "likelihood" in measure:
         raise UserError(f"measure=[{','.join(measure)}]: -m compares by distance; likelihood has no sampler")

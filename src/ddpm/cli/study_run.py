@@ -31,7 +31,7 @@ from ddpm.runtime import signals
 from ddpm.runtime.console import tell
 from ddpm.runtime.world import ALONE
 from ddpm.sample import sampler_file, sampling
-from ddpm.sample.model import Guidance, Model, denoiser, labels
+from ddpm.sample.model import Model, denoiser, guidance, labels
 
 FILES = ("study.json", "study.png", "study.md")  # written in this order
 MAX_STUDY = 1 << 24  # bytes of study.json
@@ -49,7 +49,9 @@ def run(settings: list[EvalConfig], varied: list[str]) -> None:
         _try(setting, opened.model)
     tell(printable(f"{len(settings)} settings, {first.n:,} images each; kept in {out}"))
     try:
-        conclude(settings, varied, opened.path, out, _evaluations(settings, varied, opened, out))
+        evaluations = _evaluations(settings, varied, opened, out)
+        recommended = tuple(sampler_file.recommended_guidance(opened.model.config).values())
+        conclude(settings, varied, opened.path, out, evaluations, recommended)
     except signals.Stopped as stopped:
         tell(printable(f"stopped; what was finished is in {out}, and the same command goes on"))
         raise signals.Stopped(stopped.number, said=True) from None
@@ -86,9 +88,9 @@ def _not_of_the_study(folder: Path, opened: Opened, names: set[str]) -> str:
 
 def _try(setting: EvalConfig, model: Model) -> None:
     """Draw one step of one image. Raises UserError where a setting does not fit the model."""
-    index, guidance = torch.zeros(1, dtype=torch.int64, device=model.device), Guidance(setting.guidance_scale)
+    index, guided = torch.zeros(1, dtype=torch.int64, device=model.device), guidance(setting)
     with torch.inference_mode():
-        denoise = denoiser(model, setting.sampler, labels(model, None, index, guidance), guidance)
+        denoise = denoiser(model, setting.sampler, labels(model, None, index, guided), guided)
         next(sampling.draw(model, setting.sampler, denoise, index, setting.seed))
 
 
@@ -131,7 +133,15 @@ def _measure(setting: EvalConfig, identity: Identity, opened: Opened, reference:
 
 
 def _identity(setting: EvalConfig, opened: Opened) -> Identity:
+    newer: Identity = {
+        "guidance_rescale": setting.guidance_rescale,
+        "guidance_interval": setting.guidance_interval,
+    }
+    newer |= {"features": [setting.features, setting.features_path]} if setting.features != "own" else {}
     return {
+        **{
+            key: value for key, value in newer.items() if value
+        },  # evaluations older than these are of neither
         "ddpm": __version__,
         "checkpoint_sha256": opened.meta.sha256,
         "ema": setting.ema,
@@ -176,9 +186,18 @@ def _features(evaluation: Evaluation) -> object:
 
 
 def conclude(
-    settings: list[EvalConfig], varied: list[str], path: Path, out: Path, evaluations: list[Evaluation]
+    settings: list[EvalConfig],
+    varied: list[str],
+    path: Path,
+    out: Path,
+    evaluations: list[Evaluation],
+    recommended: tuple[Any, ...] = (1.0, 0.0, None),
 ) -> None:
-    """Write table, files and, where one setting is preferable, sampler.yaml beside the checkpoint `path`."""
+    """Write table, files and, where one setting is preferable, sampler.yaml beside the checkpoint `path`.
+
+    The file names a sampler alone, so it is chosen among the settings of the guidance that the training recommends:
+    scale, rescale and interval.
+    """
     result = sampler_study.gather(evaluations, varied)
     data, picture, text = (out / name for name in FILES)
     sampler_study.write(data, result)
@@ -187,16 +206,16 @@ def conclude(
     tell(sampler_study.table(result))
     for line in (text, data, *(warnings or [str(picture)])):
         tell(printable(str(line)))
-    plain = replace(result, rows=tuple(row for row in result.rows if row.guidance_scale == 1))
-    chosen, about, file = sampler_study.cheapest(plain), result.about, path.parent / sampler_file.NAME
-    why = _unfit(settings[0], sum(bool(row.excess) for row in plain.rows))
+    alike = replace(result, rows=tuple(row for row in result.rows if row.guidance == recommended))
+    chosen, about, file = sampler_study.cheapest(alike), result.about, path.parent / sampler_file.NAME
+    why = _unfit(settings[0], sum(bool(row.excess) for row in alike.rows), recommended[0])
     if chosen is None or why:
         tell(printable(f"{file} is not written: {why}"))
         return
     lines = [
-        f"written by ddpm-eval -m, {date.today()}: of {len(plain.rows)} settings, {sampler_study.verdict(plain)}",
+        f"written by ddpm-eval -m, {date.today()}: of {len(alike.rows)} settings, {sampler_study.verdict(alike)}",
         f"checkpoint: step {about['step']}, SHA-256 {about['checkpoint_sha256']}; {about['n']} images, seed "
-        f"{about['seed']}, guidance_scale 1",
+        f"{about['seed']}, guidance_scale {recommended[0]:g}",
         "ddpm-sample and ddpm-eval take this sampler unless sampler=… is typed; deleting the file is safe",
     ]
     written = f"{file}: what ddpm-sample now takes; sampler=… takes another"
@@ -207,12 +226,12 @@ def conclude(
     tell(printable(written))
 
 
-def _unfit(common: EvalConfig, comparable: int) -> str:
-    """Return why no setting becomes the default: ddpm-sample draws with averaged weights at guidance_scale=1."""
+def _unfit(common: EvalConfig, comparable: int, scale: float) -> str:
+    """Return why no setting becomes the default: ddpm-sample draws with averaged weights and the guidance `scale`."""
     if not common.ema:
         return "with ema=false these are not the weights that ddpm-sample takes"
     if common.n < FEWEST:
         return f"n={common.n} is too few to choose by; {FEWEST:,} at least"
     if comparable < 2:
-        return f"{comparable} of the settings at guidance_scale=1 can be compared; 2 at least"
+        return f"{comparable} of the settings at guidance_scale={scale:g} can be compared; 2 at least"
     return ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddpm.config.choices import Component, check_choice, check_keys
-from ddpm.config.limits import GROUP_KEYS, Key, Labels, Several, like, number_or_name
+from ddpm.config.limits import GROUP_KEYS, Interval, Key, Labels, Several, like, number_or_name
 from ddpm.errors import UserError
 
 
@@ -92,6 +92,11 @@ def _value(hint: Any, value: Any, path: str, allowed: Any) -> Any:
             return Several(like([0], items, path, allowed))
         names = like([""], items, path, allowed)
         return "all" if names == ["all"] else Labels(map(number_or_name, names))
+    if hint is Interval:
+        ends = like([0.0], value, path, allowed)
+        if len(ends) != 2 or ends[0] > ends[1]:
+            raise UserError(f"{path}={value}: must be two rising numbers [low, high]")
+        return ends
     if typing.get_origin(hint) is list:
         return like([typing.get_args(hint)[0]()], value, path, allowed)
     return like(hint(), value, path, allowed)

@@ -171,10 +171,10 @@ def _several(program: str, key: str, typed: str) -> str:
     """Return what to do with several values, typed as a,b, for a key."""
     if program == "train":
         return f"several values for {key}: add -m to run a job for each, or write [a,b] for a list"
-    if program == "eval" and (key == "guidance_scale" or key.partition(".")[0] == "sampler"):
+    if program == "eval" and (key.startswith("guidance_") or key.partition(".")[0] == "sampler"):
         return f"several values for {key}: add -m to compare them"
     types = {field.name: str(field.type) for field in fields(SCHEMAS[program])}
-    if re.search("list|Several|Labels", types.get(key, "")):
+    if re.search("list|Several|Labels|Interval", types.get(key, "")):
         return f"several values for {key}: a list is written {key}=[{typed}]"
     return f"{key}={typed}: must be one value"
 

@@ -37,6 +37,10 @@ class Labels(list[int | str]):
     """Numbers and names of classes, one or several; or the word `all`."""
 
 
+class Interval(list[float]):
+    """Two rising numbers; the value itself is a plain list, as YAML writes it."""
+
+
 Allowed = Between | tuple[str, ...] | Names
 REQUIRED: Any = object()  # `absent` of a key that every checkpoint has
 

@@ -15,7 +15,7 @@ from ddpm.config.checking import by_key, declared, key
 from ddpm.config.checking import check as check  # which programs import from here
 from ddpm.config.checking import to_dict as to_dict
 from ddpm.config.choices import Component
-from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Labels, Several
+from ddpm.config.limits import GROUP_KEYS, REQUIRED, Between, Interval, Labels, Several
 from ddpm.config.tables import Names
 
 STEPS = Between(0, 10**9)
@@ -37,7 +37,24 @@ _precision = partial(
     key, "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX", ("fp32", "bf16")
 )
 _n = partial(key, allowed=Between(1, 10**8))
-_guidance = partial(key, allowed=Between(0, 1000))
+# A training recommends its guidance, as it does a sampler: ddpm-sample and ddpm-eval take it from there.
+_guidance_scale = partial(
+    key, "1 is off; above 1 more typical of the class, 0 without class", Between(0, 1000), absent=1.0
+)
+_guidance_rescale = partial(
+    key,
+    "0 to 1: back towards the contrast without guidance",
+    PART,
+    absent=0.0,
+    needs="guidance_scale!=1.0 guidance_scale!=0.0",
+)
+_guidance_interval = partial(
+    key,
+    "guide only where sigma/alpha is within [low, high]; null: everywhere",
+    Between(0),
+    absent=None,
+    needs="guidance_scale!=1.0",
+)
 _out = partial(key, path=True)
 
 
@@ -133,6 +150,9 @@ class TrainConfig:
     objective: Objective = key()
     optimizer: Optimizer = key()
     sampler: Component = key()
+    guidance_scale: float = _guidance_scale(needs="model.conditional=true")
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     trainer: Trainer = key()
 
 
@@ -149,17 +169,9 @@ class SampleConfig:
     precision: str = _precision()
     ema: bool = _ema()
     label: Labels | None = key("a class's number or name, a list [0,1,2], or all: image i has class i mod K")
-    guidance_scale: float = _guidance("1 is off; above 1 more typical of the class, 0 without class")
-    guidance_rescale: float = key(
-        "0 to 1: back towards the contrast without guidance",
-        PART,
-        needs="guidance_scale!=1.0 guidance_scale!=0.0",
-    )
-    guidance_interval: list[float] | None = key(
-        "guide only where sigma/alpha is within [low, high]; null: everywhere",
-        Between(0),
-        needs="guidance_scale!=1.0",
-    )
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     task: str = key(
         "generate, inpaint, variation, interpolate or reconstruct",
         ("generate", "inpaint", "variation", "interpolate", "reconstruct"),
@@ -198,7 +210,9 @@ class DrawConfig:
     seed: int = _seed()
     index: Several | None = key(allowed=Between(0, 2**53))
     label: Labels | None = key()
-    guidance_scale: float = _guidance()
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     batch_size: int = _batch_size()
 
 
@@ -238,13 +252,23 @@ class EvalConfig:
     device: str = _device(needs=_MEASURED)
     precision: str = _precision(needs=_DRAWN)
     ema: bool = _ema(needs=_DRAWN)
-    guidance_scale: float = _guidance("1 is off, as models are compared")
+    guidance_scale: float = _guidance_scale()
+    guidance_rescale: float = _guidance_rescale()
+    guidance_interval: Interval | None = _guidance_interval()
     sampler: Component = key(needs=_DRAWN)
     data_root: str = _data_root(needs=_MEASURED)
     measure: list[str] = key(
-        "any of distance, neighbours, memorization, likelihood, cas; what does not apply is left out",
+        "any of distance, neighbours, memorization, likelihood, cas, fid; what does not apply is left out",
         Names("metric"),
         needs=_MEASURED,
+    )
+    features: str = key(
+        "what distance and neighbours compare: own, inception or dinov2",
+        ("own", "inception", "dinov2"),
+        needs=_MEASURED,
+    )
+    features_path: str | None = key(
+        "for dinov2: folder of its weights, as transformers saves them", path=True, needs="features=dinov2"
     )
     out: str | None = _out(
         "folder for the results (default: a new one under the run's, or under outputs/evaluations)",

@@ -14,7 +14,7 @@ from ddpm.config.choices import Component
 from ddpm.diffusion.samplers import Step
 from ddpm.errors import UserError
 from ddpm.evaluate import provenance
-from ddpm.evaluate.metrics.registry import METRICS, NEED_FEATURES, ON_ALL_RANKS
+from ddpm.evaluate.metrics.registry import METRICS, NEEDS, ON_ALL_RANKS
 from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.record import Evaluation, Metric
 from ddpm.evaluate.reference import Found, Reference, Samples, copies
@@ -43,7 +43,7 @@ def draw(
     *,
     n: int,
     seed: int,
-    guidance_scale: float = 1.0,
+    guidance: Guidance | None = None,
     batch_size: int = 256,
     world: World = ALONE,
     watch: Callable[[Tensor, Step], object] = lambda places, step: None,
@@ -53,7 +53,7 @@ def draw(
 
     They are those of `ddpm-sample`. Raises UserError.
     """
-    index, guidance = torch.arange(n), Guidance(guidance_scale)
+    index, guidance = torch.arange(n), guidance or Guidance()
     with distributed.raise_on_all_ranks(world):
         y = sample_model.labels(model, None, index, guidance)
         num_steps = len(sample_model.levels(model, sampler)) - 1
@@ -66,12 +66,12 @@ def draw(
 
 def prepare(reference: Reference, clock: Clock) -> None:
     """Load the features where a metric needs them, before samples are drawn. Raises UserError where there are none."""
-    if NEED_FEATURES.intersection(reference.parts):
+    for part in filter(None, map(NEEDS.get, reference.parts)):
         with clock("loading"):
             try:
-                _ = reference.embedder
+                getattr(reference, part)
             except UserError as error:
-                others = ",".join(name for name in METRICS if name not in NEED_FEATURES)
+                others = ",".join(name for name in METRICS if name not in NEEDS)
                 raise UserError(f"{error} (measure=[{others}] needs no features)") from None
 
 
@@ -97,12 +97,13 @@ def measure(
     samples: Samples,
     *,
     subject: str,
+    unguided: Samples | None = None,
     on_all_ranks: Sequence[Found] | None = None,
     about: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     clock: Clock | None = None,
 ) -> tuple[Evaluation, Gallery]:
-    """Compute all metrics of `samples`.
+    """Compute all metrics of `samples`, and of `unguided`, the same drawn without guidance, those of images.
 
     `on_all_ranks` is what `compute` found with all processes (None: it is computed here); `about` (where the images are
     from) goes into the evaluation as it is. Raises ValueError for images that do not fit the data.
@@ -122,8 +123,13 @@ def measure(
         values |= each.values
         details |= each.details
         said += each.notes
+    plain = dict[str, Metric]()
+    if unguided is not None:
+        with clock("unguided"):
+            for each in compute(unguided, Clock(), on_all_ranks=False):
+                plain |= {key: value for key, value in each.values.items() if not key.startswith("real_")}
     made_with = {**_protocol(samples), **(about or {}), "seconds": provenance.seconds(clock.seconds)}
-    evaluation = Evaluation(subject, values, made_with, notes=tuple(said), **details)
+    evaluation = Evaluation(subject, values, made_with, plain, notes=tuple(said), **details)
     pairs, train = evaluation.memorization.get("pairs", []), data.train.images
     both = [images[[pair["sample"] for pair in pairs]], train[[pair["train"] for pair in pairs]]]
     return evaluation, Gallery(images[:SHOWN], torch.stack(both, dim=1))

@@ -31,8 +31,8 @@ class Clock:
 
 
 def seconds(of_parts: Mapping[str, float]) -> dict[str, float]:
-    """Round seconds by part, and add `measuring`: all but sampling, likelihood and cas."""
-    apart = ("sampling", "likelihood", "cas")
+    """Round seconds by part, and add `measuring`: all but sampling, likelihood, cas and unguided."""
+    apart = ("sampling", "likelihood", "cas", "unguided")
     measuring = sum(value for part, value in of_parts.items() if part not in apart)
     return {part: round(value, 3) for part, value in {**of_parts, "measuring": measuring}.items()}
 

@@ -18,7 +18,7 @@ MAX_TEXT = 4096  # characters
 # Of the protocol: whole numbers with the smallest allowed, and other numbers.
 WHOLE = {"n": 1, "split_images": 1, "image_size": 1}
 WHOLE |= dict.fromkeys(("step", "seed", "num_steps", "batch_size", "feature_dim"), 0)
-NUMBERS = ("evaluations_per_image", "guidance_scale")
+NUMBERS = ("evaluations_per_image", "guidance_scale", "guidance_rescale")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Metric:
 class Evaluation:
     """All of evaluation.json. `figures` that could not be measured are absent, and `notes` say why.
 
+    unguided: where the images are guided, the same figures of images drawn without guidance.
     histogram: class shares of `samples` and of `real` test images, by `classes` (their names); empty without classes.
     curves: numbers by name for each curve. memorization: what `memorization.py` found, in plain data.
     """
@@ -48,14 +49,20 @@ class Evaluation:
     subject: str
     figures: Mapping[str, Metric]
     protocol: Mapping[str, Any]
+    unguided: Mapping[str, Metric] = field(default_factory=dict)
     histogram: Mapping[str, list[Any]] = field(default_factory=dict)
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     memorization: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        figures = {name: figure.to_dict() for name, figure in self.figures.items()}
-        return {"format_version": FORMAT_VERSION, **vars(self), "figures": figures, "notes": list(self.notes)}
+        parts = {"figures": plain(self.figures), "unguided": plain(self.unguided), "notes": list(self.notes)}
+        return {"format_version": FORMAT_VERSION, **vars(self), **parts}
+
+
+def plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
+    """Return figures as plain data."""
+    return {name: figure.to_dict() for name, figure in figures.items()}
 
 
 def write(path: Path, evaluation: Evaluation) -> None:
@@ -87,7 +94,8 @@ def _checked(raw: Any) -> Evaluation:
         raise ValueError("a part is not what it must be")
     check_protocol(parts["protocol"])
     notes = tuple(note[:MAX_TEXT] for note in raw["notes"] if isinstance(note, str))
-    return Evaluation(raw["subject"], metrics(raw["figures"]), notes=notes, **parts)
+    figures, unguided = metrics(raw["figures"]), metrics(raw.get("unguided", {}))
+    return Evaluation(raw["subject"], figures, unguided=unguided, notes=notes, **parts)
 
 
 def check_protocol(protocol: Mapping[str, Any]) -> None:

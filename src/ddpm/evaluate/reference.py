@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm.data.dataset import Dataset, Split
+from ddpm.evaluate.features import large
 from ddpm.evaluate.features.extractor import Features, features_for
 from ddpm.evaluate.features.pixels import Projection, pixel_features
 from ddpm.evaluate.record import Metric
@@ -20,6 +21,7 @@ from ddpm.runtime.randomness import permutation
 from ddpm.runtime.world import ALONE, World
 from ddpm.sample.model import Model
 
+Z = 1.959964  # standard deviations of a Gaussian that hold 95 %
 _SEED = 20_261_121  # by which real images are taken: the same for every subject, whatever its own seed
 
 
@@ -57,6 +59,7 @@ class Reference:
     n: int  # real images taken of each split, at most
     device: torch.device
     say: Callable[[str], None] = lambda text: None  # is told what takes long
+    features: tuple[str, str | None] = ("own", None)  # kind and folder, see `features_for`
 
     @cached_property
     def split(self) -> Split:
@@ -66,8 +69,13 @@ class Reference:
     @cached_property
     def embedder(self) -> Embedder:
         """Load or train the features. Raises UserError where there are none for this dataset."""
-        features = features_for(self.data, self.device, self.say)
+        features = features_for(self.data, self.device, self.say, *self.features)
         return Embedder(features, pixel_features(self.data.train.images))
+
+    @cached_property
+    def inception(self) -> tuple[large.Run, str]:
+        """Load Inception, whose features are those of the customary FID. Raises UserError."""
+        return large.inception(self.data.facts, self.device, self.say)
 
     @cached_property
     def test(self) -> Embedded:
@@ -101,7 +109,6 @@ class Samples:
     labels: Tensor | None
     reference: Reference
     seed: int = 0
-    guidance_scale: float = 1.0
     model: Model | None = None
     batch_size: int = 256  # of the model's evaluations, which are shared among the processes of `world`
     world: World = ALONE
@@ -142,9 +149,12 @@ def choose_rows(x: Tensor, n: int) -> Tensor:
 
 
 def proportion(which: Tensor, text: str | None = None) -> Metric:
-    """Return the share of a bool tensor (N,), with its binomial standard error."""
+    """Return the share of a bool tensor (N,), its binomial standard error and its 95 % interval (Wilson 1927)."""
     share, n = which.double().mean().item(), len(which)
-    return Metric(share, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
+    middle, part = share + Z**2 / (2 * n), 1 + Z**2 / n
+    half = Z * (share * (1 - share) / n + (Z / (2 * n)) ** 2) ** 0.5
+    low, high = min(share, (middle - half) / part), max(share, (middle + half) / part)
+    return Metric(share, low, high, error=(share * (1 - share) / n) ** 0.5, n=n, text=text)
 
 
 def digests(images: Tensor) -> list[bytes]:

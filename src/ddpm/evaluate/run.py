@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from ddpm.runtime import memory
 from ddpm.runtime.console import of_steps, tell
 from ddpm.runtime.distributed import process_group, raise_on_all_ranks, rank_zero_first
 from ddpm.runtime.world import ALONE, World, world
-from ddpm.sample.model import Model, levels, load_newest
+from ddpm.sample.model import Model, guidance, levels, load_newest
 
 Evaluated = tuple[record.Evaluation, evaluator.Gallery]
 
@@ -67,11 +68,16 @@ def _evaluate_model(config: EvalConfig, own: World, device: torch.device) -> Non
     with raise_on_all_ranks(own), shown_parts(own, clock):
         reference = make_reference(config, opened.data, config.n, device, clock, own)
     drawn = draw(config, own, opened.model, clock)
+    guided = config.guidance_scale != 1
+    plain = (
+        draw(replace(config, guidance_scale=1.0), own, opened.model, clock, "unguided") if guided else None
+    )
     with shown_parts(own, clock):
         found = evaluator.compute(_samples(config, opened, reference, drawn, own), clock, on_all_ranks=True)
         with raise_on_all_ranks(own):
             if own.first:
-                evaluated = measure(config, opened, reference, drawn, clock, on_all_ranks=found)
+                unguided = plain and _samples(config, opened, reference, plain, ALONE)
+                evaluated = measure(config, opened, reference, drawn, clock, unguided, on_all_ranks=found)
                 _finish(config, evaluated, _stem(opened.path))
 
 
@@ -110,20 +116,22 @@ def open_model(config: EvalConfig, own: World, device: torch.device) -> Opened:
     return Opened(path, model, meta, data)
 
 
-def draw(config: EvalConfig, own: World, model: Model, clock: Clock) -> evaluator.Drawn:
-    """Draw this process's share of the images, with a bar on a terminal."""
+def draw(
+    config: EvalConfig, own: World, model: Model, clock: Clock, part: str = "sampling"
+) -> evaluator.Drawn:
+    """Draw this process's share of the images, with a bar on a terminal; their seconds are those of `part`."""
     num_steps, share = len(levels(model, config.sampler)) - 1, own.share(config.n)
     clock.begin = lambda part: None
     with (
         of_steps(own, num_steps, share.stop - share.start, config.batch_size, leave=False) as (bar, smaller),
-        clock("sampling"),
+        clock(part),
     ):
         return evaluator.draw(
             model,
             config.sampler,
             n=config.n,
             seed=config.seed,
-            guidance_scale=config.guidance_scale,
+            guidance=guidance(config),
             batch_size=config.batch_size,
             world=own,
             watch=lambda places, step: bar.update(),
@@ -139,7 +147,6 @@ def _samples(
         drawn.labels,
         reference,
         config.seed,
-        config.guidance_scale,
         opened.model,
         config.batch_size,
         own,
@@ -152,6 +159,7 @@ def measure(
     reference: Reference,
     drawn: evaluator.Drawn,
     clock: Clock,
+    unguided: Samples | None = None,
     *,
     on_all_ranks: Sequence[Found] | None = None,
     **more: Any,
@@ -167,6 +175,8 @@ def measure(
         "seed": config.seed,
         "batch_size": config.batch_size,
         "guidance_scale": config.guidance_scale,
+        "guidance_rescale": config.guidance_rescale,
+        "guidance_interval": config.guidance_interval,
         "sampler": config.sampler.to_dict(),
         "num_steps": drawn.num_steps,
         "evaluations_per_image": drawn.evaluations,
@@ -174,6 +184,7 @@ def measure(
     return evaluator.measure(
         _samples(config, opened, reference, drawn, ALONE),
         subject=str(output_dirs.of_run(opened.path) if of_run else opened.path),
+        unguided=unguided,
         on_all_ranks=on_all_ranks,
         about={**about, **more},
         clock=clock,
@@ -216,7 +227,9 @@ def make_reference(
 ) -> Reference:
     """Prepare, on rank 0, the reference images for any number of measurements."""
     parts = tuple(name for name in METRICS if name in config.measure)
-    reference = Reference(data, parts, n, device, lambda text: say(own, text))
+    reference = Reference(
+        data, parts, n, device, lambda text: say(own, text), (config.features, config.features_path)
+    )
     if own.first:
         evaluator.prepare(reference, clock)
     return reference

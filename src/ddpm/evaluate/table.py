@@ -6,13 +6,20 @@ from typing import NamedTuple
 from ddpm.errors import printable
 from ddpm.evaluate.record import Evaluation, Metric
 
-REAL = "real images"
+REAL, UNGUIDED = "real images", "without guidance"
 MAX_HEAD = 34  # characters of a subject's name
 NOTES = 12  # at most
 # What must be the same for metrics to be comparable.
 SAME = ("dataset", "image_size", "split", "split_images", "feature_sha256", "n")
 
-USUAL = {"guidance_scale": 1, "ema": True, "precision": "fp32"}  # said where it is not so
+# Said where it is not so.
+USUAL = {
+    "guidance_scale": 1,
+    "guidance_rescale": 0,
+    "guidance_interval": None,
+    "ema": True,
+    "precision": "fp32",
+}
 
 
 class Row(NamedTuple):
@@ -57,7 +64,7 @@ ROWS = (
     Row("density", "density", _number),
     Row("coverage", "coverage", _number, 1),
     Row("confident", "classifier confidence", _share, 1),
-    Row("right_class", "of the class asked for", _share, 1),
+    Row("right_class", "agreement with the label", _share, 1),
     Row("rarest_class", "rarest class", _named_share),
     Row("most_frequent_class", "most frequent class", _named_share),
     Row("cas", "classification accuracy score", _share, 1),
@@ -71,8 +78,14 @@ ONLY_STORED = ("pixel_fd",)
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Return a head and a row for each metric that one of them has; real images last, where all have the same."""
-    columns = [(_head(evaluation.subject), evaluation.figures) for evaluation in evaluations]
+    """Return a head and a row for each metric that one of them has; real images last, where all have the same.
+
+    Beside guided images stand those without guidance.
+    """
+    columns = list[tuple[str, Mapping[str, Metric]]]()
+    for evaluation in evaluations:
+        columns.append((_head(evaluation.subject), evaluation.figures))
+        columns += [(UNGUIDED, evaluation.unguided)] if evaluation.unguided else []
     if not differing(evaluations):
         real = {name[5:]: each for name, each in evaluations[0].figures.items() if name.startswith("real_")}
         columns += [(REAL, real)] if real else []
@@ -146,7 +159,7 @@ def protocol(evaluation: Evaluation) -> str:
     if isinstance(seconds, dict):
         shown = [
             f"{part} {_short(seconds[part])} s"
-            for part in ("sampling", "measuring", "likelihood", "cas")
+            for part in ("sampling", "measuring", "likelihood", "cas", "unguided")
             if part in seconds
         ]
         text += f"; {', '.join(shown)} on {_short(about.get('machine'))}"

@@ -19,7 +19,8 @@ from ddpm.io.plain_data import parse_json
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 23  # a setting has about 5 thousand
 QUALITY = "fd_excess"  # the figure that decides; less is better
-SHOWN = {key: key for key in ("precision", "recall", "coverage")} | {"confident": "classifier confidence"}
+SHOWN = {key: key for key in ("precision", "recall", "coverage")}
+SHOWN |= {"confident": "classifier confidence", "right_class": "agreement with the label"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
 COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]
 
@@ -34,10 +35,16 @@ class Row:
     evaluations: float
     seconds: float
     figures: Mapping[str, Metric]
+    guidance_rescale: float = 0.0
+    guidance_interval: list[float] | None = None  # None: everywhere
 
     @property
     def excess(self) -> tuple[float, ...]:
         return _excess(self.figures)
+
+    @property
+    def guidance(self) -> tuple[float, float, list[float] | None]:
+        return self.guidance_scale, self.guidance_rescale, self.guidance_interval
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -78,7 +85,8 @@ def _row(evaluation: Evaluation) -> Row:
     seconds = 1000 * about["seconds"]["sampling"] / about["n"]
     figures = {name: figure for name, figure in evaluation.figures.items() if not name.startswith("real_")}
     costs = (about["num_steps"], about["evaluations_per_image"], seconds)
-    return Row(about["sampler"], about["guidance_scale"], *costs, figures)
+    more = {key: about[key] for key in ("guidance_rescale", "guidance_interval") if key in about}
+    return Row(about["sampler"], about["guidance_scale"], *costs, figures, **more)
 
 
 def best(study: Study) -> Row | None:
@@ -102,7 +110,7 @@ def name(row: Row, varied: Sequence[str] = (), steps: bool = True) -> str:
 
 def setting(row: Row, key: str) -> str:
     """Return the value of a key, in text."""
-    known = {**row.sampler, "guidance_scale": row.guidance_scale}
+    known = {**row.sampler, **{key: value for key, value in vars(row).items() if key.startswith("guidance_")}}
     value = known.get(key.removeprefix("sampler."), "–")
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
@@ -174,8 +182,8 @@ def write(path: Path, study: Study) -> None:
     content = {
         "format_version": FORMAT_VERSION,
         **vars(study),
-        "rows": [{**vars(row), "figures": _plain(row.figures)} for row in study.rows],
-        "real": _plain(study.real),
+        "rows": [{**vars(row), "figures": record.plain(row.figures)} for row in study.rows],
+        "real": record.plain(study.real),
         **({} if chosen is None else {"cheapest": study.rows.index(chosen)}),
     }
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False).encode())
@@ -199,7 +207,3 @@ def _checked(raw: dict[str, Any]) -> Row:
     costs = {"evaluations_per_image": raw["evaluations"], "seconds": {"sampling": raw["seconds"]}}
     record.check_protocol({**raw, **costs})
     return Row(**{**raw, "figures": record.metrics(raw["figures"])})
-
-
-def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
-    return {key: figure.to_dict() for key, figure in figures.items()}

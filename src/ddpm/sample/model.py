@@ -1,5 +1,6 @@
 """Load a trained model from a checkpoint, and make the denoiser and noise levels that samplers need."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import Component
 from ddpm.config.limits import nearest
-from ddpm.config.schema import TrainConfig
+from ddpm.config.schema import Guided, TrainConfig
 from ddpm.data import info
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.denoiser import Denoiser
@@ -53,7 +54,13 @@ class Guidance:
 
     scale: float = 1.0
     rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, float("inf"))
+    interval: tuple[float, float] = (0.0, math.inf)
+
+
+def guidance(config: Guided) -> Guidance:
+    """Return the guidance of a config. Without an interval it is everywhere, where sigma / alpha is infinite too."""
+    low, high = config.guidance_interval or (0.0, math.inf)
+    return Guidance(config.guidance_scale, config.guidance_rescale, (low, high))
 
 
 SHOWN = 40  # names of classes in a message

@@ -6,6 +6,7 @@ The file is not trusted: it is read as plain data, and checked like a typed conf
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,7 @@ from ddpm.io.files import read_regular, reason, write_atomically
 from ddpm.io.plain_data import parse_yaml
 
 NAME = "sampler.yaml"
+NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_rescale": 0.0, "guidance_interval": None}
 MAX_BYTES = 64 * 2**10  # a list of 4,096 times needs 40 thousand
 
 
@@ -59,6 +61,15 @@ def write(path: Path, sampler: Component, comment: list[str]) -> None:
 
 def _wrong(path: Path, why: str) -> UserError:
     return UserError(f"{path} cannot be used: {why}; delete the file, or name another sampler (sampler=…)")
+
+
+def recommended_guidance(config: TrainConfig) -> dict[str, Any]:
+    """Return the guidance that a training config recommends, by key.
+
+    It is off for a model that does not know images with and without labels.
+    """
+    can = config.model.params["conditional"] and config.objective.label_dropout > 0
+    return {key: getattr(config, key) if can else off for key, off in NO_GUIDANCE.items()}
 
 
 def trained_sampler(config: TrainConfig) -> Component:

@@ -20,9 +20,9 @@ from ddpm.errors import UserError
 from ddpm.io.images import Pixels
 from ddpm.runtime.randomness import normal
 from ddpm.sample import user_images
-from ddpm.sample.model import Model, denoiser, labels, levels
+from ddpm.sample.model import Model, denoiser, guidance, labels, levels
 from ddpm.sample.sampling import COMMON, Steps, generation, run
-from ddpm.sample.user_images import Brought, bring, guidance
+from ddpm.sample.user_images import Brought, bring
 
 GENERATED = 64  # images, where n is not typed
 BETWEEN = 8  # images of an interpolation, both ends included, where n is not typed

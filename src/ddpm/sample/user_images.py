@@ -1,6 +1,5 @@
 """Images and masks that a user brings: files, folders, or images of a dataset, in the form a model needs."""
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from ddpm.io.files import user_path
 from ddpm.io.images import Pixels, normalise
 from ddpm.io.pictures import read_image
 from ddpm.runtime.randomness import uniform
-from ddpm.sample.model import Guidance, Model, labels
+from ddpm.sample.model import Model, guidance, labels
 
 MAX_INPUTS = 4_096
 UNKNOWN_SHARE = 0.75  # of the pixels under mask=random
@@ -287,12 +286,3 @@ def bring(config: SampleConfig, model: Model, each: int) -> Brought:
                 "for no class"
             )
     return Brought(brought, numbers, brought.images[numbers], y, row, index)
-
-
-def guidance(config: SampleConfig) -> Guidance:
-    bounds = config.guidance_interval
-    if bounds is None:  # everywhere, where sigma / alpha is infinite too
-        bounds = [0.0, math.inf]
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
-        raise UserError(f"guidance_interval={bounds}: must be two rising numbers [low, high]")
-    return Guidance(config.guidance_scale, config.guidance_rescale, (bounds[0], bounds[1]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm.data.dataset import Dataset
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import DataError
-from ddpm.evaluate.features import inception
+from ddpm.evaluate.features import large
 from ddpm.evaluate.features.network import FeatureNetwork, Whitening, dimensions, spread_out, whitening
 from ddpm.evaluate.features.training import Recipe, run, train_features
 from ddpm.io.cache import Arrays, cache_folder, content_hash, load_arrays, save_arrays
@@ -77,19 +77,30 @@ class Features:
         return Embedding(self.whitening(moments), probabilities)
 
 
-def features_for(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Features:
-    """Return the features of a dataset: shipped, or trained at first use on this machine and cached, or Inception.
+def features_for(
+    data: Dataset,
+    device: torch.device,
+    say: Callable[[str], None],
+    kind: str = "own",
+    folder: str | None = None,
+) -> Features:
+    """Return the features of a dataset: its own, those of `inception`, or of `dinov2` with its weights in a folder.
 
-    Trained are those of grey sets of 2 to 100 classes, 16 to 64 pixels a side and 10,000 training images or more; `say`
-    hears of it. Others need torch-fidelity (extra `inception`). Raises UserError where features cannot be had.
+    Its own are shipped, or trained at first use on this machine and cached, or those of Inception. Trained are those of
+    grey sets of 2 to 100 classes, 16 to 64 pixels a side and 10,000 training images or more; `say` hears of it. Others
+    need torch-fidelity (extra `inception`). Raises UserError where features cannot be had.
     """
     facts = data.facts
+    if kind == "dinov2" and folder is not None:
+        return _whitened("dinov2", *large.dinov2(facts, device, folder), data)
+    if kind == "inception":
+        return _whitened("inception-v3", *large.inception(facts, device, say), data)
     if (facts.name, facts.image_size) in SHIPPED and (facts.channels, facts.num_classes) == (1, 10):
         return _from_arrays(_shipped(facts), facts, device)
     fits = facts.channels == 1 and facts.image_size in SIZES and facts.num_classes in CLASSES
     if fits and len(data.train) >= FEWEST:
         return _from_arrays(_trained(data, device, say), facts, device)
-    return _inception(data, device, say)
+    return features_for(data, device, say, "inception")
 
 
 def load(path: Path, facts: DatasetInfo, device: torch.device) -> Features:
@@ -181,10 +192,13 @@ def cache_name(data: Dataset) -> str:
     return f"features-{name}-{facts.image_size}-v{RECIPE}-seed{SEED}-{digest.hexdigest()[:32]}.safetensors"
 
 
-def _inception(data: Dataset, device: torch.device, say: Callable[[str], None]) -> Features:
-    embed, sha256 = inception.network(data.facts, device, say)
+def _whitened(name: str, embed: large.Run, sha256: str, data: Dataset) -> Features:
+    """Whiten a large network's features by PCA to at most 32 directions, as all others are.
+
+    So the floor formula holds; the distances are not those published of these networks.
+    """
     few = data.train.images[spread_out(len(data.train), WHITENED_ON)]
     transform = whitening(embed(few, 50)[0], dimensions(len(few)))
     facts = data.facts
     shape = (facts.channels, facts.image_size, facts.image_size)
-    return Features("inception-v3", sha256, shape, embed, transform)
+    return Features(name, sha256, shape, embed, transform)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ddpm.evaluate.metrics.cas import cas
 from ddpm.evaluate.metrics.distance import distance
+from ddpm.evaluate.metrics.fid import fid
 from ddpm.evaluate.metrics.likelihood import likelihood
 from ddpm.evaluate.metrics.memorization import memorized
 from ddpm.evaluate.metrics.prdc import neighbours
@@ -16,7 +17,9 @@ METRICS: dict[str, Callable[[Samples, Reference], Found | float]] = {
     "memorization": memorized,
     "likelihood": likelihood,
     "cas": cas,
+    "fid": fid,
 }
 
-NEED_FEATURES = {"distance", "neighbours"}  # which are therefore loaded before any samples are drawn
+# What of a Reference is loaded before any samples are drawn.
+NEEDS = {"distance": "embedder", "neighbours": "embedder", "fid": "inception"}
 ON_ALL_RANKS = {"likelihood"}  # computed by all processes together; the others by rank 0
