@@ -66,7 +66,7 @@ def test_guidance_is_that_which_the_training_recommends(tmp_path: Path, dropout:
 
     def found(*typed: str, program: str = "sample", schema: type = SampleConfig) -> tuple[object, ...]:
         overrides = hydra.read_overrides([f"ckpt={tmp_path / 'a.safetensors'}", *typed])
-        first = default_sampler.overrides(program, schema, overrides)
+        first = default_sampler.overrides(program, overrides)
         composed = check(schema, hydra.compose(program, first + overrides))
         return tuple(getattr(composed, key) for key in sampler_file.NO_GUIDANCE)
 

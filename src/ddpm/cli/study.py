@@ -39,9 +39,7 @@ def _settings(typed: list[str]) -> tuple[list[EvalConfig], list[str]]:
         values = {each.get_key_element(): hydra.unrolled(each) for each in parsed}
     for key in varied:
         if key not in SWEPT and not key.startswith("sampler."):
-            raise UserError(
-                f"{key}: -m varies the sampler and guidance; compare=[…] compares all else"
-            )
+            raise UserError(f"{key}: -m varies the sampler and guidance; compare=[…] compares all else")
     jobs = [list(job) for job in itertools.islice(itertools.product(*values.values()), MAX_SETTINGS + 1)]
     if len(jobs) > MAX_SETTINGS:
         raise UserError(f"more than {MAX_SETTINGS:,} settings; allowed: {MAX_SETTINGS:,}")

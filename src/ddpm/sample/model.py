@@ -14,7 +14,7 @@ from ddpm.checkpoint import locate, verify
 from ddpm.checkpoint.header import Meta
 from ddpm.config.choices import Component
 from ddpm.config.limits import nearest
-from ddpm.config.schema import Guided, TrainConfig
+from ddpm.config.schema import DrawConfig, EvalConfig, SampleConfig, TrainConfig
 from ddpm.data import info
 from ddpm.data.info import DatasetInfo
 from ddpm.diffusion.denoiser import Denoiser
@@ -57,7 +57,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, math.inf)
 
 
-def guidance(config: Guided) -> Guidance:
+def guidance(config: TrainConfig | SampleConfig | EvalConfig | DrawConfig) -> Guidance:
     """Return the guidance of a config. Without an interval it is everywhere, where sigma / alpha is infinite too."""
     low, high = config.guidance_interval or (0.0, math.inf)
     return Guidance(config.guidance_scale, config.guidance_rescale, (low, high))
