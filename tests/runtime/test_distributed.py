@@ -211,7 +211,9 @@ def test_a_restart_goes_on_in_the_folder_that_was_named(
         return resume.place(composed(*overrides))
 
     for count in (0, 1):
-        with pytest.raises(UserError, match=r"torchrun --max-restarts=3: name the folder with run_dir=…"):
+        with pytest.raises(
+            UserError, match=r"torchrun --max-restarts=3: name the folder to go on in with run_dir=…"
+        ):
             found(count)
     for typed in ([], ["overwrite=true"], ["trainer.resume=auto"], ["trainer.resume=other/checkpoints"]):
         first, second = (found(count, "run_dir=run", *typed) for count in (0, 1))
