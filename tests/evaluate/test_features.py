@@ -26,6 +26,7 @@ from ddpm.evaluate.metrics import cas
 from ddpm.evaluate.metrics.cas import accuracy_score
 from ddpm.io.cache import load_arrays, save_arrays
 
+pytestmark = pytest.mark.xdist_group("features")  # one worker, which makes its fixtures once
 CPU = torch.device("cpu")
 REAL = os.environ.get("DDPM_TEST_DATA")
 

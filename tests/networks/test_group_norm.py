@@ -354,17 +354,13 @@ def test_a_training_without_it_says_so_and_comes_to_the_same_loss(tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 8, 9, 7, 2), (2, 24, 5, 5, 8), (3, 12, 3, 1, 4), (1, 6, 1, 1, 3)], ids=str
-)
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_triton_kernels_are_right(shape: tuple[int, ...], silu: bool, dtype: str) -> None:
+def test_triton_kernels_are_right() -> None:
     """By Triton's interpreter, which has to be chosen before the module is imported: in a process of its own."""
     pytest.importorskip("triton")
-    line = [sys.executable, "-m", "tests.networks.triton_worker", dtype, str(silu), *map(str, shape)]
+    line = [sys.executable, "-m", "tests.networks.triton_worker"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         line, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("\n") == 16
