@@ -163,44 +163,44 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "cache" / "native"
 
 
-@compiled
-def test_compiled_once_into_a_folder_that_only_its_owner_can_write(cache: Path) -> None:
-    native.library(SOURCE)
-    (made,) = cache.iterdir()
-    first = made.stat().st_mtime_ns
-    assert stat.S_IMODE(cache.stat().st_mode) & 0o077 == 0
-    native.library(SOURCE)
-    assert made.stat().st_mtime_ns == first and list(cache.iterdir()) == [made]
-
-
-@compiled
-def test_code_that_somebody_else_could_have_written_is_not_loaded(cache: Path) -> None:
-    native.library(SOURCE)
-    (made,) = cache.iterdir()
-    made.chmod(0o722)
-    with pytest.raises(native.Unavailable, match="writable by nobody else"):
-        native.library(SOURCE)
-    made.chmod(0o700)
-    cache.chmod(0o777)
-    with pytest.raises(native.Unavailable, match="writable by nobody else"):
-        native.library(SOURCE)
-    cache.chmod(0o700)
-    cache.parent.chmod(0o777)
-    with pytest.raises(native.Unavailable, match="could be exchanged"):
-        native.library(SOURCE)
-    cache.parent.chmod(0o1777)  # where, as in /tmp, others cannot rename what is yours
-    native.library(SOURCE)
-    made.rename(cache / "other.so")
-    made.symlink_to("other.so")
-    with pytest.raises(native.Unavailable, match="writable by nobody else"):
-        native.library(SOURCE)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Something that is compiled faster."""
     (tmp_path / "small.c").write_text("int one(void) { return 1; }\n")
     return tmp_path / "small.c"
+
+
+@compiled
+def test_compiled_once_into_a_folder_that_only_its_owner_can_write(cache: Path, small: Path) -> None:
+    native.library(small)
+    (made,) = cache.iterdir()
+    first = made.stat().st_mtime_ns
+    assert stat.S_IMODE(cache.stat().st_mode) & 0o077 == 0
+    native.library(small)
+    assert made.stat().st_mtime_ns == first and list(cache.iterdir()) == [made]
+
+
+@compiled
+def test_code_that_somebody_else_could_have_written_is_not_loaded(cache: Path, small: Path) -> None:
+    native.library(small)
+    (made,) = cache.iterdir()
+    made.chmod(0o722)
+    with pytest.raises(native.Unavailable, match="writable by nobody else"):
+        native.library(small)
+    made.chmod(0o700)
+    cache.chmod(0o777)
+    with pytest.raises(native.Unavailable, match="writable by nobody else"):
+        native.library(small)
+    cache.chmod(0o700)
+    cache.parent.chmod(0o777)
+    with pytest.raises(native.Unavailable, match="could be exchanged"):
+        native.library(small)
+    cache.parent.chmod(0o1777)  # where, as in /tmp, others cannot rename what is yours
+    native.library(small)
+    made.rename(cache / "other.so")
+    made.symlink_to("other.so")
+    with pytest.raises(native.Unavailable, match="writable by nobody else"):
+        native.library(small)
 
 
 @compiled
