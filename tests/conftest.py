@@ -1,4 +1,4 @@
-"""Helpers for tests that drive the real console scripts."""
+"""Helpers for tests that drive the commands."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
 
 # A shell starts what runs in its background with SIGINT ignored, and all that it starts: no Ctrl-C to test then.
@@ -18,9 +20,12 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run_script(
-    program: str, *arguments: str, cwd: Path, **environment: str
+    program: str, *arguments: str, cwd: Path, real: bool = False, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """`ddpm-<program> arguments…` as the installed console script runs it."""
+    """`ddpm-<program> arguments…` in a fork that has imported everything; `real`: as the installed script runs it."""
+    if not real:
+        done = forks.run(program, *arguments, cwd=cwd, limited=False, **environment)
+        return subprocess.CompletedProcess(done.command, done.status, done.stdout, done.stderr)
     script = Path(sys.executable).with_name(f"ddpm-{program}")
     return subprocess.run(
         [str(script), *arguments],
@@ -34,7 +39,7 @@ def run_script(
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """Console scripts that run in an empty folder."""
+    """Commands that run in an empty folder."""
     return lambda program, *arguments, **environment: run_script(
         program, *arguments, cwd=tmp_path, **environment
     )

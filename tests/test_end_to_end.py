@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.conftest import run_script
 
+pytestmark = pytest.mark.xdist_group("end_to_end")  # one worker, which makes its fixtures once
 QUICK = [
     "model.channels=[16,32]",
     "trainer.batch_size=32",
@@ -23,7 +24,7 @@ QUICK = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which 16 steps were trained into `outputs/train/…`."""
     folder = tmp_path_factory.mktemp("home")
-    result = run_script("train", *QUICK, "trainer.max_steps=16", cwd=folder)
+    result = run_script("train", *QUICK, "trainer.max_steps=16", cwd=folder, real=True)
     assert result.returncode == 0, result.stderr
     assert "experiment=" not in result.stdout and "about " in result.stdout
     # plain lines, as this is no terminal
@@ -70,6 +71,7 @@ def test_sample_writes_what_is_asked(run: Path) -> None:
         "save=[grid,images,npz,trajectory]",
         "out=drawn",
         cwd=home(run),
+        real=True,
     )
     assert result.returncode == 0, result.stderr
     drawn = home(run) / "drawn"
@@ -136,7 +138,7 @@ def test_sample_refuses_more_steps_than_there_are(run: Path) -> None:
 
 
 def test_info_reads_the_header_alone(run: Path) -> None:
-    result = run_script("info", f"ckpt={run}", cwd=home(run), PYTHONPROFILEIMPORTTIME="1")
+    result = run_script("info", f"ckpt={run}", cwd=home(run), real=True, PYTHONPROFILEIMPORTTIME="1")
     assert "| torch\n" not in result.stderr
     for words in (
         "digits, 8×8×1, 10 classes",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("examples")  # one worker, which makes its fixtures once
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [
     "trainer.max_steps=3",

@@ -17,6 +17,7 @@ from ddpm.config.tables import TABLES, Names
 from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
+pytestmark = pytest.mark.xdist_group("extending")  # one worker, which makes its fixtures once
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 (PLUGIN,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 COMMANDS, JUDGE = re.findall(r"```sh\n(.*?)```", PAGE, re.S)

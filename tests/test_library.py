@@ -28,6 +28,7 @@ from ddpm.train.state import prepare
 from tests.conftest import run_script
 from tests.train.test_training import CPU, config, tiny_data
 
+pytestmark = pytest.mark.xdist_group("library")  # one worker, which makes its fixtures once
 ROOT = Path(__file__).parents[1]
 QUICK = [
     "model.channels=[8,16]",

@@ -20,6 +20,7 @@ from ddpm.config.choices import choices, known_keys
 from ddpm.config.schema import SCHEMAS
 from tests.conftest import run_script
 
+pytestmark = pytest.mark.xdist_group("generated")  # one worker, which makes its fixtures once
 VALUES = """null true 1 -1 0 2.5 1e1 1e400 nan inf [] [1] [null] [[1]] {} {a:1} {a:{b:2}} a a.b '' \\ é a,b 1,2 a, ,
     [a,b {a ( ) a=b = $ ${ ${} ${a} ${seed} ${oc.env:HOME} ${x:y} ??? range(0,0) range(1,3) range(0,9,0) choice(1,2)
     choice() glob(*) glob( shuffle(1,2) interval(0,1) sort(3,2,1) sort(a,1) int(a) float(1e5) str(1) json_str(1)

@@ -60,7 +60,7 @@ def test_a_mistake_needs_no_torch(tmp_path: Path) -> None:
         assert imported("train", mistake, cwd=tmp_path) == [{"hydra", "omegaconf"}]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_training_and_sampling_need_no_compiler_and_no_torchvision(tmp_path: Path, optimizer: str) -> None:
     """Torch's compiler takes a second to import, and much of torch imports it in passing."""
     needed = {"torch", "hydra", "omegaconf"}

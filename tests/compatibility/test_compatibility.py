@@ -58,8 +58,8 @@ class Home:
 
 
 def succeed(program: str, *arguments: str, cwd: Path, **environment: str) -> str:
-    """What a console script prints to both streams."""
-    done = run_script(program, *arguments, cwd=cwd, **{**ONE_THREAD, **environment})
+    """What a command prints to both streams; with an environment that torch reads once, as a process of its own."""
+    done = run_script(program, *arguments, cwd=cwd, real=bool(environment), **{**ONE_THREAD, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -37,6 +37,7 @@ from ddpm.evaluate.reference import Found, Reference, Samples
 from ddpm.io import npz
 from ddpm.sample.model import load
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # one worker, which makes its fixtures once
 CPU = torch.device("cpu")
 DIGITS = Component("digits", {})
 BIN = Path(sys.executable).parent

@@ -29,6 +29,7 @@ from ddpm.evaluate.provenance import Clock
 from ddpm.evaluate.reference import Reference, Samples
 from ddpm.io.cache import load_arrays, save_arrays
 
+pytestmark = pytest.mark.xdist_group("features")  # one worker, which makes its fixtures once
 CPU = torch.device("cpu")
 REAL = os.environ.get("DDPM_TEST_DATA")
 

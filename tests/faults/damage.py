@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ddpm.checkpoint import file as checkpoint
 from ddpm.checkpoint import locate
 from ddpm.errors import CheckpointError
-from tests.faults import forks
+from tests import forks
 from tests.faults.cases import Case
 
 STEP = 3  # of the base checkpoint, of 6

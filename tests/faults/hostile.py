@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults import forks
+from tests import forks
 from tests.faults.cases import Case
 from tests.faults.damage import STEP
 from tests.faults.forge import (

@@ -85,6 +85,7 @@ def _killed(run_dir: Path, settings: tuple[str, ...], chosen: random.Random, aim
         left_behind = saving(run_dir)
         script = train(run_dir, *settings)
         if aim:
+            script.wait_for_line("training and")  # to look that often from the start would take a core
             script.wait_for(save_begins(run_dir, chosen.randint(1, 4)), every=0.0002)
             time.sleep(chosen.uniform(0, 0.004))  # about as long as a save takes
         else:

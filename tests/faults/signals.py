@@ -61,6 +61,7 @@ def _within_a_step(script: Script, run_dir: Path, chosen: random.Random) -> bool
 
 
 def _within_a_save(script: Script, run_dir: Path, chosen: random.Random) -> bool:
+    script.wait_for_line("training and")  # to look that often from the start would take a core
     return script.wait_for(save_begins(run_dir, chosen.randint(1, 4)), every=0.0002)
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of GroupNorm, by Triton's interpreter on the CPU, beside float64: status 0 where they agree."""
 
-import sys
+import itertools
 
 import torch
 from torch import Tensor
@@ -8,9 +8,16 @@ from torch import Tensor
 from ddpm.networks.kernels import group_norm_triton as kernels
 from tests.networks.test_group_norm import far, gradients, inputs, reference
 
+SHAPES = [(2, 8, 9, 7, 2), (2, 24, 5, 5, 8), (3, 12, 3, 1, 4), (1, 6, 1, 1, 3)]
+
 
 def main() -> None:
-    dtype, silu, shape = getattr(torch, sys.argv[1]), sys.argv[2] == "True", tuple(map(int, sys.argv[3:]))
+    for case in itertools.product((torch.float32, torch.bfloat16), (True, False), SHAPES):
+        print(*case)
+        compare(*case)
+
+
+def compare(dtype: torch.dtype, silu: bool, shape: tuple[int, ...]) -> None:
     close = 4e-6 if dtype == torch.float32 else 2**-7
     for offset in (0.0, 50.0 if dtype == torch.float32 else 0.0):
         x, extra, dy, norm = inputs(shape, dtype, offset)

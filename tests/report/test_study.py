@@ -28,6 +28,7 @@ from ddpm.train.checkpointing import save
 from ddpm.train.state import prepare
 from tests.train.test_training import CPU, config
 
+pytestmark = pytest.mark.xdist_group("study")  # one worker, which makes its fixtures once
 SETTINGS = ["sampler=ddim,dpmpp_2m", "sampler.num_steps=2,4"]
 QUICK = ["n=120", "device=cpu", "measure=[distance]"]
 

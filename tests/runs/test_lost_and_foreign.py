@@ -18,6 +18,7 @@ from ddpm.runs.output_dirs import check_results, results
 from ddpm.runs.run_dir import RUN_FILES
 from ddpm.train import loop, metrics_file
 
+pytestmark = pytest.mark.xdist_group("lost")  # one worker, which makes its fixtures once
 TINY = [
     "model=mlp",
     "model.hidden=8",

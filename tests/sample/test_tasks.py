@@ -32,6 +32,7 @@ from tests.conftest import run_script
 from tests.diffusion.mixture import IdealDenoiser
 
 FLOAT64 = torch.float64
+pytestmark = pytest.mark.xdist_group("tasks")  # one worker, which makes its fixtures once
 
 
 @dataclasses.dataclass

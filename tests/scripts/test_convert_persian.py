@@ -57,20 +57,23 @@ def test_command_converts_a_mat_file(tmp_path):
     same(load_crops(written), images, labels)
 
 
-def test_command_converts_png_files_and_explains_errors(tmp_path):
+def test_command_converts_png_files_and_explains_errors(script, tmp_path, monkeypatch, capsys):
     images, labels = digits(12)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         Image.fromarray(255 - image).save(tmp_path / f"{label}.{i}.png")  # dark on light
     out = tmp_path / "new" / "out.safetensors"
-    done = convert(tmp_path, "--split", "test", "--out", out, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), "--split", "test", "--out", str(out)])
+    script.main()
     order = sorted(range(12), key=lambda i: f"{labels[i]}.{i}.png")
     same(load_crops(out), [images[i] for i in order], [labels[i] for i in order])
 
     (tmp_path / "x.png").write_bytes((tmp_path / "0.0.png").read_bytes())
-    done = convert(tmp_path, "--split", "test", cache=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "x.png" in done.stderr
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*x\.png[^\n]*$"):
+        script.main()
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

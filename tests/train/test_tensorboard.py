@@ -20,6 +20,7 @@ from tests.conftest import Command
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.xdist_group("tensorboard")  # one worker, which makes its fixtures once
 QUICK = [
     "model.channels=[16,32]",
     "trainer.batch_size=16",
@@ -33,7 +34,10 @@ QUICK = [
 def train(*overrides: str) -> None:
     """What ddpm-train does once it has read its command line."""
     typed = hydra.read_overrides(list(overrides))
-    train_command.train(check(TrainConfig, hydra.compose("train", resume.before_typed(typed) + typed)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm.train.validation.EVALUATIONS", 34)
+        patch.setattr("ddpm.train.loop.PREVIEWS", 4)
+        train_command.train(check(TrainConfig, hydra.compose("train", resume.before_typed(typed) + typed)))
 
 
 def read(run: Path) -> EventAccumulator:

@@ -6,6 +6,7 @@ second, small server instead, so that the peak of memory is the command's own an
 
 import atexit
 import functools
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS_SPACE = 8 * 2**30  # a command that asks for more gets a MemoryError; importing torch maps 3 GiB
-KILLED_AFTER = 120.0  # seconds by the clock, which other programs can stretch
-PROGRAMS = ("train", "sample", "info")
+KILLED_AFTER = 240.0  # seconds by the clock, which other programs can stretch
+PROGRAMS = ("train", "sample", "eval", "export", "info", "report")
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Outcome:
         return f"{text}\nstdout: {self.stdout[-1000:]!r}\nstderr: {self.stderr[-3000:]!r}"
 
 
-def run(program: str, *arguments: str, cwd: Path, real: bool = False, **environment: str) -> Outcome:
-    """`ddpm-<program> arguments…`, ended by force after two minutes."""
+def run(
+    program: str, *arguments: str, cwd: Path, real: bool = False, limited: bool = True, **environment: str
+) -> Outcome:
+    """`ddpm-<program> arguments…`, ended by force after four minutes; `limited`: on the CPU, in limited memory."""
+    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if limited else {}
     with tempfile.TemporaryDirectory() as folder:
         request = {
             "program": program,
             "arguments": arguments,
             "cwd": str(cwd),
             "folder": folder,
-            "environment": environment,
+            "environment": {**os.environ, **on_cpu, **environment},
             "real": real,
+            "limited": limited,
         }
         server = _server(real)
         assert server.stdin and server.stdout
@@ -79,16 +84,12 @@ def refused(outcome: Outcome) -> str:
 @functools.cache
 def _server(real: bool) -> "subprocess.Popen[str]":
     server = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            __file__,
-            "small" if real else "warm",
-        ],  # -P: the modules beside it are none of its
+        # -P: the modules beside it are none of its
+        [sys.executable, "-P", __file__, "small" if real else "warm"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     atexit.register(server.kill)
     return server
@@ -111,10 +112,19 @@ def _import() -> dict[str, Any]:
         "ddpm.train.loop",
         "ddpm.train.plots",
         "ddpm.sample.tasks",
-        *(f"ddpm.cli.{program}" for program in PROGRAMS),
+        "ddpm.evaluate.run",
+        "ddpm.export.folder",
+        "ddpm.report.plot",
+        "ddpm.cli.train",
+        "ddpm.cli.sample_run",
+        "ddpm.cli.evaluate",
+        "ddpm.cli.export",
+        "ddpm.cli.info",
+        "ddpm.cli.report",
     )
     for name in lazily:
         importlib.import_module(name)
+    gc.freeze()  # a fork's garbage collection need not copy what was imported here
     scripts = importlib.metadata.entry_points(group="console_scripts")
     return {program: scripts[f"ddpm-{program}"].load() for program in PROGRAMS}
 
@@ -146,8 +156,11 @@ def _become(request: dict[str, Any], mains: dict[str, Any]) -> NoReturn:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
         os.chdir(request["cwd"])
+        os.environ.clear()
         os.environ.update(request["environment"])
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in os.environ
+        if request["limited"]:
+            resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         script = str(Path(sys.executable).with_name(f"ddpm-{request['program']}"))
         sys.argv = [script, *request["arguments"]]
         if request["real"]:
