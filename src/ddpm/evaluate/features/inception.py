@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import UserError, install_hint
 from ddpm.evaluate.features.network import repeatable
+from ddpm.io.files import reason
 
 Run = Callable[[Tensor, int], tuple[Tensor, None]]
 MAX_BATCH = 50  # images; each becomes 299×299, and a batch of hundreds takes gigabytes
@@ -38,8 +39,8 @@ def network(facts: DatasetInfo, device: torch.device, say: Callable[[str], None]
     say("Inception features by torch-fidelity: its weights (95 MB) are downloaded at their first use")
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", [LAYER]).to(device).eval()
-    except OSError as error:  # urllib's errors are among them
-        raise UserError(f"torch-fidelity cannot get the Inception weights: {error}") from error
+    except Exception as error:  # of urllib, or of whatever reads a damaged file
+        raise UserError(f"torch-fidelity cannot get the Inception weights: {reason(error)}") from error
 
     @torch.inference_mode()
     def run(images: Tensor, batch_size: int) -> tuple[Tensor, None]:
