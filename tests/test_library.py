@@ -436,8 +436,10 @@ def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
         ),
         *(torch.full((2, 1, 8, 8), value) for value in (torch.nan, torch.inf)),
         *(np.zeros((2, 1, 8, 8), np.float32), [torch.zeros(1, 8, 8)], None),
+        *(torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, 1, 8, 8).to_sparse()),
+        *(torch.zeros(2, 1, 8, 8).to_mkldnn(), torch.nested.nested_tensor([torch.zeros(1, 8, 8)] * 2)),
     ],
-    ids=lambda x: f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}",
+    ids=lambda x: f"{getattr(x, 'dtype', '')} {getattr(x, 'layout', '')} {type(x).__name__}",
 )
 def test_what_is_no_images_is_refused_and_nothing_written(images: Any, tmp_path: Path) -> None:
     with pytest.raises(ddpm.UserError, match=r"^images: "):

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder what follows in the line
+
 
 def install_hint(extra: str = "") -> str:
     """Return the command that installs this, or an extra: into a checkout where this is one, else as a wheel."""
@@ -30,12 +32,8 @@ class CheckpointError(UserError):
 
 
 def printable(text: str) -> str:
-    """Escape control characters and broken Unicode as \\x1b and the like, so that a terminal may show the text."""
-    return (
-        text
-        if is_plain(text)
-        else "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
-    )
+    """Escape control characters, broken Unicode and turns of direction as \\x1b and the like, for a terminal."""
+    return "".join(c if is_plain(c) and c not in TURNS else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_plain(text: str) -> bool:

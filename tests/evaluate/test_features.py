@@ -373,6 +373,18 @@ def test_inception_features_are_whitened_too(fake_inception):
     assert "downloaded" in said[0] and len(made.sha256) == 64
 
 
+def test_weights_that_cannot_be_read_are_one_line(monkeypatch):
+    def damaged(name: str, features_list: list[str]) -> nn.Module:
+        raise RuntimeError("PytorchStreamReader failed\nat byte 7")
+
+    module = ModuleType("torch_fidelity")
+    module.FeatureExtractorInceptionV3 = damaged
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+    split = Split(torch.zeros(60, 3, 8, 8, dtype=torch.uint8), None)
+    with pytest.raises(UserError, match=r"weights: PytorchStreamReader failed at byte 7$"):
+        features_for(Dataset(DatasetInfo("photos", 3, 8, 0, (), 256), split, split, split), CPU, ignore)
+
+
 # Classification accuracy score
 
 

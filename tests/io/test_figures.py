@@ -42,6 +42,12 @@ def test_a_matplotlibrc_in_the_current_folder_is_not_obeyed(tmp_path, content):
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "plain" / "picture.png").read_bytes()
 
 
+def test_a_backend_that_is_not_there_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    result = draw(tmp_path, "import os; assert 'MPLBACKEND' in os.environ\n")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_style_of_a_program_that_draws_is_left_alone(tmp_path):
     before = 'import matplotlib; matplotlib.rcParams.update({"text.usetex": True, "axes.facecolor": "red"})\n'
     result = draw(tmp_path, before)

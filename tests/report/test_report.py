@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from ddpm.checkpoint import locate
 from ddpm.cli import report as command
 from ddpm.cli import train as train_command
 from ddpm.cli.report import _with_folders, report
@@ -431,12 +432,39 @@ def test_results_that_make_no_sense_do_not_count(sweep: Path, tmp_path: Path) ->
         {"step": float("nan")},
         {"val_loss": "1.5"},
         {"step": True},
+        {"step": 1e299},
+        {"step": -1},
+        {"seconds": 1e299},
+        {"seconds": -1},
     ):
         (run / "result.json").write_text(json.dumps({**whole, **change}))
         assert runs.read(run, "run", run_dir.is_running).status == "stopped", change
     (run / "result.json").write_text(json.dumps(whole))
     (run / "failed.txt").write_text("an earlier try")
     assert runs.read(run, "run", lambda path: True).status == "done"
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def refused(path: Any) -> Any:
+            if Path(path).name in ("shut", "checkpoints"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
+
+        return refused
+
+    shutil.copytree(sweep / "linear", tmp_path / "run")
+    (tmp_path / "shut" / "run").mkdir(parents=True)
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    rows = rows_of(tmp_path)
+    assert rows.keys() == {"run", "shut"}
+    assert (rows["shut"].status, rows["run"].status) == ("broken", "done")
+    assert all("Permission denied" in row.reason for row in rows.values())
+    with pytest.raises(PermissionError):  # and is not taken for one without checkpoints
+        locate.of_run(tmp_path / "run")
 
 
 def test_runs_that_change_or_go_while_they_are_read(sweep: Path, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -293,6 +296,9 @@ def test_a_folder_that_cannot_be_made_leaves_none_above_it(tmp_path: Path) -> No
     for fresh in (True, False):
         with pytest.raises(UserError, match=r"link: is a link to /mnt/no/disk, which is not there"):
             run_dir.claim(str(tmp_path / "link"), False, fresh)
+    for out in (None, str(tmp_path / "link" / "out")):  # before hours of work
+        with pytest.raises(UserError, match=r"link: it is no folder"):
+            check_results(out, tmp_path / "link" / "eval")
 
 
 def test_parts_of_a_batch_hold_an_image_each() -> None:
@@ -341,6 +347,31 @@ def test_two_commands_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
         with results(str(tmp_path / "out"), tmp_path) as (theirs, _):
             (theirs / "sample.json").write_text("theirs")
     assert tree(tmp_path) == {"out": "", "out/sample.json": b"theirs"}
+
+
+def test_of_two_commands_that_end_at_once_one_fills_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def write(name: str) -> None:
+        try:
+            with results(str(tmp_path / "out"), tmp_path) as (folder, _):
+                (folder / name).write_text(name)
+                ready.wait(60)
+        except UserError as error:
+            said.append(str(error))
+
+    def slowly(path: Path, to: Path) -> None:
+        time.sleep(0.1)
+        move(path, to)
+
+    move, ready, names = shutil.move, threading.Barrier(3), ["a", "b", "c"]
+    monkeypatch.setattr(shutil, "move", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, names))
+    assert len(said) == 2 and all("is no longer empty" in text for text in said)
+    assert len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_the_lines_that_are_checked_are_those_of_a_run(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -331,6 +332,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             open_regular(path)
         with pytest.raises(CheckpointError, match="cannot read"):
             checkpoint.read_meta(path)
+    with pytest.raises(OSError, match="regular"):  # or replaced by a file
+        write_atomically(tmp_path / "pipe", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def test_the_commit_is_that_of_the_repository_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +362,10 @@ def test_the_commit_is_that_of_the_repository_around(tmp_path: Path, monkeypatch
         (tmp_path / ".git" / "HEAD").write_text(odd)
         assert environment.commit(tmp_path) is None
     (tmp_path / ".git" / "HEAD").write_text(head)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    odd.mkdir()
+    (odd / ".git").write_bytes(b"gitdir: /nowhere/caf\xe9\n")  # which git's message quotes
+    assert environment.commit(odd) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.commit(tmp_path) is None  # git is not installed
 

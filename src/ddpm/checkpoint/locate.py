@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +19,14 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
 def saved_steps(run: Path) -> list[Path]:
-    """Return the step files of a run by increasing step in their names, whatever their modification times."""
-    files = [file for file in (run / "checkpoints").glob("step_*.safetensors") if _STEP.fullmatch(file.name)]
-    return sorted(files, key=step_of)
+    """Return the step files of a run by increasing step in their names, whatever their modification times.
+
+    Raises OSError for a folder that cannot be read: it may hold some.
+    """
+    folder, names = run / "checkpoints", list[str]()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(folder)
+    return sorted((folder / name for name in names if _STEP.fullmatch(name)), key=step_of)
 
 
 def of_run(run: Path) -> list[Path]:

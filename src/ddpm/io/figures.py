@@ -4,6 +4,7 @@ Matplotlib obeys a file of that name in the current folder, which may call LaTeX
 """
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
@@ -14,11 +15,14 @@ from ddpm.io.files import write_atomically
 
 _found = find_spec("matplotlib")
 assert _found is not None and _found.origin is not None  # a dependency of ddpm
+_backend = os.environ.pop("MPLBACKEND", None)  # one that is not there would end the import; here none is used
 with chdir(Path(_found.origin).parent / "mpl-data"):  # the matplotlibrc in this folder has the defaults
     from matplotlib import colormaps, get_data_path, rc_context, rcParamsDefault
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
 
 __all__ = ["Axes", "Figure", "LogLocator", "colormaps", "default_style", "get_data_path", "save"]
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from ddpm.errors import DataError, printable
 
 MAX_REASON = 300  # characters of an error's reason
-_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
@@ -20,8 +20,10 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
 
     Write a temporary file in the same folder, flush it (fsync) and rename it; then flush the folder's entry.
     `durable=False` skips the flushes, for files that can be made again: a crash of the machine, not of the process,
-    may then leave an empty file. Permissions follow the umask.
+    may then leave an empty file. Permissions follow the umask. Pipes and devices, such as /dev/null, are not replaced.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,9 @@ from tempfile import TemporaryDirectory
 
 from ddpm.errors import UserError
 from ddpm.io.files import reason
+
+if sys.platform != "win32":
+    import fcntl
 
 UNFINISHED = ".ddpm-"  # what the name of a temporary folder begins with
 
@@ -65,7 +69,7 @@ def check_free(out: Path) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
 
 
 @contextmanager
@@ -77,10 +81,23 @@ def new_folder(out: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix=UNFINISHED, dir=_nearest(out)) as folder:
             yield Path(folder)
             made = make_folder(out)
-            if names_in(out):  # of another process, which was faster
-                raise UserError(f"out={out}: is no longer empty; choose another name")
-            for path in Path(folder).iterdir():
-                shutil.move(path, out)
+            with _locked(out):
+                if names_in(out):  # of another process, which was faster
+                    raise UserError(f"out={out}: is no longer empty; choose another name")
+                for path in Path(folder).iterdir():
+                    shutil.move(path, out)
     except OSError as error:
         remove_empty(made)
         raise UserError(f"cannot write to {out}: {reason(error)}") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process fills the folder, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

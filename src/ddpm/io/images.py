@@ -35,10 +35,12 @@ def normalise(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Pixels:
     """Clip (N, C, H, W) to [-1, 1] and round it to uint8 (N, H, W, C) in 0 … 255.
 
-    Raises UserError for other shapes, whole numbers, and what is not finite.
+    Raises UserError for other shapes, whole numbers, sparse and other odd tensors, and what is not finite.
     """
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-        is_ = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    plain = isinstance(x, Tensor) and x.layout == torch.strided and not (x.is_meta or x.is_nested)
+    if not plain or x.ndim != 4 or not x.is_floating_point():
+        odd = f"{x.layout} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        is_ = f"{x.dtype} {tuple(x.shape)}" if plain else odd
         raise UserError(f"images: {is_}: must be a tensor (N, C, H, W) of floating-point numbers in [-1, 1]")
     x = x.detach().float()
     if not x.isfinite().all():

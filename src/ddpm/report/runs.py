@@ -67,11 +67,14 @@ class RunRow:
 
 
 def find(root: Path) -> list[Path]:
-    """Return the run folders at and under `root`, by name. Links are not followed. Raises UserError."""
+    """Return the run folders at and under `root`, by name, and folders that cannot be read. Raises UserError.
+
+    Links are not followed.
+    """
     if not root.is_dir():
         raise UserError(f"folder={root}: {'is not a folder' if root.exists() else 'does not exist'}")
-    found = []
-    for path, folders, files in os.walk(root):
+    found = list[Path]()
+    for path, folders, files in os.walk(root, onerror=lambda error: found.append(Path(error.filename))):
         is_run = bool(_MARKS & {*files}) or "checkpoints" in folders
         if is_run:
             found.append(Path(path))

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import re
-import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ddpm.errors import printable
 from ddpm.evaluate.table import aligned
 from ddpm.io.files import open_regular
 from ddpm.report.runs import FIGURES, RunRow, ranked
+from ddpm.runtime.console import typed
 
 MAX_COLUMNS = 8  # of settings in the table; CSV has them all
 HEAD = b"run,status,reason,"  # how `csv_text` begins
@@ -100,7 +100,7 @@ def label(row: RunRow, keys: Sequence[str]) -> str:
 def best(rows: Iterable[RunRow], figure: str) -> str | None:
     """Return the command that draws from the best run, or None where none has the figure."""
     first = next((row for row in ranked(rows, figure) if row.best(figure)), None)
-    return None if first is None else f"best: ddpm-sample ckpt={shlex.quote(str(first.path))}"
+    return None if first is None else f"best: ddpm-sample ckpt={typed(first.path)}"
 
 
 def varying(rows: Sequence[RunRow]) -> list[str]:

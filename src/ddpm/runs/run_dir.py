@@ -44,7 +44,9 @@ CONFIG_KEYS = {"seed", "dataset", "model", "schedule", "objective", "optimizer",
 LOCK = ".lock"
 LOCK_WAIT = 0.5  # seconds: who only asks whether a run is running holds the lock for a moment
 # in RUN_FOLDERS
-_OURS = re.compile(r"((step_\d+|best)\.safetensors|sampler\.yaml|step_\d+\.png|events\.out\.tfevents\..+)")
+_OURS = re.compile(
+    r"((step_[0-9]+|best)\.safetensors|sampler\.yaml|step_[0-9]+\.png|events\.out\.tfevents\..+)"
+)
 
 
 @dataclass
@@ -209,6 +211,7 @@ def read_result(folder: Path) -> dict[str, float] | None:
     whole = result.keys() >= {"step", "val_eps_mse", "val_eps_mse_error"} and all(
         map(is_number, result.values())
     )
+    whole = whole and 0 <= result["step"] <= metrics_file.MAX_STEP and 0 <= result.get("seconds", 0) < 1e12
     return {key: float(value) for key, value in result.items()} if whole else None
 
 

@@ -69,8 +69,9 @@ def tell(text: str) -> None:
 
 
 def typed(folder: Path) -> str:
-    """Quote a folder for a shell; write one that is called `latest` so that it is not taken for the latest run."""
-    return shlex.quote("./latest" if str(folder) == "latest" else str(folder))
+    """Quote a folder for a shell; begin with ./ where its name alone means something, as `latest` does."""
+    name = str(folder)
+    return shlex.quote(f"./{name}" if name in ("latest", "null") or name[0] in "'\"" else name)
 
 
 def figures(record: dict[str, float]) -> str:

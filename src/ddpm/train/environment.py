@@ -125,6 +125,7 @@ def commit(folder: Path) -> str | None:
     """Return the commit that is checked out in the repository around a folder; None without one, or without git."""
     command = ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        found = subprocess.run(command, capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return found.stdout.decode("ascii", "replace").strip()

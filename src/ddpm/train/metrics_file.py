@@ -14,6 +14,7 @@ from ddpm.io.plain_data import is_number, parse_json
 VALIDATED = ("val_loss", "val_loss_error", "val_eps_mse", "val_eps_mse_error")  # in a line together
 MAX_BYTES = 1 << 28  # a million lines
 MAX_LINE = 1 << 14  # bytes of each
+MAX_STEP = 10**12
 
 
 def append(path: Path, record: Mapping[str, float]) -> None:
@@ -101,6 +102,6 @@ def _record(line: bytes) -> dict[str, float] | None:
     needed = {"step", "loss", *(VALIDATED if record.keys() & set(VALIDATED) else ())}
     if not needed <= record.keys() or not all(map(is_number, record.values())):
         return None
-    if not isinstance(step := record.pop("step"), int) or not 0 <= step <= 10**12:
+    if not isinstance(step := record.pop("step"), int) or not 0 <= step <= MAX_STEP:
         return None
     return {"step": step, **{key: float(value) for key, value in record.items()}}

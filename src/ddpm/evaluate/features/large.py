@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ddpm.data.info import DatasetInfo
 from ddpm.errors import UserError, install_hint
 from ddpm.evaluate.features.network import repeatable
+from ddpm.io.files import reason
 
 Run = Callable[[Tensor, int], tuple[Tensor, None]]
 MAX_BATCH = 50  # images; each becomes 299×299 or 224×224, and a batch of hundreds takes gigabytes
@@ -38,8 +39,8 @@ def inception(facts: DatasetInfo, device: torch.device, say: Callable[[str], Non
     say("Inception features by torch-fidelity: its weights (95 MB) are downloaded at their first use")
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", [LAYER])
-    except OSError as error:  # urllib's errors are among them
-        raise UserError(f"torch-fidelity cannot get the Inception weights: {error}") from error
+    except Exception as error:  # of urllib, or of whatever reads a damaged file
+        raise UserError(f"torch-fidelity cannot get the Inception weights: {reason(error)}") from error
     return _run(model, lambda images: model(images)[0], device), _hash(model)
 
 
@@ -62,7 +63,7 @@ def dinov2(facts: DatasetInfo, device: torch.device, folder: str) -> tuple[Run, 
             model, found = Dinov2Model.from_pretrained(folder, output_loading_info=True, **safe)
             why = f"it lacks the weights {min(found['missing_keys'])}" if found["missing_keys"] else ""
         except Exception as error:  # of many kinds, for files of many kinds
-            why = str(error).partition("\n")[0]
+            why = reason(error)
     if why:
         raise UserError(f"features_path={folder}: holds no DINOv2 of transformers: {why}")
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
