@@ -95,11 +95,11 @@ MEASURED: dict[str, int] = {
     "train": 1645,  # aim 1100
     "runs": 703,  # aim 400
     "export": 468,  # aim 310
-    "evaluate": 2985,  # aim 1900
+    "evaluate": 2974,  # aim 1900
     "report": 979,  # aim 700
     "sweep": 466,  # aim 350
     "cli": 1348,  # aim 1050
-    "all, C included": 17111,  # aim 12000
+    "all, C included": 17100,  # aim 12000
     "core": 2473,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0

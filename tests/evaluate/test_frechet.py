@@ -7,7 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
+from ddpm.evaluate.metrics.distance import distances
 from ddpm.evaluate.metrics.frechet import (
     Gaussian,
     class_frechet,
@@ -17,6 +19,7 @@ from ddpm.evaluate.metrics.frechet import (
     gaussian,
     kid,
 )
+from ddpm.evaluate.reference import Embedded
 
 
 def draws(n: int, d: int, seed: int) -> Tensor:
@@ -117,13 +120,16 @@ def test_class_distances_leave_out_and_name_what_is_too_small() -> None:
     y_labels = torch.tensor([0] * 300 + [1] * 300 + [2] * 100)
     y[y_labels == 1] += 1
     result = class_frechet(x, x_labels, y, y_labels, 4)
-    assert result.left_out == [2, 3]
-    assert result.distances[2:] == result.floors[2:] == result.excesses[2:] == [None, None]
-    same, shifted = result.excesses[0], result.excesses[1]
+    assert result.keys() == {0, 1}
+    same, shifted = (result[k].distance - result[k].floor for k in (0, 1))
     assert same is not None and shifted is not None and abs(same) < 0.05 and abs(shifted - d) < 0.6
-    assert result.mean_excess == pytest.approx((same + shifted) / 2)
-    nothing = class_frechet(x[:4], x_labels[:4], y, y_labels, 4)
-    assert nothing.mean_excess is None and nothing.left_out == [0, 1, 2, 3]
+    own, other = (Embedded(a, a, one_hot(b, 4)) for a, b in ((x, x_labels), (y, y_labels)))
+    found = distances(own, other, 4)
+    assert found.values["class_fd_excess"].value == pytest.approx((same + shifted) / 2)
+    assert "class_fd_excess is without the classes 2, 3, which have too few images" in found.notes
+    assert class_frechet(x[:4], x_labels[:4], y, y_labels, 4) == {}
+    few = distances(Embedded(x[:4], x[:4], one_hot(x_labels[:4], 4)), other, 4)
+    assert "no class_fd_excess: no class has enough images" in few.notes
 
 
 def test_kid_is_the_mean_over_pairs() -> None:

@@ -19,7 +19,7 @@ from ddpm.io.plain_data import parse_json
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 23  # a setting has about 5 thousand
 QUALITY = "fd_excess"  # the figure that decides; less is better
-SHOWN = {key: key for key in ("precision", "recall", "coverage")}
+SHOWN = {"class_fd_excess": "within classes"} | {key: key for key in ("precision", "recall", "coverage")}
 SHOWN |= {"confident": "classifier confidence", "right_class": "agreement with the label"}
 COMMON = ["checkpoint", "checkpoint_sha256", "step", "n", "seed"]
 COMMON += ["dataset", "split_images", "feature_network", "feature_sha256"]

@@ -57,18 +57,18 @@ def distances(x: Embedded, test: Embedded, num_classes: int) -> Found:
         if n < needed:
             notes.append(f"no {name}fd: it needs {needed} images on either side, there are {n}")
             continue
-        total, excess = frechet_distance(gaussian(a), gaussian(b)), frechet_interval(a, b)
+        total, interval = frechet_distance(gaussian(a), gaussian(b)), frechet_interval(a, b)
         values[f"{name}fd"] = Metric(total, floor=frechet_floor(len(a), len(b), a.shape[1]), n=n)
-        values[f"{name}fd_excess"] = Metric(*excess, floor=total - excess.value, n=n)
+        values[f"{name}fd_excess"] = Metric(*interval, floor=total - interval.value, n=n)
     if x.classes is not None and test.classes is not None and n > 1:
         within = class_frechet(x.features, x.classes, test.features, test.classes, num_classes)
-        if within.mean_excess is None:
+        if not within:
             notes.append("no class_fd_excess: no class has enough images")
         else:
-            floors = [floor for floor in within.floors if floor is not None]
-            values["class_fd_excess"] = Metric(within.mean_excess, floor=sum(floors) / len(floors), n=n)
-            if within.left_out:
-                left = ", ".join(map(str, within.left_out))
+            excess = sum(each.distance - each.floor for each in within.values()) / len(within)
+            floor = sum(each.floor for each in within.values()) / len(within)
+            values["class_fd_excess"] = Metric(excess, floor=floor, n=n)
+            if left := ", ".join(str(k) for k in range(num_classes) if k not in within):
                 notes.append(f"class_fd_excess is without the classes {left}, which have too few images")
     if n >= FEWEST:
         value, error = kid(x.features, test.features)

@@ -128,38 +128,27 @@ def matrix_root(matrix: Tensor) -> Tensor:
     return root
 
 
-class ClassFrechet(NamedTuple):
-    """One entry for each class; None in all three lists for a class left out for want of images."""
+class WithinClass(NamedTuple):
+    """The Fréchet distance within a class, and its `frechet_bias`."""
 
-    distances: list[float | None]
-    floors: list[float | None]  # frechet_bias of that class
-    excesses: list[float | None]  # distance - floor
-    left_out: list[int]
-    mean_excess: float | None  # over the classes not left out; None if all are
+    distance: float
+    floor: float
 
 
-def class_frechet(x: Tensor, x_labels: Tensor, y: Tensor, y_labels: Tensor, num_classes: int) -> ClassFrechet:
+def class_frechet(
+    x: Tensor, x_labels: Tensor, y: Tensor, y_labels: Tensor, num_classes: int
+) -> dict[int, WithinClass]:
     """Compute the Fréchet distance within each class. x (n_1, d), y (n_2, d), labels int64 0 … num_classes - 1.
 
-    A class with fewer than 2d images on either side is left out, and named in `left_out`. Raises ValueError if a
-    feature is not finite.
+    A class with fewer than 2d images on either side is left out. Raises ValueError if a feature is not finite.
     """
     x, y = checked(x, "x"), checked(y, "y")
-    needed = max(2, MIN_IMAGES_PER_DIMENSION * x.shape[1])
-    result = ClassFrechet([], [], [], [], None)
+    needed, found = max(2, MIN_IMAGES_PER_DIMENSION * x.shape[1]), dict[int, WithinClass]()
     for k in range(num_classes):
         own, other = x[x_labels == k], y[y_labels == k]
-        if min(len(own), len(other)) < needed:
-            result.left_out.append(k)
-            for entries in result[:3]:
-                entries.append(None)
-            continue
-        distance, floor = frechet_distance(gaussian(own), gaussian(other)), frechet_bias(own, other)
-        result.distances.append(distance)
-        result.floors.append(floor)
-        result.excesses.append(distance - floor)
-    found = [excess for excess in result.excesses if excess is not None]
-    return result._replace(mean_excess=sum(found) / len(found) if found else None)
+        if min(len(own), len(other)) >= needed:
+            found[k] = WithinClass(frechet_distance(gaussian(own), gaussian(other)), frechet_bias(own, other))
+    return found
 
 
 class Kid(NamedTuple):
