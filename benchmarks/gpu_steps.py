@@ -36,13 +36,15 @@ KERNELS = 40  # listed in a profile, the costliest first
 Figures = dict[str, Any]
 
 
-def begun(overrides: list[str], device: torch.device, images: int) -> tuple[TrainState, Batches]:
+def begun(
+    overrides: list[str], device: torch.device, images: int, size: int = 28
+) -> tuple[TrainState, Batches]:
     """A training on random images, before its first step."""
     config = check(TrainConfig, compose("train", [*overrides, "trainer.compile=false"]))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    x = torch.randint(0, 256, (images, 1, size, size), dtype=torch.uint8, generator=generator)
     split = Split(x, torch.arange(images) % 10)
-    data = Dataset(DatasetInfo("mnist", 1, 28, 10, tuple("0123456789"), 256), split, split, split)
+    data = Dataset(DatasetInfo("mnist", 1, size, 10, tuple("0123456789"), 256), split, split, split)
     run = prepare(config, data, device)
     return run, Batches(split, config.trainer.batch_size, config.seed, device)
 

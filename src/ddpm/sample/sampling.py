@@ -103,7 +103,9 @@ def drawing(model: Model) -> Iterator[None]:
 
 def generation(model: Model, sampler: Component, index: Tensor, seed: int) -> Steps:
     """Draw from pure noise: result i is image index[i] of the seed."""
-    return lambda denoise, places: draw(model, sampler, denoise, index[places].to(model.device), seed)
+    return lambda denoise, places: draw(
+        model, sampler, denoise, index[places].to(model.device, non_blocking=True), seed
+    )
 
 
 def draw_all(
@@ -125,7 +127,7 @@ def draw_all(
 
     def run_batch(now: Tensor) -> tuple[Tensor, int]:
         with drawing(model):
-            labels = None if y is None else y[now].to(model.device)
+            labels = None if y is None else y[now].to(model.device, non_blocking=True)
             denoise = denoiser(model, sampler, labels, guidance)
             for step in finite(steps(denoise, now), now):
                 watch(now, step)
