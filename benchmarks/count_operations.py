@@ -8,8 +8,9 @@ For the networks and settings of `unet_small` and `mnist_gpu`, each step as a GP
                  of ours in Triton, which compute nothing here, are counted at their launch. A list of tensors is one.
     layouts      lost: convolutions, forward and backward, of which an input has no channels side by side in memory
     waits        for the GPU, on fake tensors of a fake one: in a training step, and in a chunk of a sampling
-    host ms      least CPU time of one thread in small sizes (8×8 pixels, 8 channels, AdamW): of the network's own forward and
-                 backward pass, of a whole step, and of one where a CUDA graph, here an empty one, takes all kernels
+    host ms      least CPU time of one thread in small sizes (8×8 pixels, 8 channels, AdamW): of the network's own
+                 forward and backward pass, of a whole step, and of one where a CUDA graph, here an empty one, takes all
+                 kernels
 """
 
 import argparse
@@ -185,7 +186,8 @@ def waits(recipe: list[str]) -> dict[str, int]:
                 lambda at, step: None,
                 lambda left, size: None,
             )
-            with patch.object(sampling_module, "levels", lambda *_: path), Waits() as sampling:
+            as_it_is = {"levels": lambda *_: path, "CapturedCalls": lambda network: network}
+            with patch.multiple(sampling_module, **as_it_is), Waits() as sampling:
                 draw_all(model, sampler, Guidance(), y, every, *how)
     return {"in five training steps": len(training.found), "in a sampling chunk": len(sampling.found) / 2}
 

@@ -18,7 +18,6 @@ BLOCK = 512  # words of a program
 _GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
 _MIX_1: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
 _MIX_2: tl.constexpr = tl.constexpr(0x94D049BB133111EB - 2**64)
-_UNIT: tl.constexpr = tl.constexpr(2.0**-32)
 _ANGLE: tl.constexpr = tl.constexpr(6.283185307179586 * 2.0**-32)
 
 
@@ -42,7 +41,7 @@ def _normal(out_pointer, key, index_pointer, count, half, from_table: tl.constex
     image = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     words = _words(key, index_pointer, image, at, from_table)
-    radius = tl.sqrt_rn(tl.log((((words >> 32) & 0xFFFFFFFF) + 1).to(tl.float32) * _UNIT) * -2.0)
+    radius = tl.sqrt_rn(tl.log((((words >> 32) & 0xFFFFFFFF) + 1).to(tl.float32) * (2.0**-32)) * -2.0)
     angle = (words & 0xFFFFFFFF).to(tl.float32) * _ANGLE
     out_pointer += image * count
     tl.store(out_pointer + at, tl.cos(angle) * radius, mask=at < half)
@@ -66,17 +65,17 @@ def normal(key: int | Tensor, index: Tensor, count: int) -> Tensor:
     """Draw (N, count) float32 for the key of a stream, a number or a 0-dim int64 tensor, and indices (N,) int64."""
     out = torch.empty(len(index), count, device=index.device, dtype=torch.float32)
     half = (count + 1) // 2
-    if out.numel():
-        grid = (len(index), triton.cdiv(half, BLOCK))
-        table = isinstance(key, Tensor)
-        _normal[grid](out, key, index.contiguous(), count, half, from_table=table, block=BLOCK)
+    grid, table = (
+        (len(index), triton.cdiv(half, BLOCK)),
+        isinstance(key, Tensor),
+    )  # Triton launches no empty one
+    _normal[grid](out, key, index.contiguous(), count, half, from_table=table, block=BLOCK)
     return out
 
 
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:
     """Draw (N,) float32 in [0, 1), as `normal`."""
     out = torch.empty(len(index), device=index.device, dtype=torch.float32)
-    if out.numel():
-        grid, table = (triton.cdiv(len(index), BLOCK),), isinstance(key, Tensor)
-        _uniform[grid](out, key, index.contiguous(), len(index), from_table=table, block=BLOCK)
+    grid, table = (triton.cdiv(len(index), BLOCK),), isinstance(key, Tensor)
+    _uniform[grid](out, key, index.contiguous(), len(index), from_table=table, block=BLOCK)
     return out

@@ -103,7 +103,7 @@ def _processor() -> str:
 def _libraries(cuda: bool) -> str:
     if cuda:
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        return f"CUDA {torch.version.cuda}, cuDNN {cudnn}, random numbers by {randomness.code()}"
+        return f"CUDA {torch.version.cuda}, cuDNN {cudnn}, random numbers: {randomness.code()}"
     math = re.findall(r"- .*?(Math Kernel Library Version \S+|MKL-DNN v\S+)", torch.__config__.show())
     return ", ".join([*math, " ".join(platform.libc_ver())])
 

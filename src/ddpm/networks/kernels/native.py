@@ -1,4 +1,4 @@
-"""Compile this package's C code on the user's machine at its first use, and cache the library; say if Triton is there.
+"""Compile this package's C code on the user's machine at its first use, and cache the library.
 
 Where that is impossible (no gcc, no Linux, a PyTorch with another OpenMP), callers use PyTorch's own operations.
 """
