@@ -89,12 +89,19 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Zeros:
+    """In place of a kernel that draws numbers: one operation, as its launch is, that draws zeros."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Tensor]:
+        return lambda out, *tensors, **sizes: out.zero_()
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let tensors of the CPU go the ways of a GPU's: Triton's kernels, which do nothing, and fused attention."""
     with (
         patch.multiple(group_norm_triton, _forward=NoKernel(), _backward=NoKernel()),
-        patch.multiple(randomness_triton, _normal=NoKernel(), _uniform=NoKernel()),
+        patch.multiple(randomness_triton, _normal=Zeros(), _uniform=Zeros()),
         patch.object(randomness, "_kernels", lambda index: randomness_triton),
         patch.object(group_norm, "_kernels", lambda device_type: group_norm_triton),
         patch.object(group_norm, "missing", lambda device_type: ""),
