@@ -11,7 +11,7 @@
     minute     ddpm-train experiment=mnist_gpu from start to end
     quality    ddpm-eval of that run on 10,000 images
     sampling   10,000 images of it by ddpm.load(…).sample, after a warm-up
-    compiled   the same pairs, both compiled
+    compiled   a training step, ours captured and diffusers' compiled, in turn
     second     the same recipe with another seed, and its quality
 
 FOLDER/gpu-<device>.json is written anew after every number, so a kill loses none that was measured. A part starts only
@@ -65,7 +65,7 @@ class Session:
     end: float  # on time.monotonic
     figures: dict[str, Any] = field(default_factory=dict)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
-    warm: dict[tuple[str, str], subprocess.Popen[str]] = field(default_factory=dict)
+    warm: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     @property
     def quick(self) -> bool:
@@ -128,9 +128,8 @@ def works(session: Session) -> None:
     """First what could stop the rest; the commands run side by side, as nothing here is timed."""
     if "compiled" in session.options.parts:
         session.warm = {
-            (name, side): session.popen([sys.executable, __file__, *sys.argv[1:], "--warm", name, side])
-            for name in names(session)[-1:]
-            for side in ("ours", "diffusers")
+            name: session.popen([sys.executable, __file__, *sys.argv[1:], "--warm", name])
+            for name in names(session)
         }
     session.put("works/noise", gpu_steps.noise_beside_cpu(session.device))
     session.put("works/attention_gradients", gpu_steps.attention_beside_cpu(session.device))
@@ -187,12 +186,12 @@ def steps(session: Session) -> None:
 
 
 def compiled(session: Session) -> None:
-    """Both sides of one network compiled, warmed beside the first part where that ran."""
-    for (name, side), process in session.warm.items():
+    """Ours captured and diffusers' compiled, in turn; compiled beside the first part where that ran."""
+    for name, process in session.warm.items():
         status, text = session.finish(process)
-        key = f"steps/{name}/batch {batches(session)[0]}/{side}, seconds to compile with an empty cache"
+        key = f"compiled/{name}/batch {batches(session)[0]}/diffusers, seconds to compile with an empty cache"
         session.put(key, float(text.split()[-1]) if status == 0 else text[-1000:])
-    for name in names(session)[-1:]:
+    for name in reversed(names(session)):
         compare(session, name, batches(session)[0], compiled=True)
 
 
@@ -207,11 +206,12 @@ def batches(session: Session) -> tuple[int, ...]:
 def compare(session: Session, name: str, batch: int, *, compiled: bool) -> None:
     """Seconds of a step in turns, one figure for each side as soon as it is there, then the ratio."""
     session.need(40 if compiled else 12)
+    part = "compiled" if compiled else "steps"
     found = gpu_steps.in_turns(name, batch, session.device, compiled, session.quick)
     for side, figures in found.items():
-        session.put(f"steps/{name}/batch {batch}/{side}", figures)
+        session.put(f"{part}/{name}/batch {batch}/{side}", figures)
     ratios = gpu_steps.ratios(found)
-    session.put(f"steps/{name}/batch {batch}/{' and '.join(found)}: theirs over ours", ratios)
+    session.put(f"{part}/{name}/batch {batch}/{' and '.join(found)}: theirs over ours", ratios)
 
 
 def minute(session: Session, seed: int = 0) -> None:
@@ -317,7 +317,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # as ddpm-train has it
     memory.keep_freed()
     if options.warm:
-        print(gpu_steps.warm(options.warm[0], batches(session)[0], options.warm[1], device))
+        print(gpu_steps.warm(options.warm, batches(session)[0], device))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.quick:
@@ -359,7 +359,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="outputs/bench_gpu", help="folder for the runs")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--warm", nargs=2, metavar=("NETWORK", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--warm", metavar="NETWORK", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.plan and options.out is None:
         parser.error("--out FOLDER is needed")

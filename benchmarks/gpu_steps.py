@@ -36,13 +36,15 @@ KERNELS = 40  # listed in a profile, the costliest first
 Figures = dict[str, Any]
 
 
-def begun(overrides: list[str], device: torch.device, images: int) -> tuple[TrainState, Batches]:
+def begun(
+    overrides: list[str], device: torch.device, images: int, size: int = 28
+) -> tuple[TrainState, Batches]:
     """A training on random images, before its first step."""
     config = check(TrainConfig, compose("train", [*overrides, "trainer.compile=false"]))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    x = torch.randint(0, 256, (images, 1, size, size), dtype=torch.uint8, generator=generator)
     split = Split(x, torch.arange(images) % 10)
-    data = Dataset(DatasetInfo("mnist", 1, 28, 10, tuple("0123456789"), 256), split, split, split)
+    data = Dataset(DatasetInfo("mnist", 1, size, 10, tuple("0123456789"), 256), split, split, split)
     run = prepare(config, data, device)
     return run, Batches(split, config.trainer.batch_size, config.seed, device)
 
@@ -179,17 +181,16 @@ def peaks(device: torch.device, quick: bool) -> dict[str, float]:
 def settings(name: str, device: torch.device, compiled: bool) -> dict[str, Setting]:
     """Ours and diffusers' with the same switches: bf16, channels-last, fused updates.
 
-    Ours is captured as one graph, compiled or not. diffusers' is eager, or compiled with CUDA graphs.
+    Ours is captured as one graph and never compiled. diffusers' is eager, or compiled with CUDA graphs.
     """
     gpu = device.type == "cuda"
     plain = Setting("ours", "bf16" if gpu else "fp32", channels_last=True, network=name)
     theirs = replace(plain, side="diffusers")
+    ours = {"ours, captured": replace(plain, cuda_graph=gpu)}
     if compiled:
-        return {
-            "ours, compiled and captured": replace(plain, compile="default", cuda_graph=gpu),
-            "diffusers, compiled": replace(theirs, compile="reduce-overhead" if gpu else "default"),
-        }
-    return {"ours, captured": replace(plain, cuda_graph=gpu), "diffusers, eager": theirs}
+        mode = "reduce-overhead" if gpu else "default"
+        return ours | {"diffusers, compiled": replace(theirs, compile=mode)}
+    return ours | {"diffusers, eager": theirs}
 
 
 def in_turns(name: str, batch: int, device: torch.device, compiled: bool, quick: bool) -> dict[str, Figures]:
@@ -232,9 +233,9 @@ def flop_of(side: Side) -> int:
     return int(counter.get_total_flops())
 
 
-def warm(name: str, batch: int, side: str, device: torch.device) -> float:
-    """Compile one side in this process, so that the next finds it in the cache on disk. Returns the seconds."""
-    (setting,) = [s for s in settings(name, device, compiled=True).values() if s.side == side]
+def warm(name: str, batch: int, device: torch.device) -> float:
+    """Compile diffusers' in this process, so that the next finds it in the cache on disk. Returns the seconds."""
+    setting = settings(name, device, compiled=True)["diffusers, compiled"]
     started = time.perf_counter()
     made = make(setting, batch, device)
     made.step()

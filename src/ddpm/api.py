@@ -83,7 +83,7 @@ def load(ckpt: str | Path, device: str | torch.device = "auto", ema: bool = True
     """
     ema, found = like(True, _plain(ema), "ema", None), runtime_device.device(str(device))
     with runtime_device.own_defaults():
-        _, model, _, notes = models.load_newest(str(ckpt), ALONE, found, ema)
+        _, model, _, notes = models.load_newest(str(ckpt), ALONE, found, ema, "auto")
     for note in notes:
         warnings.warn(note.removeprefix("warning: "), stacklevel=2)
     return Model(**vars(model))

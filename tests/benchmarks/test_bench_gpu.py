@@ -39,6 +39,8 @@ def test_every_part_runs(tmp_path: Path) -> None:
         found["steps"]["tiny"]["batch 8"]["ours, captured and diffusers, eager: theirs over ours"]["median"]
         > 0
     )
+    ratios = found["compiled"]["tiny"]["batch 8"]["ours, captured and diffusers, compiled: theirs over ours"]
+    assert ratios["median"] > 0
     assert found["quality"]["seed 1"]["bf16"]["figures"]["fd"] > 0
 
 

@@ -1,7 +1,12 @@
 """Stateless random numbers: distribution, independence, and that each image's numbers are its own."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from ddpm.runtime.randomness import key, normal, permutation, seed_generators, uniform
@@ -68,3 +73,16 @@ def test_generators_are_seeded_as_by_manual_seed() -> None:
     expected = torch.rand(5)
     seed_generators(-(2**63), torch.device("cpu"))
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_triton_draws_the_same_numbers() -> None:
+    """Uniform ones bit for bit. By Triton's interpreter, which has to be chosen before the module is imported."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.triton_worker"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

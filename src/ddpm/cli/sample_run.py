@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def run(config: SampleConfig, started: float) -> None:
         with raise_on_all_ranks(own):
             if own.first:
                 checkpoint = {"checkpoint": str(path), "checkpoint_sha256": meta.sha256, "step": meta.step}
+                config = replace(config, precision=model.precision_name)
                 _finish(config, todo, drawn, path, checkpoint, started)
 
 

@@ -145,7 +145,7 @@ def _identity(setting: EvalConfig, opened: Opened) -> Identity:
         "ddpm": __version__,
         "checkpoint_sha256": opened.meta.sha256,
         "ema": setting.ema,
-        "precision": setting.precision,
+        "precision": opened.model.precision_name,
         "n": setting.n,
         "seed": setting.seed,
         "guidance_scale": setting.guidance_scale,

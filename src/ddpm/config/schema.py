@@ -34,7 +34,7 @@ _ckpt = partial(key, "a checkpoint file, a run folder, or latest", path=True)
 _ema = partial(key, "averaged weights; false: the last ones")
 _batch_size = partial(key, "how many at once", Between(1, 2**20))
 _precision = partial(
-    key, "the network's: fp32, or bf16, faster on a GPU, and on a CPU that has AMX", ("fp32", "bf16")
+    key, "the network's; auto: bf16 on a GPU that has it, else fp32", ("auto", "fp32", "bf16")
 )
 _n = partial(key, allowed=Between(1, 10**8))
 # A training recommends its guidance, as it does a sampler: ddpm-sample and ddpm-eval take it from there.

@@ -1,12 +1,13 @@
 """A trained network as a denoiser: its estimate of x_0 and of the noise, guided and clipped."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm.diffusion.process import invert, split
 from ddpm.diffusion.schedules import Level, NoiseSchedule
@@ -30,7 +31,7 @@ class Denoiser:
     Raises ValueError for an option out of its range.
     """
 
-    network: nn.Module
+    network: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     schedule: NoiseSchedule
     prediction: str
     y: Tensor | None = None  # (N,) labels
@@ -87,7 +88,7 @@ class Denoiser:
         self.evaluations += 1
         low = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision) if low else nullcontext():
-            output: Tensor = self.network(x_t, t, y)
+            output = self.network(x_t, t, y)
         return output.float()
 
 

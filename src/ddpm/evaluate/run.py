@@ -171,7 +171,7 @@ def measure(
         "checkpoint_sha256": opened.meta.sha256,
         "step": opened.meta.step,
         "ema": config.ema,
-        "precision": config.precision,
+        "precision": opened.model.precision_name,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "guidance_scale": config.guidance_scale,

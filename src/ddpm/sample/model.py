@@ -21,6 +21,7 @@ from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.samplers import sample_levels
 from ddpm.diffusion.schedules import Level, NoiseSchedule
 from ddpm.errors import UserError
+from ddpm.runtime import device as runtime_device
 from ddpm.runtime.distributed import broadcast_object, raise_on_all_ranks
 from ddpm.runtime.world import World
 
@@ -42,6 +43,10 @@ class Model:
     @property
     def conditional(self) -> bool:
         return bool(self.config.model.params["conditional"])
+
+    @property
+    def precision_name(self) -> str:
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,7 +106,7 @@ def load(path: Path, device: torch.device, ema: bool = True, precision: str = "f
     if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
     schedule, facts = build.schedule(config.schedule), info.facts(meta.facts)
-    about = (meta.step, meta.figures, path.parent, PRECISIONS[precision])
+    about = (meta.step, meta.figures, path.parent, runtime_device.precision(precision, device))
     return Model(network, schedule, config, facts, device, *about), meta
 
 

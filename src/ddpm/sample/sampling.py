@@ -13,6 +13,7 @@ from ddpm.diffusion.schedules import Level
 from ddpm.errors import UserError
 from ddpm.runtime import device, memory
 from ddpm.runtime.randomness import normal
+from ddpm.sample.cuda_graph import CapturedCalls
 from ddpm.sample.model import Guidance, Model, denoiser, levels
 
 COMMON = ("num_steps", "spacing", "rho", "clip", "dynamic_percentile")  # keys of every sampler
@@ -103,7 +104,9 @@ def drawing(model: Model) -> Iterator[None]:
 
 def generation(model: Model, sampler: Component, index: Tensor, seed: int) -> Steps:
     """Draw from pure noise: result i is image index[i] of the seed."""
-    return lambda denoise, places: draw(model, sampler, denoise, index[places].to(model.device), seed)
+    return lambda denoise, places: draw(
+        model, sampler, denoise, index[places].to(model.device, non_blocking=True), seed
+    )
 
 
 def draw_all(
@@ -125,8 +128,10 @@ def draw_all(
 
     def run_batch(now: Tensor) -> tuple[Tensor, int]:
         with drawing(model):
-            labels = None if y is None else y[now].to(model.device)
+            labels = None if y is None else y[now].to(model.device, non_blocking=True)
             denoise = denoiser(model, sampler, labels, guidance)
+            if model.device.type == "cuda":
+                denoise.network = CapturedCalls(model.network)
             for step in finite(steps(denoise, now), now):
                 watch(now, step)
             return step.x.cpu(), denoise.evaluations

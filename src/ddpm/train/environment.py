@@ -17,6 +17,7 @@ from ddpm.diffusion.objective import WEIGHT_VERSIONS
 from ddpm.errors import printable
 from ddpm.networks import NETWORKS
 from ddpm.networks.kernels import group_norm
+from ddpm.runtime import randomness
 from ddpm.runtime.device import precision_name
 
 # of `environment`: where two runs agree in these, they agree in every bit
@@ -101,7 +102,8 @@ def _processor() -> str:
 
 def _libraries(cuda: bool) -> str:
     if cuda:
-        return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        return f"CUDA {torch.version.cuda}, cuDNN {cudnn}, random numbers: {randomness.code()}"
     math = re.findall(r"- .*?(Math Kernel Library Version \S+|MKL-DNN v\S+)", torch.__config__.show())
     return ", ".join([*math, " ".join(platform.libc_ver())])
 

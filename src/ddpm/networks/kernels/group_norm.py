@@ -5,9 +5,6 @@ PyTorch takes five passes over memory on a CPU, seven in bf16; on a GPU its Grou
 Where no kernel fits, `plain` computes the same with PyTorch's operations.
 """
 
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ddpm.networks.kernels import group_norm_c
+from ddpm.networks.kernels.native import no_triton
 
 
 def normed(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: bool = True) -> Tensor:
@@ -40,19 +38,12 @@ def plain(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None = None, *, silu: b
 
 def missing(device_type: str = "cpu") -> str:
     """Return why `normed` takes PyTorch's operations on "cpu" or "cuda"; empty where a kernel runs."""
-    return _no_triton() if device_type == "cuda" else group_norm_c.missing()
+    return no_triton() if device_type == "cuda" else group_norm_c.missing()
 
 
 def code(device_type: str) -> str:
     """Return what decides the bits of the kernel on "cpu" or "cuda", which must not be missing: compiler, code."""
     return str(_kernels(device_type).code())
-
-
-@cache
-def _no_triton() -> str:
-    if os.environ.get("DDPM_NATIVE") == "0":
-        return "DDPM_NATIVE=0"
-    return "" if find_spec("triton") else "triton is not installed"
 
 
 def _fits(norm: nn.GroupNorm, x: Tensor, extra: Tensor | None) -> bool:

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from ddpm.errors import DataError
@@ -63,6 +65,14 @@ def library(source: Path) -> tuple[ctypes.CDLL, str]:
         return _load(path), f"{made_by}, code {path.stem.rpartition('-')[2]}"
     except (OSError, ValueError, DataError) as error:
         raise Unavailable(str(error)) from None
+
+
+@cache
+def no_triton() -> str:
+    """Return why Triton's kernels are not taken on a GPU, or an empty text."""
+    if os.environ.get(OFF) == "0":
+        return f"{OFF}=0"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 def _whole(path: Path) -> bool:
