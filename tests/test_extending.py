@@ -14,6 +14,7 @@ import pytest
 from ddpm.config import choices, hydra, schema
 from ddpm.config.choices import CONFIG_DIR
 from ddpm.config.tables import TABLES, Names
+from ddpm.errors import UserError
 from ddpm.register import COMMON
 from tests.conftest import Command, run_script
 
@@ -180,7 +181,7 @@ def test_a_config_cannot_ask_for_plugins(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     raw = hydra.compose("train", ["experiment=evil"])
     assert raw["plugins"] == ["evil"]
-    with pytest.raises(schema.UserError, match="unknown key 'plugins'"):
+    with pytest.raises(UserError, match="unknown key 'plugins'"):
         schema.check(schema.TrainConfig, raw)
 
 

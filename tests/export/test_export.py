@@ -334,7 +334,7 @@ def test_broken_and_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
     data = ckpt.read_bytes()
     changes = {
         "unknown key 'model._target_'": lambda fields: fields["config"]["model"].update(_target_="os.system"),
-        "plain values": lambda fields: fields["config"].update(data_root="${oc.env:HOME}"),
+        "no plain value": lambda fields: fields["config"].update(data_root="${oc.env:HOME}"),
         "does not fit its own config": lambda fields: fields["config"]["model"].update(channels=[8, 32]),
         "with a name of plain text": lambda fields: fields["facts"].update(name="\x1b[2J"),
     }
