@@ -96,10 +96,10 @@ MEASURED: dict[str, int] = {
     "runs": 775,  # aim 400
     "export": 473,  # aim 310
     "evaluate": 2839,  # aim 1900
-    "report": 975,  # aim 700
+    "report": 980,  # aim 700
     "sweep": 475,  # aim 350
     "cli": 1330,  # aim 1050
-    "all, C included": 17024,  # aim 12000
+    "all, C included": 17029,  # aim 12000
     "core": 2476,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0
