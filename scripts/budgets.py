@@ -96,10 +96,10 @@ MEASURED: dict[str, int] = {
     "runs": 703,  # aim 400
     "export": 468,  # aim 310
     "evaluate": 2974,  # aim 1900
-    "report": 979,  # aim 700
+    "report": 984,  # aim 700
     "sweep": 466,  # aim 350
     "cli": 1350,  # aim 1050
-    "all, C included": 17270,  # aim 12000
+    "all, C included": 17275,  # aim 12000
     "core": 2484,  # aim 2500
     "files in circles": 0,  # aim 0
     "imports upwards": 0,  # aim 0

@@ -449,6 +449,8 @@ def test_a_folder_that_cannot_be_read_is_a_row(
 ) -> None:
     def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
         def refused(path: Any) -> Any:
+            if Path(path).name == "gone":
+                raise FileNotFoundError(2, "No such file or directory", str(path))
             if Path(path).name in ("shut", "checkpoints"):
                 raise PermissionError(13, "Permission denied", str(path))
             return function(path)
@@ -457,6 +459,7 @@ def test_a_folder_that_cannot_be_read_is_a_row(
 
     shutil.copytree(sweep / "linear", tmp_path / "run")
     (tmp_path / "shut" / "run").mkdir(parents=True)
+    (tmp_path / "gone").mkdir()
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, refuse(getattr(os, name)))
     rows = rows_of(tmp_path)

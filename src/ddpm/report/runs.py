@@ -74,7 +74,12 @@ def find(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"folder={root}: {'is not a folder' if root.exists() else 'does not exist'}")
     found = list[Path]()
-    for path, folders, files in os.walk(root, onerror=lambda error: found.append(Path(error.filename))):
+
+    def add_unread(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # it may go while it is read
+            found.append(Path(error.filename))
+
+    for path, folders, files in os.walk(root, onerror=add_unread):
         is_run = bool(_MARKS & {*files}) or "checkpoints" in folders
         if is_run:
             found.append(Path(path))
