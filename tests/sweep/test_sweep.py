@@ -146,14 +146,14 @@ def test_jobs_share_two_gpus_one_each_also_where_some_are_killed(
 @pytest.mark.parametrize(
     ("how", "launcher"),
     [
-        ("SIGKILL", "joblib"),
+        ("SIGTERM", "basic"),
         *[
             pytest.param(*pair, marks=pytest.mark.slow)
             for pair in (
                 ("SIGTERM", "joblib"),
                 ("SIGINT to all", "basic"),
                 ("SIGINT to all", "joblib"),
-                ("SIGTERM", "basic"),
+                ("SIGKILL", "joblib"),
                 ("SIGKILL", "basic"),
                 ("SIGTERM", "submitit_local"),
                 ("SIGINT to all", "submitit_local"),
