@@ -107,9 +107,7 @@ def read(file: Path) -> Record:
         raise UserError(f"{file}: trains on dataset={config.dataset.name}; all records are of {DATASET}")
     linear = check(TrainConfig, hydra.compose("train", ["schedule=linear"])).schedule
     if found.target == "loss" and config.schedule != linear:
-        raise UserError(
-            f"{file}: schedule={config.schedule.name}: the loss is that of schedule=linear as it is"
-        )
+        raise UserError(f"{file}: target: loss needs schedule=linear with its default settings")
     return found
 
 
@@ -133,14 +131,12 @@ def measure(record: Record, folder: Path, device: str) -> dict[str, float]:
     about = (f"ckpt={folder}", f"n={N}", "measure=[distance]", f"device={device}", f"out={out}")
     run("ddpm-eval", *about, *record.sample)
     found = evaluation_record.read(str(out))
-    evaluations, pinned = (
-        found.protocol["evaluations_per_image"],
-        SHIPPED.get((DATASET, found.protocol["image_size"])),
-    )
+    evaluations, sha256 = found.protocol["evaluations_per_image"], found.protocol["feature_sha256"]
+    pinned = SHIPPED.get((DATASET, found.protocol["image_size"]))
     if evaluations > MOST_EVALUATIONS:
         raise UserError(f"{evaluations:g} network evaluations an image; allowed: {MOST_EVALUATIONS}")
-    if found.protocol["feature_sha256"] != pinned:
-        raise UserError(f"the features are not those of this version: {found.protocol['feature_sha256']}")
+    if sha256 != pinned:
+        raise UserError(f"feature network: its SHA-256 is {sha256}; must be {pinned}, the one ddpm ships")
     return {limit.figure: found.figures[limit.figure].value for limit in TARGETS["digits"]}
 
 

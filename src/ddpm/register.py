@@ -78,7 +78,9 @@ def _add(kind: str, name: str, function: Callable[..., Any], defaults: dict[str,
         own = {p.name: _plain(p.default) for p in rest}
         for parameter, default in own.items():
             if parameter in ("name", *common):
-                raise UserError(f"{here}: its own parameter '{parameter}': every {kind} has that key")
+                raise UserError(
+                    f"{here}: its parameter '{parameter}' has the name of a key of every {kind}; rename it"
+                )
             if default is inspect.Parameter.empty:
                 raise UserError(f"{here}: its parameter '{parameter}' needs a default")
         plain = {key: _plain(value) for key, value in defaults.items()}

@@ -120,7 +120,7 @@ def test_the_bound_is_that_of_students_t() -> None:
         ({"train": ["trainer.init_from=best"]}, "is the same for all records"),
         ({"train": ["seed=3"]}, "is the same for all records"),
         ({"train": ["dataset=mnist"]}, "is the same for all records"),
-        ({"train": ["schedule=cosine"]}, "the loss is that of schedule=linear"),
+        ({"train": ["schedule=cosine"]}, "target: loss needs schedule=linear"),
         ({"sample": ["n=10"]}, "must be of sampler"),
         ({"speed": 1}, "is no record"),
         ({"extrapolated": "from ten steps"}, "is of the history"),

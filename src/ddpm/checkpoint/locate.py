@@ -56,9 +56,7 @@ def find(spec: str, outputs: Path = Path("outputs")) -> list[Path]:
         runs = [Path(folder) for folder, inside, _ in os.walk(outputs) if "checkpoints" in inside]
         files = [file for run in runs for file in saved_steps(run)]
         if not files:
-            raise CheckpointError(
-                f"no checkpoint under {outputs}/ yet: run ddpm-train first, or name a folder"
-            )
+            raise CheckpointError(f"no checkpoint under {outputs}/ yet: run ddpm-train first, or type ckpt=…")
         return find(str(max(files, key=lambda file: (_modified(file), file.name)).parent))
     path = Path(spec)
     try:

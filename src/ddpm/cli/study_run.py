@@ -133,15 +133,11 @@ def _measure(setting: EvalConfig, identity: Identity, opened: Opened, reference:
 
 
 def _identity(setting: EvalConfig, opened: Opened) -> Identity:
-    newer: Identity = {
-        "guidance_rescale": setting.guidance_rescale,
-        "guidance_interval": setting.guidance_interval,
-    }
-    newer |= {"features": [setting.features, setting.features_path]} if setting.features != "own" else {}
+    # left out where they are off, as evaluations made before these keys have none
+    newer: Identity = {key: getattr(setting, key) for key in ("guidance_rescale", "guidance_interval")}
+    newer["features"] = [setting.features, setting.features_path] if setting.features != "own" else None
     return {
-        **{
-            key: value for key, value in newer.items() if value
-        },  # evaluations older than these are of neither
+        **{key: value for key, value in newer.items() if value},
         "ddpm": __version__,
         "checkpoint_sha256": opened.meta.sha256,
         "ema": setting.ema,

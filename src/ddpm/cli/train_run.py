@@ -108,7 +108,7 @@ def _describe(state: TrainState, data: Dataset) -> list[str]:
         lines.append(f"{facts.num_classes:,} classes: {listed(facts.class_names)}")
     noisiest = state.schedule.at(state.schedule.num_timesteps - 1)
     if not is_noise(noisiest):
-        alpha = f"warning: alpha_T is {noisiest.alpha:.2f}, and sampling begins from pure noise"
+        alpha = f"warning: alpha_T is {noisiest.alpha:.2f}, but samplers start from pure noise, where it is 0"
         lines.append(f"{alpha}: raise schedule.num_timesteps or take another schedule")
     return lines
 

@@ -26,10 +26,8 @@ def _unused(overrides: Sequence[str], config: Any) -> dict[str, str]:
     keys, values, found = declared(type(config)), by_key(config), dict[str, str]()
     for override in overrides:
         key, _, typed = override.lstrip("+").partition("=")
-        of_group, _, inside = key.partition(".")
-        needs = [
-            n for each in ([of_group, key] if inside else [key]) for n in keys.get(each, Key()).needs.split()
-        ]
+        declarations = [keys.get(name, Key()) for name in dict.fromkeys([key.partition(".")[0], key])]
+        needs = " ".join(each.needs for each in declarations).split()
         for need in needs if values.get(key) else []:
             gate, _, wanted = need.partition("=")
             gate, other = gate.rstrip("!"), gate.endswith("!")

@@ -170,5 +170,6 @@ def notes(source: Source, state: TrainState) -> list[str]:
     if other:
         lines.append("close to an unbroken run, but not bit by bit: " + "; ".join(other))
     if unknown := [key for key in BITWISE_FACTORS if key not in then]:
-        lines.append(f"perhaps not bit by bit: the checkpoint is too old to say {', '.join(unknown)}")
+        old = f"the checkpoint is too old to say {', '.join(unknown)}"
+        lines.append(f"whether it goes on bit by bit is not known: {old}")
     return lines

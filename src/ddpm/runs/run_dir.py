@@ -267,7 +267,7 @@ def _check(folder: Path, overwrite: bool, fresh: bool) -> None:
         strangers = []  # `set_aside` keeps what it holds
     if strangers:
         name = strangers[0].name
-        raise UserError(f"{folder} holds other things than a run: {name} is none of a run's; move it away")
+        raise UserError(f"{folder} holds other things than a run: move {name} away, or name another run_dir")
     if fresh and "config.yaml" not in there:
         raise UserError(f"{folder} holds other things than a run: overwrite=true does not delete those")
 
@@ -278,7 +278,8 @@ def _check_writable(folder: Path) -> None:
         if not os.path.lexists(part):
             continue
         if part.is_symlink() and not part.exists():
-            raise UserError(f"{part} is a link to {os.readlink(part)}: is its disk mounted?")
+            target = f"{os.readlink(part)}, which is not there"
+            raise UserError(f"{part} is a link to {target}; is its disk mounted?")
         try:
             with TemporaryFile(dir=part) as file:
                 file.write(bytes(1))

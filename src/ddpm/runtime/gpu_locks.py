@@ -128,5 +128,5 @@ def _folder() -> Path:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder}, for the locks on GPUs, belongs to somebody else; gpus=null uses none")
     except OSError as error:
-        raise UserError(f"cannot make {folder}, for the locks on GPUs: {reason(error)}") from None
+        raise UserError(f"cannot make {folder} for GPU locks: {reason(error)}; gpus=null uses none") from None
     return folder

@@ -163,7 +163,7 @@ def _shares(
     if launcher == "joblib":
         at_once = settings["launcher"]["n_jobs"]
         if at_once != -1 and at_once < 1:
-            raise UserError(f"hydra.launcher.n_jobs={at_once}: must be at least 1, or -1")
+            raise UserError(f"hydra.launcher.n_jobs={at_once}: must be at least 1, or -1 for as many as fit")
         if at_once == -1:
             at_once = min(places or cores, planned or sys.maxsize)
         # joblib would hand out short jobs in bundles

@@ -165,9 +165,8 @@ def stop_if_not_finite(run: TrainState) -> None:
             "trainer.precision=fp32"
         )
     if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_LOSS_SCALE:
-        raise UserError(
-            f"fp16 loss scale below {MIN_LOSS_SCALE:g} at step {run.step}: trainer.precision=bf16"
-        )
+        scale = f"the fp16 loss scale fell below {MIN_LOSS_SCALE:g} at step {run.step}"
+        raise UserError(f"{scale}: use trainer.precision=bf16 or fp32")
 
 
 def _best_figure(run_dir: Path, step: int) -> float:
