@@ -97,7 +97,7 @@ def test_digits_are_judged_by_the_pinned_features(
     assert found.keys() == {"fd_excess", "confident"} and 0 <= found["confident"] <= 1 < found["fd_excess"]
     for name, value, why in (
         ("MOST_EVALUATIONS", 1, "2 network evaluations"),
-        ("SHIPPED", {}, "the features"),
+        ("SHIPPED", {}, "feature network: its SHA-256 is"),
     ):
         (tmp_path / "a-judged").rename(tmp_path / name)
         monkeypatch.setattr(replay, name, value)
