@@ -282,7 +282,7 @@ def test_the_command_trains_and_samples_the_same(alone: Path, tmp_path: Path) ->
     ]
     assert names[0] == names[1]
     about = json.loads((alone / "two" / "environment.json").read_text())
-    assert about["processes"] == "2" and about["launch"].startswith("torchrun:")
+    assert about["processes"] == "2"
     order = ("ckpt=alone", "n=9", "batch_size=4", "sampler.num_steps=5", "save=[grid,npz,trajectory]")
     for name, processes in (("one", 0), ("two", 2)):
         done(alone, processes, "ddpm-sample", *order, f"out={tmp_path / name}")
